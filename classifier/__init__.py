@@ -1,0 +1,1 @@
+"""The library behind the five stages. It never imports them."""

@@ -1,0 +1,80 @@
+"""From labelled images to annotations: the checks, the validation split, and the CSV files."""
+
+import hashlib
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from classifier.errors import PipelineError
+from classifier.sources import LabelledImages
+
+
+class Duplicates(NamedTuple):
+    """Pairs of images with the same pixels: within the training data, within the test data, across the two."""
+
+    train: int
+    test: int
+    across: int
+
+
+def check_split(split: str, data: LabelledImages, classes: int) -> None:
+    """Raise PipelineError unless there is a label in 0..classes-1 for every image, and images have one shape."""
+    if len(data.images) != len(data.labels):
+        raise PipelineError(f"{split}: {len(data.images)} images, but {len(data.labels)} labels")
+    if len(data.images) == 0:
+        raise PipelineError(f"{split}: no images")
+    wrong = np.flatnonzero((data.labels < 0) | (data.labels >= classes))
+    if wrong.size:
+        rows = ", ".join(f"{row} (label {data.labels[row]})" for row in wrong[:20])
+        raise PipelineError(f"{split}: {wrong.size} labels are not in 0..{classes - 1}: images {rows}")
+    shapes = {image.shape for image in data.images}
+    if len(shapes) > 1:
+        raise PipelineError(f"{split}: images differ in shape: {', '.join(map(str, sorted(shapes)))}")
+
+
+def check_classes(labels: np.ndarray, names: list[str]) -> None:
+    """Raise PipelineError if a class has no training image: it could not be learnt."""
+    absent = sorted(set(range(len(names))) - set(labels.tolist()))
+    if absent:
+        raise PipelineError(f"train: no image of class {', '.join(f'{label} ({names[label]})' for label in absent)}")
+
+
+def count_duplicates(train: LabelledImages, test: LabelledImages) -> Duplicates:
+    """Count the pairs of images whose shape and pixels are the same."""
+    seen: dict[bytes, list[int]] = defaultdict(lambda: [0, 0])
+    for split, data in enumerate((train, test)):
+        for image in data.images:
+            seen[hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()][split] += 1
+    return Duplicates(
+        train=sum(n * (n - 1) // 2 for n, _ in seen.values()),
+        test=sum(n * (n - 1) // 2 for _, n in seen.values()),
+        across=sum(n * m for n, m in seen.values()),
+    )
+
+
+def hold_out(labels: np.ndarray, val_size: int | float, seed: int) -> np.ndarray:
+    """Choose the validation images: a mask over the training images, stratified by class.
+
+    labels: (N,) int64. val_size: a count of images, or a fraction of N.
+    Returns (N,) bool, True for validation. Raises PipelineError if a split would miss a class.
+    """
+    from sklearn.model_selection import train_test_split  # a second of import, not needed for val_size 0
+
+    count = round(val_size * len(labels)) if isinstance(val_size, float) else val_size
+    held_out = np.zeros(len(labels), bool)
+    if count == 0:
+        return held_out
+    try:
+        _, chosen = train_test_split(np.arange(len(labels)), test_size=count, random_state=seed, stratify=labels)
+    except ValueError as error:  # fewer images than classes, or a class with a single image
+        raise PipelineError(f"val_size: {val_size} images cannot be held out of {len(labels)}: {error}") from None
+    held_out[chosen] = True
+    return held_out
+
+
+def write_csv(path: Path, columns: dict[str, object]) -> None:
+    """Write columns of equal length with a header and Unix line ends."""
+    pd.DataFrame(columns).to_csv(path, index=False, lineterminator="\n")

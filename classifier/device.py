@@ -1,0 +1,102 @@
+"""Where and how torch computes: the device policy, seeds, determinism, threads, and a record of them all."""
+
+import os
+import platform
+import random
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+
+from classifier.errors import PipelineError
+
+
+def select_device(name: str) -> torch.device:
+    """The device that `device` in params.yaml asks for, announced as `Using cpu device`.
+
+    auto is cuda, then mps, then cpu. Raises PipelineError, with the usable ones, for one that is not usable.
+    """
+    usable = usable_devices()
+    if name == "auto":
+        device = torch.device(usable[0])
+    else:
+        device = torch.device(name)
+        if (device.type if device.index is None else name) not in usable:
+            raise PipelineError(f"device: {name} is not usable here; usable: {', '.join(usable)}")
+    print(f"Using {device} device", flush=True)
+    return device
+
+
+def usable_devices() -> list[str]:
+    """Names of the devices that can be used, the preferred one first; cpu is always the last."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return (["cuda", *cuda] if cuda else []) + mps + ["cpu"]
+
+
+def set_threads(threads: int | Literal["auto"]) -> int:
+    """Set and return the number of CPU threads; auto is one for each core this process may use.
+
+    The number decides the last bits of sums, so results are reproducible for one number only.
+    """
+    if threads == "auto":
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    return threads
+
+
+def refuse_several_processes() -> None:
+    """Raise PipelineError if torchrun started more than one process: each would train and write on its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PipelineError("launcher: training on several processes is not supported; use python")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator and allow only deterministic kernels.
+
+    A kernel that has no deterministic form raises RuntimeError when it is called.
+    """
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002, libraries use the global generator
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What decides the last bits of a result besides code, data and parameters."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "blas": _blas_name(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = dict(
+            [part.strip() for part in line.split(":", 1)] for line in cpuinfo.read_text().splitlines() if ":" in line
+        )
+        if "model name" in fields:
+            name, family, model = (fields.get(key, "?") for key in ("model name", "cpu family", "model"))
+            return f"{name} (family {family}, model {model})"
+    return platform.processor() or platform.machine()
+
+
+def _blas_name() -> str:
+    """The matrix library of this torch build, as its build report names it."""
+    for line in torch.__config__.show().splitlines():
+        if "Math Kernel Library" in line or "OpenBLAS" in line or "Accelerate" in line:
+            return line.strip(" -")
+    return "unknown"

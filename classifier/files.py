@@ -1,0 +1,79 @@
+"""The pipeline's files: their names, how they are written and hashed. Paths are relative to dvc.yaml."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from classifier.errors import PipelineError
+
+RAW = Path("data/raw")
+IMAGES = Path("data/images.zip")
+ANNOTATIONS = Path("data/annotations")
+WEIGHTS = Path("models/model_weights.pth")
+EXPORT = Path("models/export")
+TRAIN_METRICS = Path("metrics/train.json")
+EPOCHS = Path("metrics/epochs.csv")
+ENVIRONMENT = Path("metrics/environment.json")
+TEST_METRICS = Path("metrics/test.json")
+CLASS_METRICS = Path("metrics/classes.csv")
+PLOTS = Path("metrics/plots")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a path to write to that becomes `path` when the block ends without an error.
+
+    The file (or folder) is written under its final name in a temporary folder beside the target,
+    because torch.save and torch.export.save put the file's name into its bytes. Until the block has
+    ended, `path` is what it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)  # a folder cannot be replaced while it has files
+        os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically. Floats keep every digit they need to be read back exactly."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that an earlier stage wrote. Raises PipelineError if it is missing."""
+    return json.loads(existing(path).read_text(encoding="utf-8"))
+
+
+def existing(path: Path) -> Path:
+    """Give `path` back if it is there. Raises PipelineError, with the way to make it, if not."""
+    if not path.exists():
+        raise PipelineError(f"{path}: missing; `dvc repro` makes it, `dvc pull` or `dvc checkout` bring it back")
+    return path
+
+
+def hash_file(path: Path, algorithm: str = "md5") -> str:
+    """Hexadecimal digest of a file's bytes; md5 is what DVC names files by."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def locked_md5s(lock: Path = Path("dvc.lock")) -> dict[str, str]:
+    """Map the path of every output in dvc.lock to its md5 (a folder's ends in `.dir`).
+
+    While a stage runs, the entries of the stages before it are current and its own is of its last run.
+    """
+    if not lock.exists():
+        return {}
+    stages = yaml.safe_load(lock.read_text(encoding="utf-8")).get("stages", {})
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}

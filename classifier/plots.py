@@ -1,0 +1,61 @@
+"""Pictures: the only module that imports matplotlib. Every function writes one PNG.
+
+pixels: (N, C, H, W) float in [0, 1] with one or three channels, a NumPy array.
+"""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def save_samples(path: Path, pixels: np.ndarray, titles: list[str]) -> None:
+    """The tutorial's 3 x 3 grid: images with their class names."""
+    figure, axes = _grid(3, 3)
+    for axis, image, title in zip(axes, pixels, titles, strict=False):
+        _show(axis, image)
+        axis.set_title(title, fontsize=10)
+    _save(figure, path)
+
+
+def save_mistakes(path: Path, pixels: np.ndarray, truths: list[str], answers: list[str], shares: list[float]) -> None:
+    """Wrongly classified images with the true class and the answer with its probability."""
+    figure, axes = _grid(3, 5)
+    for axis, image, truth, answer, share in zip(axes, pixels, truths, answers, shares, strict=False):
+        _show(axis, image)
+        axis.set_title(f"is {truth}\nsaid {answer} {share:.0%}", fontsize=8)
+    _save(figure, path)
+
+
+def save_saliency(path: Path, pixels: np.ndarray, saliency: np.ndarray, titles: list[str]) -> None:
+    """Images and, below each, how much the winning logit changes with each pixel.
+
+    saliency: (N, H, W), 0 or more; each image is scaled to its own largest value.
+    """
+    count = len(pixels)
+    figure, axes = _grid(2, count)
+    for column in range(count):
+        _show(axes[column], pixels[column])
+        axes[column].set_title(titles[column], fontsize=8)
+        axes[count + column].imshow(saliency[column], cmap="inferno")
+    _save(figure, path)
+
+
+def _grid(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(1.6 * columns, 1.8 * rows), dpi=100, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.axis("off")
+    return figure, axes
+
+
+def _show(axis: Axes, image: np.ndarray) -> None:
+    axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Without the version that matplotlib writes into the file by default
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+        figure.savefig(path, metadata={"Software": None})

@@ -1,0 +1,1 @@
+"""The five stages of dvc.yaml, one script each. They meet only through files."""

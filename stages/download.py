@@ -1,0 +1,28 @@
+"""Download stage: the data source's original files.
+
+Reads   what the source reads: the network, or data_path
+Writes  data/raw/
+"""
+
+from pathlib import Path
+
+from classifier.errors import PipelineError, run
+from classifier.files import RAW
+from classifier.params import load_params
+from classifier.sources import load_source
+
+
+def main() -> None:
+    params = load_params()
+    try:
+        load_source(params.source).fetch(RAW, Path(params.data_path))
+    except PipelineError as error:
+        # DVC removes a stage's outputs before it starts.
+        raise PipelineError(f"{error}\nIf there was an earlier download, `dvc checkout data/raw` brings it back.") from None
+    for file in sorted(RAW.rglob("*")):
+        if file.is_file():
+            print(f"{file}  {file.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    run(main)

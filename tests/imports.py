@@ -1,0 +1,38 @@
+"""Which of the project's modules a module imports, found in the source: imports inside functions count too."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def imported_names(path: Path) -> set[str]:
+    """Dotted names that a file imports; `from a import b` gives both `a` and `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def project_file(name: str) -> str | None:
+    """The file of a dotted module name, relative to the repository, or None for other people's modules."""
+    path = Path(*name.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if name.split(".")[0] in ("classifier", "stages") and (ROOT / candidate).is_file():
+            return candidate.as_posix()
+    return None
+
+
+def project_files_behind(path: str) -> set[str]:
+    """The file itself and every file of the project that it imports, directly or not."""
+    found: set[str] = set()
+    waiting = [path]
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting += [f for name in imported_names(ROOT / file) if (f := project_file(name))]
+    return found
