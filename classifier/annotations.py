@@ -59,19 +59,23 @@ def hold_out(labels: np.ndarray, val_size: int | float, seed: int) -> np.ndarray
     """Choose the validation images: a mask over the training images, stratified by class.
 
     labels: (N,) int64. val_size: a count of images, or a fraction of N.
-    Returns (N,) bool, True for validation. Raises PipelineError if a split would miss a class.
+    Returns (N,) bool, True for validation. Raises PipelineError if that cannot be stratified, or would leave
+    no training image of a class; a rare class may be missing from the validation images.
     """
-    from sklearn.model_selection import train_test_split  # a second of import, not needed for val_size 0
-
     count = round(val_size * len(labels)) if isinstance(val_size, float) else val_size
     held_out = np.zeros(len(labels), bool)
     if count == 0:
         return held_out
+
+    from sklearn.model_selection import train_test_split  # a second of import, not needed for val_size 0
+
     try:
         _, chosen = train_test_split(np.arange(len(labels)), test_size=count, random_state=seed, stratify=labels)
     except ValueError as error:  # fewer images than classes, or a class with a single image
         raise PipelineError(f"val_size: {val_size} images cannot be held out of {len(labels)}: {error}") from None
     held_out[chosen] = True
+    if lost := sorted(set(labels.tolist()) - set(labels[~held_out].tolist())):
+        raise PipelineError(f"val_size: {val_size} images of {len(labels)} leave no training image of class {lost}")
     return held_out
 
 

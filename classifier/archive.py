@@ -36,7 +36,7 @@ class Images:
             return self._zip().read(name)
         except (KeyError, FileNotFoundError):
             raise PipelineError(f"{self.path}: has no file {name}, which the annotations name") from None
-        except (zipfile.BadZipFile, zlib.error, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:  # RuntimeError: encrypted
             raise PipelineError(f"{self.path}: {name} is not readable: {error}") from None
 
     def _zip(self) -> zipfile.ZipFile:

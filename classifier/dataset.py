@@ -6,7 +6,8 @@ order, the same batches, the same numbers.
 """
 
 import io
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,18 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         if pixels is None:
             try:
                 with Image.open(io.BytesIO(content)) as image:
+                    if image.mode.startswith(("I", "F")):  # Pillow would cut them off at 255
+                        raise ValueError("its pixels have more than 8 bits; convert it to 8 bits")
                     pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise PipelineError(f"{self.images.path}: {self.files[index]} is not a usable image: {error}") from None
             pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(pixels))
+        return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+
+    def pixels(self, indices: Iterable[int]) -> Tensor:
+        """Pixels of some of the images, (n, C, H, W) float32 in [0, 1]; n may be 0."""
+        images = [self.decode(int(index)) for index in indices]
+        return to_float(torch.stack(images) if images else torch.empty((0, *self.image_shape())))
 
     def targets(self) -> Tensor:
         """All labels, (N,) int64, or what the target transform makes of them."""
@@ -87,14 +95,18 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         shape = self.image_shape()
         pixels = torch.empty((len(self), *shape), dtype=torch.uint8)
         for index in tqdm(range(len(self)), desc="decoding", unit="image", disable=None):
-            image = self.decode(index)
-            if image.shape != shape:
-                raise PipelineError(
-                    f"{self.images.path}: {self.files[index]} is {tuple(image.shape)} (channels, height, width), "
-                    f"but {self.files[0]} is {shape}; images must have one shape"
-                )
-            pixels[index] = image
+            pixels[index] = self.decode_as(shape, index)
         return pixels
+
+    def decode_as(self, shape: tuple[int, int, int], index: int) -> Tensor:
+        """Pixels of one image, which must have the shape of the first. Raises PipelineError, naming both, if not."""
+        image = self.decode(index)
+        if image.shape != shape:
+            raise PipelineError(
+                f"{self.images.path}: {self.files[index]} is {tuple(image.shape)} (channels, height, width), "
+                f"but {self.files[0]} is {shape}; images must have one shape"
+            )
+        return image
 
 
 def read_annotations(path: Path) -> tuple[list[str], Tensor]:
@@ -112,11 +124,15 @@ def read_annotations(path: Path) -> tuple[list[str], Tensor]:
         raise PipelineError(f"{path}: not a CSV in UTF-8: {error}") from None
     if table.shape[1] != 2:
         raise PipelineError(f"{path}: {table.shape[1]} columns instead of two, the file name and the label")
-    has_header = not str(table.iloc[0, 1]).lstrip("-").isdigit()
+    table[1] = table[1].str.strip()
+    first = str(table.iloc[0, 1])
+    has_header = first != "" and not first.lstrip("-").isdigit()
     rows = table.iloc[1:] if has_header else table
-    wrong = rows[~rows[1].str.fullmatch(r"\d+")]
+    wrong = rows[~rows[1].str.fullmatch(r"[0-9]{1,18}")]
     if len(wrong):
-        named = "; ".join(f"row {row + 1}: {label!r}" for row, label in wrong[1].head(LISTED_FAULTS).items())
+        named = "; ".join(
+            f"row {row}: {label!r}" for row, label in zip(wrong.index + 1, wrong[1].head(LISTED_FAULTS), strict=False)
+        )
         raise PipelineError(f"{path}: {len(wrong)} labels are not whole numbers, 0 or more: {named}")
     return rows[0].tolist(), torch.from_numpy(rows[1].to_numpy(dtype=np.int64))
 
@@ -154,7 +170,7 @@ class Batches:
         *,
         seed: int = 0,
         shuffle: bool = False,
-        augmentations: list[str] | None = None,
+        augmentations: Sequence[str] = (),
         memory_limit_gib: float,
         workers: int,
     ) -> None:
@@ -163,12 +179,12 @@ class Batches:
         self.device = device
         self.seed = seed
         self.shuffle = shuffle
-        self.augmentations = augmentations or []
+        self.augmentations = augmentations
         self.workers = workers
         self.image_count = len(dataset)
         self.targets = dataset.targets().to(device)
-        channels, height, width = dataset.image_shape()
-        fits = self.image_count * channels * height * width <= memory_limit_gib * 2**30
+        self.image_shape = dataset.image_shape()
+        fits = self.image_count * math.prod(self.image_shape) <= memory_limit_gib * 2**30
         self.pixels = dataset.decode_all().to(device) if fits else None
 
     def __len__(self) -> int:
@@ -193,22 +209,41 @@ class Batches:
                 yield self.pixels[index]
             return
         loader = DataLoader(
-            _Pixels(self.dataset),
+            _Pixels(self.dataset, self.image_shape),
             batch_sampler=[part.tolist() for part in order.split(self.batch_size)],
             num_workers=self.workers,
+            collate_fn=_stack,
+            generator=torch.Generator(),  # or it would draw from the global one, which dropout draws from
         )
         for pixels in loader:
+            if isinstance(pixels, PipelineError):
+                raise pixels
             yield pixels.to(self.device)
 
 
-class _Pixels(Dataset[Tensor]):
-    """The decoded images of a dataset without labels, for worker processes."""
+class _Pixels(Dataset[Tensor | PipelineError]):
+    """The decoded images of a dataset without labels, for worker processes.
 
-    def __init__(self, dataset: CustomImageDataset) -> None:
+    An error is handed over, not raised: a DataLoader would wrap the worker's traceback into its message.
+    """
+
+    def __init__(self, dataset: CustomImageDataset, shape: tuple[int, int, int]) -> None:
         self.dataset = dataset
+        self.shape = shape
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.dataset.decode(index)
+    def __getitem__(self, index: int) -> Tensor | PipelineError:
+        try:
+            return self.dataset.decode_as(self.shape, index)
+        except PipelineError as error:
+            return error
+
+
+def _stack(images: list[Tensor | PipelineError]) -> Tensor | PipelineError:
+    """One tensor (B, C, H, W), or the first error."""
+    for image in images:
+        if isinstance(image, PipelineError):
+            return image
+    return torch.stack(images)  # type: ignore[arg-type]

@@ -3,12 +3,12 @@
 import os
 import platform
 import random
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torchvision
 
 from classifier.errors import PipelineError
 
@@ -20,11 +20,10 @@ def select_device(name: str) -> torch.device:
     """
     usable = usable_devices()
     if name == "auto":
-        device = torch.device(usable[0])
-    else:
-        device = torch.device(name)
-        if (device.type if device.index is None else name) not in usable:
-            raise PipelineError(f"device: {name} is not usable here; usable: {', '.join(usable)}")
+        name = usable[0]
+    if name not in usable:
+        raise PipelineError(f"device: {name} is not usable here; usable: {', '.join(usable)}")
+    device = torch.device(name)
     print(f"Using {device} device", flush=True)
     return device
 
@@ -62,7 +61,8 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)  # noqa: NPY002, libraries use the global generator
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
-    torch.use_deterministic_algorithms(True)
+    # What torch.use_deterministic_algorithms(True) does, without its two seconds of import
+    torch.set_deterministic_debug_mode("error")
     torch.backends.cudnn.benchmark = False
 
 
@@ -76,7 +76,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "blas": _blas_name(),
     }

@@ -8,7 +8,7 @@ class PipelineError(Exception):
     """Something a user can mend. The message names the file, row, key or value at fault and what to do next."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run a command's `main` and leave the process with its exit code.
 
     0 done; 1 failed, with the PipelineError's message on standard error; 130 interrupted by Ctrl-C.

@@ -20,6 +20,7 @@ from classifier.errors import PipelineError
 # Largest difference between two logits that counts as the same. Formats differ by the order in which they
 # sum: at most 1e-5 was seen for logits of about 10.
 TOLERANCE = 1e-4
+UNKNOWN_FORMAT = "{}: the formats are .pth, .pt2 and .onnx"
 
 
 def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
@@ -49,7 +50,7 @@ def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
             dynamic_shapes=({0: batch},),
         )
     else:
-        raise PipelineError(f"{path}: the formats are .pth, .pt2 and .onnx")
+        raise PipelineError(UNKNOWN_FORMAT.format(path))
 
 
 def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
@@ -65,8 +66,10 @@ def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
         return np.asarray(logits)
     if path.suffix == ".pt2":
         network = torch.export.load(path).module()
-    else:
+    elif path.suffix == ".pth":
         network = torch.load(path, weights_only=False)
+    else:
+        raise PipelineError(UNKNOWN_FORMAT.format(path))
     with torch.inference_mode():
         logits = network(torch.from_numpy(pixels)).numpy()
     return np.asarray(logits)
@@ -94,13 +97,16 @@ def check_files(paths: Sequence[Path], network: nn.Module, pixels: Tensor) -> di
             )
             for path, output in outputs.items()
         }
+        complaints = {path: reader.communicate()[1] for path, reader in readers.items()}  # none is left running
         differences = {}
         for path, reader in readers.items():
-            _, complaint = reader.communicate()
             if reader.returncode != 0:
-                reason = (complaint.strip() or f"exit code {reader.returncode}").splitlines()[-1]
+                reason = (complaints[path].strip() or f"exit code {reader.returncode}").splitlines()[-1]
                 raise PipelineError(f"{path.name}: cannot be read back: {reason}")
-            differences[path.name] = difference = float(np.abs(np.load(outputs[path]) - expected).max())
+            logits = np.load(outputs[path])
+            if logits.shape != expected.shape:
+                raise PipelineError(f"{path.name}: gives {logits.shape[1]} logits an image, not {expected.shape[1]}")
+            differences[path.name] = difference = float(np.abs(logits - expected).max())
             if not difference <= TOLERANCE:  # also when it is not a number
                 raise PipelineError(
                     f"{path.name}: its logits differ from the trained network's by {difference:.2g} on "

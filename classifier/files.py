@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)  # a folder cannot be replaced while it has files
-        os.replace(temporary, path)
+        temporary.replace(path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -75,5 +74,5 @@ def locked_md5s(lock: Path = Path("dvc.lock")) -> dict[str, str]:
     """
     if not lock.exists():
         return {}
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8")).get("stages", {})
+    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
     return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from classifier.errors import PipelineError, run
+from classifier.errors import PipelineError, run_main
 
 PACKAGE = Path(__file__).parent
 
@@ -33,7 +33,7 @@ def _one_of_modules(folder: str) -> AfterValidator:
 
 
 def _count_or_fraction(value: int | float) -> int | float:
-    if value < 0 or isinstance(value, float) and value >= 1:
+    if value < 0 or (isinstance(value, float) and value >= 1):
         raise ValueError("a count of images (0 or more), or a fraction below 1")
     return value
 
@@ -94,10 +94,14 @@ UNTRACKED = frozenset({"workers", "memory_limit_gib", "experiment", "registered_
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-06, which DVC writes, is a number as in YAML 1.2."""
+    """YAML 1.1 as PyYAML reads it, but 1e-06, which DVC writes, and 1.5e3 are numbers as in YAML 1.2."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -109,17 +113,20 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506, a SafeLoader
     except FileNotFoundError:
         raise PipelineError(f"{path}: missing; run from the folder that holds dvc.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-01
         raise PipelineError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise PipelineError(f"{path}: not a list of `key: value` lines")
+    content = {str(key): value for key, value in content.items()}  # `yes: 1` has the key True
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         # A list or a union can fail in several places, and a misspelt key is also a missing one: each is told once.
         keys = dict.fromkeys(str(fault["loc"][0]) for fault in error.errors())
         misspelt = {_closest_key(key) for key in keys if key not in Params.model_fields}
-        complaints = [f"{path}: {_complaint(key, content, error)}" for key in keys if key not in misspelt - set(content)]
+        complaints = [
+            f"{path}: {_complaint(key, content, error)}" for key in keys if key not in misspelt - set(content)
+        ]
         raise PipelineError("\n".join(complaints)) from None
 
 
@@ -127,7 +134,7 @@ def _closest_key(key: str) -> str | None:
     return next(iter(difflib.get_close_matches(key, Params.model_fields, n=1)), None)
 
 
-def _complaint(key: str, content: dict[Any, Any], error: ValidationError) -> str:
+def _complaint(key: str, content: dict[str, Any], error: ValidationError) -> str:
     """One line on what is wrong with `key` and what would be right."""
     fields = Params.model_fields
     if key not in fields:
@@ -144,7 +151,13 @@ def _complaint(key: str, content: dict[Any, Any], error: ValidationError) -> str
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value is None else str(value) if isinstance(value, float) and not math.isfinite(value) else repr(value)
+    return (
+        "nothing"
+        if value is None
+        else str(value)
+        if isinstance(value, float) and not math.isfinite(value)
+        else repr(value)
+    )
 
 
 def main() -> None:
@@ -152,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -10,25 +10,33 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# A user's matplotlibrc must not change the pictures.
+_default_style = matplotlib.rc_context(
+    {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+)
 
+
+@_default_style
 def save_samples(path: Path, pixels: np.ndarray, titles: list[str]) -> None:
     """The tutorial's 3 x 3 grid: images with their class names."""
     figure, axes = _grid(3, 3)
     for axis, image, title in zip(axes, pixels, titles, strict=False):
         _show(axis, image)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10, parse_math=False)
     _save(figure, path)
 
 
-def save_mistakes(path: Path, pixels: np.ndarray, truths: list[str], answers: list[str], shares: list[float]) -> None:
-    """Wrongly classified images with the true class and the answer with its probability."""
+@_default_style
+def save_mistakes(path: Path, pixels: np.ndarray, titles: list[str]) -> None:
+    """Wrongly classified images, with titles that tell the true class and the answer; at most 15."""
     figure, axes = _grid(3, 5)
-    for axis, image, truth, answer, share in zip(axes, pixels, truths, answers, shares, strict=False):
+    for axis, image, title in zip(axes, pixels, titles, strict=False):
         _show(axis, image)
-        axis.set_title(f"is {truth}\nsaid {answer} {share:.0%}", fontsize=8)
+        axis.set_title(title, fontsize=8, parse_math=False)
     _save(figure, path)
 
 
+@_default_style
 def save_saliency(path: Path, pixels: np.ndarray, saliency: np.ndarray, titles: list[str]) -> None:
     """Images and, below each, how much the winning logit changes with each pixel.
 
@@ -38,7 +46,7 @@ def save_saliency(path: Path, pixels: np.ndarray, saliency: np.ndarray, titles: 
     figure, axes = _grid(2, count)
     for column in range(count):
         _show(axes[column], pixels[column])
-        axes[column].set_title(titles[column], fontsize=8)
+        axes[column].set_title(titles[column], fontsize=8, parse_math=False)
         axes[count + column].imshow(saliency[column], cmap="inferno")
     _save(figure, path)
 
@@ -56,6 +64,4 @@ def _show(axis: Axes, image: np.ndarray) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # Without the version that matplotlib writes into the file by default
-    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
-        figure.savefig(path, metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None})  # without the version that matplotlib writes by default

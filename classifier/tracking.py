@@ -9,10 +9,11 @@ import json
 import logging
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Read when mlflow is imported
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -22,17 +23,18 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
 import mlflow
-import torch
 from filelock import FileLock
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
-from torch import Tensor, nn
 
-from classifier.errors import PipelineError
+from classifier.errors import PipelineError, run_main
 from classifier.files import ANNOTATIONS, IMAGES, WEIGHTS, hash_file, locked_md5s
-from classifier.params import Params
+from classifier.params import Params, load_params
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 WEIGHTS_TAG = "md5.model_weights"
 
@@ -53,7 +55,10 @@ def training_run(params: Params, environment: Mapping[str, str | int]) -> Iterat
     """
     experiment_id = _connect(params.experiment)
     with mlflow.start_run(
-        experiment_id=experiment_id, run_name=os.environ.get("DVC_EXP_NAME"), tags=_tags(environment), log_system_metrics=True
+        experiment_id=experiment_id,
+        run_name=os.environ.get("DVC_EXP_NAME"),
+        tags=_tags(environment),
+        log_system_metrics=True,
     ):
         _log_inputs(params)
         yield
@@ -89,11 +94,13 @@ def log_files(path: Path, folder: str | None = None) -> None:
         mlflow.log_artifact(str(path), folder)
 
 
-def log_model(network: nn.Module, pixels: Tensor, registered_model: str) -> None:
+def log_model(network: "nn.Module", pixels: "Tensor", registered_model: str) -> None:
     """Log the trained network to the open run and register it as a new version of `registered_model`.
 
     pixels: (N, C, H, W) float32 with N >= 2, an example: with one image the batch size would be fixed to 1.
     """
+    import torch  # here, because making the store and its pages need no torch
+
     network.eval()
     with torch.inference_mode():
         signature = infer_signature(pixels.numpy(), network(pixels).numpy())
@@ -143,8 +150,8 @@ def _find_run(weights_md5: str, experiment_id: str) -> str | None:
             max_results=1,
             output_format="list",
         )
-        for run in runs:
-            return str(run.info.run_id)
+        if runs:
+            return str(runs[0].info.run_id)
     return None
 
 
@@ -159,7 +166,9 @@ def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
         "md5.images": md5s.get(str(IMAGES), ""),
         "md5.annotations": md5s.get(str(ANNOTATIONS), ""),
     }
-    return {key: value for key, value in tags.items() if value} | {key: str(value) for key, value in environment.items()}
+    return {key: value for key, value in tags.items() if value} | {
+        key: str(value) for key, value in environment.items()
+    }
 
 
 def _log_inputs(params: Params) -> None:
@@ -169,8 +178,22 @@ def _log_inputs(params: Params) -> None:
     for path in (IMAGES, ANNOTATIONS):
         if digest := md5s.get(str(path)):
             source = CodeDatasetSource({"dvc.path": str(path), "dvc.md5": digest})
-            mlflow.log_input(MetaDataset(source, name=f"{params.source}: {path}", digest=digest), context="training")
+            dataset = MetaDataset(source, name=f"{params.source}: {path}", digest=digest)  # type: ignore[abstract]
+            mlflow.log_input(dataset, context="training")
 
 
 def _spelt(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def main() -> None:
+    """Serve MLflow's pages for the repository's store, until Ctrl-C."""
+    _connect(load_params().experiment)
+    # Without these two, starting takes three times as long: several workers, and jobs that are not used here.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", mlflow.get_tracking_uri()]
+    os.execv(sys.executable, command)
+
+
+if __name__ == "__main__":
+    run_main(main)

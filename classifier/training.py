@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from classifier.dataset import Batches
 from classifier.errors import PipelineError
@@ -27,33 +28,45 @@ def train_loop(
     epoch: int,
     accumulate_steps: int,
     precision: Precision,
-    report: Callable[[int, float], None],
+    report: Callable[[int, float], None] | None = None,
 ) -> float:
     """Train for one epoch; return the mean of the batches' losses.
 
     epoch: decides the order of the images, see Batches.
     accumulate_steps: so many batches make one update, the same as that of one batch with all their images.
-    report: called every REPORT_EVERY batches with the images seen so far and the loss of the current batch.
-    Raises PipelineError if the loss is not finite, at the next report or at the end of the epoch.
+    report: called every REPORT_EVERY batches with the images seen so far and the loss of the current batch,
+        which the progress bar shows too.
+    Raises PipelineError if the loss is not finite, at the next report or at the end of the epoch, or if the
+    weights are not at the end of the epoch: a gradient can be infinite where the loss is not.
     """
     network.train()
     seen = 0
     loss_sum = torch.zeros((), device=batches.device)
     group_size = accumulate_steps * batches.batch_size
-    for number, (pixels, targets) in enumerate(batches.epoch(epoch)):
-        images_in_group = min(group_size, batches.image_count - number // accumulate_steps * group_size)
-        with _autocast(batches.device, precision):
-            loss = loss_fn(network(pixels), targets)
-        (loss * (len(pixels) / images_in_group) if accumulate_steps > 1 else loss).backward()
-        if (number + 1) % accumulate_steps == 0 or number + 1 == len(batches):
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-        seen += len(pixels)
-        loss_sum += loss.detach()
-        if number % REPORT_EVERY == 0:  # .item() waits for an accelerator, so not in every step
-            report(seen, _finite(loss.item(), epoch, seen))
-    return _finite(loss_sum.item() / len(batches), epoch, seen)
+    with tqdm(total=batches.image_count, desc=f"epoch {epoch + 1}", unit="image", disable=None) as bar:
+        for number, (pixels, targets) in enumerate(batches.epoch(epoch)):
+            images_in_group = min(group_size, batches.image_count - number // accumulate_steps * group_size)
+            with _autocast(batches.device, precision):
+                loss = loss_fn(network(pixels), targets)
+            (loss * (len(pixels) / images_in_group) if accumulate_steps > 1 else loss).backward()
+            if (number + 1) % accumulate_steps == 0 or number + 1 == len(batches):
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            seen += len(pixels)
+            loss_sum += loss.detach()
+            if number % REPORT_EVERY == 0:  # .item() waits for an accelerator, so not in every step
+                current = _finite(loss.item(), epoch, seen)
+                bar.set_postfix(loss=f"{current:.4f}", refresh=False)
+                bar.update(seen - bar.n)
+                if report:
+                    report(seen, current)
+        bar.update(seen - bar.n)
+    mean_loss = _finite(loss_sum.item() / len(batches), epoch, seen)
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            raise PipelineError(f"epoch {epoch + 1}: weights of {name} are not finite any more; lower lr")
+    return mean_loss
 
 
 def test_loop(batches: Batches, network: nn.Module, labels: Tensor, precision: Precision) -> tuple[float, float]:
@@ -172,8 +185,14 @@ def load_weights(network: nn.Module, path: Path, device: torch.device) -> None:
         raise PipelineError(f"weights: there is no file {path}")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+    except Exception:  # of many kinds; their text is the advice to load the file as code
+        raise PipelineError(
+            f"weights: {path} cannot be read; it must be a whole file of tensors alone, as "
+            "torch.save(network.state_dict(), path) writes"
+        ) from None
+    try:
         network.load_state_dict(state)
-    except Exception as error:  # torch.load raises many kinds for files that are not its own
+    except (RuntimeError, TypeError, AttributeError) as error:  # the latter two if it is not a dict by name
         reason = " ".join(str(error).split())[:300]
         raise PipelineError(f"weights: {path} does not hold weights of this network: {reason}") from None
 

@@ -3,6 +3,9 @@
 Shapes: images (N, C, H, W); N may be left out where a docstring says so.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,15 +30,25 @@ def one_hot(labels: Tensor | int, classes: int) -> Tensor:
 
 
 def accept_tensors(transform: object) -> object:
-    """Replace torchvision's ToTensor, which refuses tensors, by what it means."""
+    """Replace torchvision's ToTensor, which refuses tensors, by one that takes them too."""
     from torchvision import transforms  # two seconds of import, not needed by the pipeline itself
+    from torchvision.transforms import v2
 
-    if isinstance(transform, transforms.Compose):
-        return transforms.Compose([accept_tensors(part) for part in transform.transforms])
-    return to_float if isinstance(transform, transforms.ToTensor) else transform
+    if isinstance(transform, (transforms.Compose, v2.Compose)):
+        return type(transform)([accept_tensors(part) for part in transform.transforms])
+    return _to_tensor if isinstance(transform, transforms.ToTensor) else transform
 
 
-def augment(images: Tensor, names: list[str], generator: torch.Generator) -> Tensor:
+def _to_tensor(image: Any) -> Any:
+    """What ToTensor means: bytes become floats in [0, 1], floats stay as they are."""
+    from torchvision.transforms.functional import to_tensor
+
+    if not isinstance(image, Tensor):
+        return to_tensor(image)
+    return to_float(image) if image.dtype == torch.uint8 else image
+
+
+def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
     """Change float images (N, C, H, W) at random, each image by its own draw from the CPU generator.
 
     crop: shifted by up to CROP_PADDING pixels each way, black beyond the edge; flip: left to right, every

@@ -6,11 +6,12 @@ Writes  data/images.zip, data/annotations/{train,val,test,classes}.csv
 
 from collections.abc import Iterator
 
+import numpy as np
 from tqdm import tqdm
 
 from classifier.annotations import check_classes, check_split, count_duplicates, hold_out, write_csv
 from classifier.archive import write_zip
-from classifier.errors import run
+from classifier.errors import run_main
 from classifier.files import ANNOTATIONS, IMAGES, RAW, atomic, existing
 from classifier.params import load_params
 from classifier.png import encode_png
@@ -41,9 +42,9 @@ def main() -> None:
         # An image keeps its file name whichever split it goes to, so images.zip does not depend on the split.
         for split, origin, rows in [("train", "train", ~held_out), ("val", "train", held_out), ("test", "test", None)]:
             labels = splits[origin].labels
-            chosen = range(len(labels)) if rows is None else rows.nonzero()[0]
-            files = [_file_name(origin, index) for index in chosen]
-            write_csv(folder / f"{split}.csv", {"file": files, "label": labels[list(chosen)]})
+            chosen = np.arange(len(labels)) if rows is None else np.flatnonzero(rows)
+            files = [_file_name(origin, index) for index in chosen.tolist()]
+            write_csv(folder / f"{split}.csv", {"file": files, "label": labels[chosen]})
         write_csv(folder / "classes.csv", {"label": range(len(names)), "name": names})
 
 
@@ -58,4 +59,4 @@ def _png_files(splits: dict[str, LabelledImages]) -> Iterator[tuple[str, bytes]]
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

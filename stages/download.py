@@ -6,7 +6,7 @@ Writes  data/raw/
 
 from pathlib import Path
 
-from classifier.errors import PipelineError, run
+from classifier.errors import PipelineError, run_main
 from classifier.files import RAW
 from classifier.params import load_params
 from classifier.sources import load_source
@@ -18,11 +18,13 @@ def main() -> None:
         load_source(params.source).fetch(RAW, Path(params.data_path))
     except PipelineError as error:
         # DVC removes a stage's outputs before it starts.
-        raise PipelineError(f"{error}\nIf there was an earlier download, `dvc checkout data/raw` brings it back.") from None
+        raise PipelineError(
+            f"{error}\nIf there was an earlier download, `dvc checkout data/raw` brings it back."
+        ) from None
     for file in sorted(RAW.rglob("*")):
         if file.is_file():
             print(f"{file}  {file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -6,64 +6,70 @@ Writes  models/export/: model.<format> for each of export_formats, manifest.json
 
 import platform
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from classifier import tracking
+from classifier import files, tracking
 from classifier.dataset import CustomImageDataset, class_names
 from classifier.device import environment, seed_everything, select_device, set_threads
-from classifier.errors import run
+from classifier.errors import run_main
 from classifier.exchange import check_files, write
-from classifier.files import ANNOTATIONS, EXPORT, IMAGES, RAW, TEST_METRICS, TRAIN_METRICS, WEIGHTS
-from classifier.files import atomic, hash_file, locked_md5s, read_json, write_json
 from classifier.networks import build_network
-from classifier.params import UNTRACKED, load_params
+from classifier.params import UNTRACKED, Params, load_params
 from classifier.training import load_weights
-from classifier.transforms import to_float
 
 CHECKED_IMAGES = 256
 
 
 def main() -> None:
     params = load_params()
-    device = select_device("cpu")  # exported files are for any machine
+    device = select_device("cpu")  # the files are for any machine
     set_threads(params.threads)
     seed_everything(params.seed)
 
-    names = class_names(ANNOTATIONS)
-    test_set = CustomImageDataset(ANNOTATIONS / "test.csv", IMAGES)
-    image_shape = test_set.image_shape()
-    network = build_network(params.network, image_shape, len(names))
-    load_weights(network, WEIGHTS, device)
-    pixels = torch.stack([to_float(test_set.decode(index)) for index in range(min(CHECKED_IMAGES, len(test_set)))])
+    names = class_names(files.ANNOTATIONS)
+    test_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", files.IMAGES)
+    network = build_network(params.network, test_set.image_shape(), len(names))
+    load_weights(network, files.WEIGHTS, device)
+    pixels = test_set.pixels(range(min(CHECKED_IMAGES, len(test_set))))
 
-    with atomic(EXPORT) as folder:
+    with files.atomic(files.EXPORT) as folder:
         folder.mkdir()
-        paths = [folder / f"model.{suffix}" for suffix in params.export_formats]
-        for path in paths:
-            write(network, pixels[:2], path)
-        for name, difference in check_files(paths, network, pixels).items():
+        models = [folder / f"model.{suffix}" for suffix in params.export_formats]
+        for model in models:
+            write(network, pixels[:2], model)
+        for name, difference in check_files(models, network, pixels).items():
             print(f"{name}: logits within {difference:.1e} of the trained network's on {len(pixels)} test images")
-        md5s = locked_md5s()
-        manifest = {
-            "input": {"pixels": ["batch", *image_shape], "type": "float32", "range": [0, 1]},
-            "output": {"logits": ["batch", len(names)], "type": "float32"},
-            "classes": names,
-            "files": {
-                path.name: {"sha256": hash_file(path, "sha256"), "bytes": path.stat().st_size, "trusted_source_only": path.suffix == ".pth"}
-                for path in paths
-            },
-            "md5": {str(path): md5s.get(str(path)) for path in (RAW, IMAGES, ANNOTATIONS)} | {str(WEIGHTS): hash_file(WEIGHTS)},
-            "parameters": params.model_dump(exclude=set(UNTRACKED)),
-            "metrics": {"train": read_json(TRAIN_METRICS), "test": read_json(TEST_METRICS)},
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "torchvision", "onnx", "numpy")},
-        }
-        write_json(folder / "manifest.json", manifest)
+        files.write_json(folder / "manifest.json", manifest(params, models, list(pixels.shape[1:]), names))
 
     with tracking.run_of_weights(params, environment(device)):
         tracking.log_model(network, pixels[:2], params.registered_model)
-        tracking.log_files(EXPORT / "manifest.json")
+        tracking.log_files(files.EXPORT / "manifest.json")
+
+
+def manifest(params: Params, models: list[Path], image_shape: list[int], names: list[str]) -> dict[str, Any]:
+    """What the exported files are and what made them: nothing that differs from one rebuild to the next."""
+    md5s = files.locked_md5s()
+    return {
+        "input": {"name": "pixels", "shape": ["batch", *image_shape], "dtype": "float32", "range": [0, 1]},
+        "output": {"name": "logits", "shape": ["batch", len(names)], "dtype": "float32"},
+        "classes": names,
+        "files": {
+            model.name: {
+                "sha256": files.hash_file(model, "sha256"),
+                "bytes": model.stat().st_size,
+                "trusted_source_only": model.suffix == ".pth",  # a pickle: reading it can run any code
+            }
+            for model in models
+        },
+        "md5": {str(path): md5s.get(str(path)) for path in (files.RAW, files.IMAGES, files.ANNOTATIONS)}
+        | {str(files.WEIGHTS): files.hash_file(files.WEIGHTS)},
+        "parameters": params.model_dump(exclude=set(UNTRACKED)),
+        "metrics": {"train": files.read_json(files.TRAIN_METRICS), "test": files.read_json(files.TEST_METRICS)},
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "torchvision", "numpy", "onnx")},
+    }
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -11,16 +11,14 @@ from time import perf_counter
 
 import pandas as pd
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from classifier import tracking
+from classifier import files, tracking
 from classifier.dataset import Batches, CustomImageDataset, class_names
 from classifier.device import environment, refuse_several_processes, seed_everything, select_device, set_threads
-from classifier.errors import run
-from classifier.files import ANNOTATIONS, ENVIRONMENT, EPOCHS, IMAGES, TRAIN_METRICS, WEIGHTS, atomic, write_json
+from classifier.errors import run_main
 from classifier.networks import build_network
-from classifier.params import load_params
+from classifier.params import Params, load_params
 from classifier.training import build_optimizer, build_scheduler, describe, freeze, load_weights, test_loop, train_loop
 from classifier.transforms import one_hot
 
@@ -31,24 +29,15 @@ def main() -> None:
     device = select_device(params.device)
     set_threads(params.threads)
 
-    # Without validation images there is nothing to choose by, and the figures by epoch are the tutorial's: on test.
-    names = class_names(ANNOTATIONS)
-    encode = partial(one_hot, classes=len(names)) if params.target_transform == "one_hot" else None
-    train_set = CustomImageDataset(ANNOTATIONS / "train.csv", IMAGES, target_transform=encode)
-    val_set = CustomImageDataset(ANNOTATIONS / "val.csv", IMAGES)
-    selects = len(val_set) > 0
-    if not selects:
-        val_set = CustomImageDataset(ANNOTATIONS / "test.csv", IMAGES)
-    batches = partial(Batches, batch_size=params.batch_size, device=device, memory_limit_gib=params.memory_limit_gib, workers=params.workers)
-    train_batches = batches(train_set, seed=params.seed, shuffle=params.shuffle, augmentations=params.augment)
-    val_batches = batches(val_set)
+    names = class_names(files.ANNOTATIONS)
+    train_batches, val_batches, selects = load_batches(params, device, classes=len(names))
 
     seed_everything(params.seed)  # just before the weights are drawn, as in the tutorial
-    network = build_network(params.network, train_set.image_shape(), len(names)).to(device)
+    network = build_network(params.network, train_batches.dataset.image_shape(), len(names)).to(device)
     if params.weights:
         load_weights(network, Path(params.weights), device)
     trainable = freeze(network, params.freeze)
-    print(describe(network))
+    print(describe(network), flush=True)
     optimizer = build_optimizer(params.optimizer, trainable, params.lr, params.momentum, params.weight_decay)
     updates = params.epochs * -(-len(train_batches) // params.accumulate_steps)
     scheduler = build_scheduler(params.schedule, optimizer, updates)
@@ -56,40 +45,64 @@ def main() -> None:
 
     history: list[dict[str, float]] = []
     kept: dict[str, float] = {}
+    weights: dict[str, Tensor] = {}
     recorded = environment(device)
     with tracking.training_run(params, recorded):
         for epoch in range(params.epochs):
             started = perf_counter()
-            with tqdm(total=len(train_set), desc=f"epoch {epoch + 1}", unit="image", disable=None) as progress:
-                train_loss = train_loop(
-                    train_batches, network, loss_fn, optimizer, scheduler, epoch=epoch,
-                    accumulate_steps=params.accumulate_steps, precision=params.precision, report=partial(_show, progress),
-                )
-            images_per_second = len(train_set) / (perf_counter() - started)
-            val_loss, val_accuracy = test_loop(val_batches, network, val_set.labels, params.precision)
-            row = {"epoch": epoch + 1, "train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
-            print(
-                f"Epoch {epoch + 1}: Accuracy: {100 * val_accuracy:.1f}%, Avg loss: {val_loss:.6f}, "
-                f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s", flush=True
+            train_loss = train_loop(
+                train_batches,
+                network,
+                loss_fn,
+                optimizer,
+                scheduler,
+                epoch=epoch,
+                accumulate_steps=params.accumulate_steps,
+                precision=params.precision,
             )
-            tracking.log_metrics(row | {"images_per_second": images_per_second}, step=epoch + 1)
+            images_per_second = train_batches.image_count / (perf_counter() - started)
+            val_loss, val_accuracy = test_loop(val_batches, network, val_batches.dataset.labels, params.precision)
+            print(
+                f"Epoch {epoch + 1}: Accuracy: {val_accuracy:.1%}, Avg loss: {val_loss:.6f}, "
+                f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s",
+                flush=True,
+            )
+            row = {"epoch": epoch + 1, "train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
             history.append(row)
+            tracking.log_metrics(row | {"images_per_second": images_per_second}, step=epoch + 1)
             if not selects or not kept or val_accuracy > kept["val_accuracy"]:
                 kept = row
-                weights = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+                weights = {name: tensor.cpu().clone() for name, tensor in network.state_dict().items()}
 
-        with atomic(WEIGHTS) as path, path.open("wb") as file:
+        with files.atomic(files.WEIGHTS) as path, path.open("wb") as file:
             torch.save(weights, file)
-        write_json(TRAIN_METRICS, kept)
-        write_json(ENVIRONMENT, [recorded])  # in a list, so that DVC does not list it among the metrics
-        with atomic(EPOCHS) as path:
+        with files.atomic(files.EPOCHS) as path:
             pd.DataFrame(history).to_csv(path, index=False, lineterminator="\n")
+        files.write_json(files.TRAIN_METRICS, kept)
+        files.write_json(files.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
 
 
-def _show(progress: "tqdm[None]", seen: int, loss: float) -> None:
-    progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-    progress.update(seen - progress.n)
+def load_batches(params: Params, device: torch.device, classes: int) -> tuple[Batches, Batches, bool]:
+    """Batches for training, batches for the figures of each epoch, and whether these select the weights to keep.
+
+    Without validation images there is nothing to select by, and the figures are the tutorial's: on test.
+    """
+    encode = partial(one_hot, classes=classes) if params.target_transform == "one_hot" else None
+    train_set = CustomImageDataset(files.ANNOTATIONS / "train.csv", files.IMAGES, target_transform=encode)
+    val_set = CustomImageDataset(files.ANNOTATIONS / "val.csv", files.IMAGES)
+    selects = len(val_set) > 0
+    if not selects:
+        val_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", files.IMAGES)
+    batches = partial(
+        Batches,
+        batch_size=params.batch_size,
+        device=device,
+        memory_limit_gib=params.memory_limit_gib,
+        workers=params.workers,
+    )
+    train_batches = batches(train_set, seed=params.seed, shuffle=params.shuffle, augmentations=params.augment)
+    return train_batches, batches(val_set), selects
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

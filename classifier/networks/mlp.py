@@ -25,7 +25,8 @@ class NeuralNetwork(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
-        return self.linear_relu_stack(self.flatten(pixels))
+        logits: Tensor = self.linear_relu_stack(self.flatten(pixels))
+        return logits
 
 
 def build(image_shape: tuple[int, int, int], classes: int) -> NeuralNetwork:

@@ -6,23 +6,26 @@ The content is told by the MD5 of the four unpacked files: the headers of the pa
 """
 
 import gzip
+import math
 import os
 import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.request
 import zlib
 from collections.abc import Callable
-from http.client import HTTPException
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from classifier.errors import PipelineError
-from classifier.files import hash_file
+from classifier.files import existing, hash_file
 from classifier.sources import LabelledImages
 
 CLASS_NAMES = [
@@ -52,9 +55,13 @@ MIRRORS = ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",)
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = "usr/share/datasets/fashion-mnist"
 
-# A place that gives less than SLOWEST_BYTES in STALL_SECONDS is left for the next one.
+# A place that gives less than SLOWEST_BYTES in STALL_SECONDS is left for the next one. apt is given longer:
+# it also reads its lists, for seconds on a busy machine, and writes nothing meanwhile.
 STALL_SECONDS = 5
+APT_STALL_SECONDS = 12
 SLOWEST_BYTES = 50_000
+LARGEST_BYTES = 47_040_016  # the unpacked training images: no packed file is larger
+POLL_SECONDS = 0.05
 
 
 class PlaceFailed(Exception):
@@ -86,7 +93,7 @@ def fetch(raw: Path, data_path: Path) -> None:
                 continue
             raw.mkdir(exist_ok=True)
             for name in FILES:
-                os.replace(Path(folder) / name, raw / name)
+                (Path(folder) / name).replace(raw / name)
             return
     raise PipelineError(
         "Fashion-MNIST could not be had:\n" + "\n".join(failures) + "\n"
@@ -112,13 +119,15 @@ def read(raw: Path) -> dict[str, LabelledImages]:
 
 def read_idx(path: Path) -> np.ndarray:
     """Read a file of unsigned bytes in the IDX format, described at the end of the MNIST page by LeCun et al."""
-    content = path.read_bytes()
+    content = existing(path).read_bytes()
     zeros, kind, dimensions = struct.unpack(">HBB", content[:4]) if len(content) >= 4 else (1, 0, 0)
     if zeros != 0 or kind != 8:
         raise PipelineError(f"{path}: not an IDX file of unsigned bytes; run the download stage again")
     start = 4 + 4 * dimensions
-    shape = struct.unpack(f">{dimensions}I", content[4:start]) if len(content) >= start else (-1,)
-    if len(content) - start != np.prod(shape):
+    if len(content) < start:
+        raise PipelineError(f"{path}: cut off after {len(content)} bytes; run the download stage again")
+    shape = struct.unpack(f">{dimensions}I", content[4:start])
+    if len(content) - start != math.prod(shape):
         raise PipelineError(f"{path}: {len(content)} bytes do not hold shape {shape}; run the download stage again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
@@ -129,12 +138,11 @@ def _made(folder: Path) -> Path:
 
 
 def _verify(folder: Path) -> None:
-    """Delete the first file whose content is not Fashion-MNIST's, and raise PlaceFailed with its name."""
+    """Raise PlaceFailed for the first file whose content is not Fashion-MNIST's; `fetch` deletes the folder."""
     for name, md5 in FILES.items():
         if (found := hash_file(folder / name)) != md5:
             size = (folder / name).stat().st_size
-            (folder / name).unlink()
-            raise PlaceFailed(f"{name} is wrong and was deleted: {size} bytes with md5 {found}, not {md5}")
+            raise PlaceFailed(f"{name} has the wrong content, {size} bytes with md5 {found}, not {md5}")
 
 
 def _unpack(packed: Path, target: Path) -> None:
@@ -159,29 +167,57 @@ def _from_folder(source: Path, into: Path) -> None:
 def _from_mirror(mirror: str, into: Path) -> None:
     for name in FILES:
         packed = into / f"{name}.gz"
-        try:
-            _download(f"{mirror}{packed.name}", packed)
-        except (OSError, HTTPException) as error:
-            raise PlaceFailed(f"{packed.name}: {error}") from None
+        faults: list[Exception] = []
+        with tqdm(desc=packed.name, unit="B", unit_scale=True, disable=None) as progress:
+            # A thread can be left behind when it stalls. A timeout alone bounds the wait for each byte, not for all
+            # of them, and not at all the search for the address.
+            arguments = (f"{mirror}{packed.name}", packed, progress, faults)
+            thread = threading.Thread(target=_receive, args=arguments, daemon=True)
+            thread.start()
+            try:
+                _watch(thread.is_alive, into, progress, STALL_SECONDS)
+            except PlaceFailed as stalled:
+                raise PlaceFailed(f"{packed.name}: {stalled}") from None
+        if faults:
+            raise PlaceFailed(f"{packed.name}: {' '.join(str(faults[0]).split())}")
         _unpack(packed, into / name)
 
 
-def _download(url: str, target: Path) -> None:
-    """Fetch one file with a progress bar. Raises OSError, or PlaceFailed if the server gives too little."""
-    with urllib.request.urlopen(url, timeout=STALL_SECONDS) as response, target.open("wb") as file:
-        length = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=length or None, desc=target.name, unit="B", unit_scale=True, disable=None) as progress:
-            window_start, window_bytes = time.monotonic(), 0
+def _receive(url: str, target: Path, progress: "tqdm[Any]", faults: list[Exception]) -> None:
+    """Fetch one file, in a thread of its own. An exception is put into `faults`."""
+    try:
+        with target.open("wb") as file, urllib.request.urlopen(url, timeout=STALL_SECONDS) as response:
+            length = progress.total = response.length  # None if the server does not say
             while chunk := response.read1(1 << 16):
                 file.write(chunk)
-                progress.update(len(chunk))
-                window_bytes += len(chunk)
-                if (elapsed := time.monotonic() - window_start) > STALL_SECONDS:
-                    if window_bytes < SLOWEST_BYTES:
-                        raise PlaceFailed(f"{target.name}: stalled, {window_bytes} bytes in {elapsed:.0f} s")
-                    window_start, window_bytes = time.monotonic(), 0
-    if length and target.stat().st_size != length:
-        raise PlaceFailed(f"{target.name}: cut off after {target.stat().st_size} of {length} bytes")
+                if file.tell() > LARGEST_BYTES:
+                    raise PlaceFailed(f"more than {LARGEST_BYTES} bytes")
+            if length is not None and file.tell() != length:
+                raise PlaceFailed(f"cut off after {file.tell()} of {length} bytes")
+    except Exception as error:  # told by the thread that waits
+        faults.append(error)
+
+
+def _watch(working: Callable[[], bool], folder: Path, progress: "tqdm[Any]", stall_seconds: float) -> None:
+    """Wait as long as `working()`. Raises PlaceFailed if `folder` gets too little within `stall_seconds`."""
+    window_start, window_bytes, shown_bytes = time.monotonic(), _bytes_in(folder), 0
+    while working():
+        time.sleep(POLL_SECONDS)
+        now_bytes = _bytes_in(folder)
+        progress.update(now_bytes - window_bytes - shown_bytes)
+        shown_bytes = now_bytes - window_bytes
+        if (elapsed := time.monotonic() - window_start) > stall_seconds:
+            if abs(shown_bytes) < SLOWEST_BYTES:
+                raise PlaceFailed(f"stalled, {shown_bytes} bytes in {elapsed:.0f} s")
+            window_start, window_bytes, shown_bytes = time.monotonic(), now_bytes, 0
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # renamed meanwhile
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def _from_debian(into: Path) -> None:
@@ -190,30 +226,54 @@ def _from_debian(into: Path) -> None:
     apt keeps its lists and downloads in a folder of ours; it checks the archive's signature.
     """
     if (installed := Path("/") / DEBIAN_FOLDER).is_dir():
-        return _from_folder(installed, into)
+        _from_folder(installed, into)
+        return
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise PlaceFailed("this system has no apt-get and dpkg-deb")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "state/lists/partial").mkdir(parents=True)
         (work / "cache/archives/partial").mkdir(parents=True)
-        apt = ["apt-get", "-q", "-o", f"Dir::State={work}/state", "-o", "Dir::State::status=/dev/null"]
-        apt += ["-o", f"Dir::Cache={work}/cache", "-o", "Acquire::Retries=0", "-o", "APT::Sandbox::User="]
-        apt += ["-o", f"Acquire::http::Timeout={STALL_SECONDS}", "-o", f"Acquire::https::Timeout={STALL_SECONDS}"]
-        with tqdm(total=3, desc=DEBIAN_PACKAGE, unit="step", disable=None) as progress:
-            _run([*apt, "update"], work)
-            progress.update()
-            _run([*apt, "download", DEBIAN_PACKAGE], work)
-            progress.update()
-            package = next(work.glob(f"{DEBIAN_PACKAGE}_*.deb"))
-            _run(["dpkg-deb", "-x", str(package), "unpacked"], work)
-            progress.update()
+        options = ["-q", "-o", f"Dir::State={work}/state", "-o", "Dir::State::status=/dev/null"]
+        options += ["-o", f"Dir::Cache={work}/cache", "-o", "Acquire::Retries=0", "-o", "APT::Sandbox::User="]
+        options += ["-o", f"Acquire::http::Timeout={STALL_SECONDS}", "-o", f"Acquire::https::Timeout={STALL_SECONDS}"]
+        update = _run(["apt-get", "update", *options], work)
+        try:
+            _run(["apt-get", "download", DEBIAN_PACKAGE, *options], work)
+        except PlaceFailed as error:  # `update` succeeds although places failed, because others may do
+            reason = next((f"; {line}" for line in update.splitlines() if "Failed to fetch" in line), "")
+            raise PlaceFailed(f"{error}{reason}") from None
+        package = next(work.glob(f"{DEBIAN_PACKAGE}_*.deb"))
+        _run(["dpkg-deb", "-x", str(package), "unpacked"], work)
         _from_folder(work / "unpacked" / DEBIAN_FOLDER, into)
 
 
-def _run(command: list[str], folder: Path) -> None:
-    """Run a program; PlaceFailed with the last line of what it complained of if it fails."""
-    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode != 0:
-        complaint = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise PlaceFailed(f"{command[0]} {command[-1]}: {complaint}")
+def _run(command: list[str], folder: Path) -> str:
+    """Run a program that writes to `folder`, and give back what it printed.
+
+    Raises PlaceFailed with the last line it printed if it fails, or if it stalls, in which case it is ended.
+    """
+    log, name = folder / "log", " ".join(command[:2])
+    with (
+        log.open("wb") as output,
+        tqdm(desc=name, unit="B", unit_scale=True, disable=None) as progress,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | {"LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        try:
+            _watch(lambda: process.poll() is None, folder, progress, APT_STALL_SECONDS)
+        except PlaceFailed as stalled:
+            raise PlaceFailed(f"{name}: {stalled}") from None
+        finally:
+            process.kill()
+    printed = log.read_text(encoding="utf-8", errors="replace").strip()
+    if process.returncode != 0:
+        complaint = printed.splitlines()[-1] if printed else f"exit code {process.returncode}"
+        raise PlaceFailed(f"{name}: {complaint}")
+    return printed

@@ -1,0 +1,27 @@
+"""Fixtures that several test files use."""
+
+import os
+from pathlib import Path
+
+import pytest
+from imports import ROOT
+
+from classifier.files import hash_file
+from classifier.sources.fashion_mnist import FILES, fetch
+
+# Test files run side by side: with a thread for each core in each of them, the threads wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the four unpacked files of Fashion-MNIST: the checkout's own if they are right, else fetched.
+
+    Tests only read it.
+    """
+    raw = ROOT / "data/raw"
+    if all((raw / name).is_file() and hash_file(raw / name) == md5 for name, md5 in FILES.items()):
+        return raw
+    raw = tmp_path_factory.mktemp("fashion_mnist") / "raw"
+    fetch(raw, raw)
+    return raw

@@ -1,0 +1,86 @@
+"""A copy of the project in a repository of its own, in which tests run DVC as a user does."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from imports import ROOT
+
+# A data source as a user would add one: one file, here for small files in Fashion-MNIST's format.
+SMALL_SOURCE = '''"""Small IDX files in the folder data_path."""
+import shutil
+from classifier.sources.fashion_mnist import FILES, class_names, read
+def fetch(raw, data_path):
+    raw.mkdir(parents=True)
+    for name in FILES:
+        shutil.copy(data_path / name, raw / name)
+'''
+
+
+def clean_environment(folder: Path, **extra: str) -> dict[str, str]:
+    """The environment for a command in a repository of its own: no setting of the outer one reaches it.
+
+    DVC hands inherited DVC_* variables on to its stages; its caches and configuration go below `folder`.
+    """
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "FASHION_MNIST"))}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    for kind in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DVC_SITE_CACHE_DIR"):
+        env[kind] = str(folder / f".{kind.lower()}")
+    return env | extra
+
+
+class Project:
+    """A repository that holds the project."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def create(cls, root: Path) -> "Project":
+        """Copy the project's files as they are in the work tree, without lock, metrics and tests."""
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        for name in listed.stdout.splitlines():
+            if not name.startswith(("tests/", "benchmarks/", "docs/", "metrics/")) and (ROOT / name).is_file():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, root / name)
+        (root / "dvc.lock").unlink(missing_ok=True)
+        return cls(root)
+
+    def commit(self) -> None:
+        """Make a commit of all there is that Git does not ignore."""
+        if not (self.root / ".git").exists():
+            self.run("git", "init", "--quiet", "--initial-branch=main")
+        self.run("git", "add", "--all")
+        author = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+        self.run("git", *author, "commit", "--quiet", "--message=State under test")
+
+    def set_params(self, **changes: str) -> None:
+        """Replace values in params.yaml, given as they are spelt there."""
+        path = self.root / "params.yaml"
+        lines = path.read_text().splitlines()
+        for key, value in changes.items():
+            (index,) = [number for number, line in enumerate(lines) if line.startswith(f"{key}:")]
+            lines[index] = f"{key}: {value}"
+        path.write_text("\n".join(lines) + "\n")
+
+    def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the repository; its output is in the error if it fails and `check` is true."""
+        done = subprocess.run(
+            command, cwd=self.root, env=clean_environment(self.root.parent, **env), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def dvc(self, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "dvc", *arguments, check=check, **env)
+
+    def stages_run(self, output: str) -> list[str]:
+        """The stages that DVC says it ran."""
+        return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]

@@ -1,0 +1,160 @@
+"""The device policy, seeds, threads and the record of the environment.
+
+What torch says of accelerators is replaced here, and only here: there is none to test with.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from classifier.device import (
+    environment,
+    refuse_several_processes,
+    seed_everything,
+    select_device,
+    set_threads,
+    usable_devices,
+)
+from classifier.errors import PipelineError
+
+
+@pytest.fixture
+def restore_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put threads and determinism back to what they were."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = benchmark
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, cuda_devices: int, mps: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda_devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda_devices)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize(
+    ("cuda_devices", "mps", "chosen", "usable"),
+    [
+        (0, False, "cpu", ["cpu"]),
+        (0, True, "mps", ["mps", "cpu"]),
+        (1, False, "cuda", ["cuda", "cuda:0", "cpu"]),
+        (2, True, "cuda", ["cuda", "cuda:0", "cuda:1", "mps", "cpu"]),
+    ],
+)
+def test_auto_is_cuda_then_mps_then_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cuda_devices: int,
+    mps: bool,
+    chosen: str,
+    usable: list[str],
+) -> None:
+    pretend(monkeypatch, cuda_devices, mps)
+    assert usable_devices() == usable
+    assert select_device("auto") == torch.device(chosen)
+    assert capsys.readouterr().out == f"Using {chosen} device\n"
+    assert [str(select_device(name)) for name in usable] == usable
+
+
+@pytest.mark.parametrize(
+    ("cuda_devices", "name", "usable"),
+    [
+        (0, "cuda", "cpu"),
+        (0, "cuda:0", "cpu"),
+        (0, "mps", "cpu"),
+        (0, "toaster", "cpu"),
+        (2, "cuda:2", "cuda, cuda:0, cuda:1, cpu"),
+        (2, "cuda:01", "cuda, cuda:0, cuda:1, cpu"),
+    ],
+)
+def test_a_device_that_is_not_usable_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cuda_devices: int, name: str, usable: str
+) -> None:
+    pretend(monkeypatch, cuda_devices, mps=False)
+    with pytest.raises(PipelineError, match=rf"^device: {name} is not usable here; usable: {usable}$"):
+        select_device(name)
+    assert capsys.readouterr().out == ""
+
+
+def test_this_machines_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert select_device("cpu") == torch.device("cpu")
+    assert capsys.readouterr().out == "Using cpu device\n"
+
+
+@pytest.mark.usefixtures("restore_torch")
+def test_seeding_makes_draws_equal() -> None:
+    def draws() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), torch.rand(1).item()  # noqa: NPY002, S311, what is seeded
+
+    seed_everything(7)
+    first = draws()
+    second = draws()
+    seed_everything(7)
+    assert draws() == first
+    assert first != second
+    seed_everything(8)
+    assert draws() != first
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.usefixtures("restore_torch")
+def test_threads() -> None:
+    assert set_threads(1) == 1
+    assert torch.get_num_threads() == 1
+    threads = set_threads("auto")
+    assert 1 <= threads <= (os.cpu_count() or 1)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process's cores can be chosen on Linux only")
+@pytest.mark.usefixtures("restore_torch")
+def test_auto_threads_are_the_cores_of_this_process() -> None:
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert set_threads("auto") == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.usefixtures("restore_torch")
+def test_environment_is_complete_and_plain() -> None:
+    set_threads(1)
+    recorded = environment(torch.device("cpu"))
+    assert set(recorded) == {
+        "device",
+        "cpu",
+        "cpu_capability",
+        "threads",
+        "system",
+        "python",
+        "torch",
+        "torchvision",
+        "numpy",
+        "blas",
+    }
+    assert all(isinstance(value, str | int) and value != "" for value in recorded.values())
+    assert recorded["device"] == "cpu"
+    assert recorded["threads"] == 1
+    assert recorded["torch"] == torch.__version__
+    assert recorded == environment(torch.device("cpu"))
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for alone in ("1", None):
+        monkeypatch.setenv("WORLD_SIZE", alone) if alone else monkeypatch.delenv("WORLD_SIZE", raising=False)
+        refuse_several_processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PipelineError, match="launcher: training on several processes is not supported; use python"):
+        refuse_several_processes()

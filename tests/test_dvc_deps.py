@@ -1,0 +1,109 @@
+"""dvc.yaml against the code: what a stage imports and reads is what DVC watches; and the import rules."""
+
+import ast
+from typing import Any
+
+import pytest
+import yaml
+from imports import ROOT, imported_names, project_files_behind
+
+from classifier import files
+from classifier.params import UNTRACKED, Params, modules_in
+
+STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("classifier/**/*.py"))
+
+# Decides where runs are logged, and no result: editing it must not retrain anything.
+NO_RESULT = {"classifier/tracking.py"}
+# Found by name at run time, so the import statements do not show them: dvc.yaml names them by parameter.
+BY_NAME = {
+    "classifier/sources/__init__.py": "classifier/sources/${source}.py",
+    "classifier/networks/__init__.py": "classifier/networks/${network}.py",
+}
+
+
+def has_code(path: str) -> bool:
+    """Whether a file holds more than a docstring."""
+    return any(not isinstance(node, ast.Expr) for node in ast.parse((ROOT / path).read_text()).body)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_module_a_stage_imports_is_among_its_deps(stage: str) -> None:
+    code = {path for path in project_files_behind(f"stages/{stage}.py") if has_code(path)} - NO_RESULT
+    code |= {BY_NAME[path] for path in code if path in BY_NAME}
+    declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
+    assert declared == code
+
+
+@pytest.mark.parametrize("name", [f"networks/{name}" for name in modules_in("networks")])
+def test_a_network_imports_nothing_that_dvc_does_not_watch(name: str) -> None:
+    watched = set(STAGES["train"]["deps"]) & set(STAGES["evaluate"]["deps"]) & set(STAGES["export"]["deps"])
+    assert project_files_behind(f"classifier/{name}.py") - {f"classifier/{name}.py"} <= watched
+
+
+@pytest.mark.parametrize("name", [f"sources/{name}" for name in modules_in("sources")])
+def test_a_source_imports_nothing_that_dvc_does_not_watch(name: str) -> None:
+    watched = set(STAGES["download"]["deps"]) & set(STAGES["annotate"]["deps"])
+    assert project_files_behind(f"classifier/{name}.py") - {f"classifier/{name}.py"} <= watched
+
+
+def parameters_read(stage: str) -> set[str]:
+    """The keys of params.yaml that a stage script reads, in attributes of a variable called `params`."""
+    tree = ast.parse((ROOT / f"stages/{stage}.py").read_text())
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "params"} & set(
+        Params.model_fields
+    )
+
+
+@pytest.mark.parametrize("stage", ["download", "annotate", "train", "evaluate"])
+def test_the_params_of_a_stage_are_those_it_reads(stage: str) -> None:
+    # val_size and the like reach a later stage through the files of an earlier one
+    assert set(STAGES[stage]["params"]) == parameters_read(stage) - UNTRACKED
+
+
+def test_export_tracks_all_params_that_decide_results_because_the_manifest_holds_them() -> None:
+    assert set(STAGES["export"]["params"]) == set(Params.model_fields) - UNTRACKED
+    assert parameters_read("export") <= set(Params.model_fields)
+
+
+def test_outputs_are_the_files_of_the_contract() -> None:
+    written = []
+    for stage in STAGES.values():
+        for out in [*stage["outs"], *stage.get("metrics", [])]:
+            written.append(out if isinstance(out, str) else next(iter(out)))
+    assert sorted(written) == sorted(
+        str(path)
+        for path in (
+            files.RAW, files.IMAGES, files.ANNOTATIONS, files.WEIGHTS, files.EPOCHS, files.TRAIN_METRICS,
+            files.ENVIRONMENT, files.CLASS_METRICS, files.PLOTS, files.TEST_METRICS, files.EXPORT,
+        )
+    )  # fmt: skip
+
+
+def test_metrics_stay_in_git_and_other_outputs_in_the_cache() -> None:
+    for stage in STAGES.values():
+        assert all(isinstance(out, str) for out in stage["outs"])
+        assert all(options == {"cache": False} for metric in stage.get("metrics", []) for options in metric.values())
+
+
+@pytest.mark.parametrize(("package", "only"), [("mlflow", "tracking"), ("matplotlib", "plots")])
+def test_one_module_imports_what_the_others_do_without(package: str, only: str) -> None:
+    importers = {path for path in MODULES if any(n.split(".")[0] == package for n in imported_names(ROOT / path))}
+    stage_importers = [stage for stage in STAGES if package in imported_names(ROOT / f"stages/{stage}.py")]
+    assert importers == {f"classifier/{only}.py"}
+    assert not stage_importers
+
+
+def test_imports_go_one_way() -> None:
+    for path in MODULES:
+        assert not any(name.split(".")[0] == "stages" for name in imported_names(ROOT / path)), path
+    for stage in STAGES:
+        assert not any(name.split(".")[0] == "stages" for name in imported_names(ROOT / f"stages/{stage}.py")), stage
+
+
+@pytest.mark.parametrize("stage", ["download", "annotate"])
+def test_a_stage_without_a_network_does_not_wait_for_torch_or_mlflow(stage: str) -> None:
+    paths = project_files_behind(f"stages/{stage}.py") | {"classifier/sources/fashion_mnist.py"}
+    packages = {name.split(".")[0] for path in paths for name in imported_names(ROOT / path)}
+    assert not packages & {"torch", "torchvision", "mlflow", "matplotlib"}

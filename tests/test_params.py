@@ -1,0 +1,308 @@
+"""params.yaml: what is accepted, and the one line that each mistake gets."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from classifier.errors import PipelineError
+from classifier.params import UNTRACKED, Params, load_params, modules_in
+
+ROOT = Path(__file__).parent.parent
+COMMITTED = (ROOT / "params.yaml").read_text(encoding="utf-8")
+
+
+def with_values(values: dict[str, str]) -> str:
+    """The committed parameters with some lines replaced: YAML text by key."""
+    text = COMMITTED.replace("export_formats:            # any of pth, pt2, onnx\n- pth\n- pt2\n- onnx\n", "")
+    text += "export_formats: [pth, pt2, onnx]\n"
+    for key, value in values.items():
+        text, found = re.subn(rf"(?m)^{key}:.*$", lambda _, line=f"{key}: {value}": line, text)  # type: ignore[misc]
+        assert found == 1, key
+    return text
+
+
+def without(key: str) -> str:
+    return re.sub(rf"(?m)^{key}:.*\n", "", with_values({}))
+
+
+def load(folder: Path, text: str) -> Params:
+    (folder / "params.yaml").write_text(text, encoding="utf-8")
+    return load_params(folder / "params.yaml")
+
+
+def complaints(folder: Path, text: str) -> list[str]:
+    """The lines of the error, each without the file that it starts with."""
+    with pytest.raises(PipelineError) as caught:
+        load(folder, text)
+    lines = str(caught.value).splitlines()
+    start = f"{folder / 'params.yaml'}: "
+    assert all(line.startswith(start) for line in lines)
+    return [line.removeprefix(start) for line in lines]
+
+
+def run_module(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "classifier.params"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# The committed file
+
+
+def test_committed_parameters_load() -> None:
+    params = load_params(ROOT / "params.yaml")
+    assert list(type(params).model_fields) == list(params.model_dump())
+    assert set(params.model_dump()) >= UNTRACKED
+
+
+def test_committed_parameters_are_in_dvcs_spelling(tmp_path: Path) -> None:
+    """Or the first `dvc exp run -S` would change lines that nobody meant."""
+    from dvc.utils.serialize import modify_yaml
+
+    (tmp_path / "params.yaml").write_text(COMMITTED, encoding="utf-8")
+    with modify_yaml(tmp_path / "params.yaml"):
+        pass
+    assert (tmp_path / "params.yaml").read_text(encoding="utf-8") == COMMITTED
+    with modify_yaml(tmp_path / "params.yaml") as content:
+        content["lr"] = 1e-06
+        content["optimizer"] = "adam"
+    changed = load_params(tmp_path / "params.yaml")
+    assert changed == load_params(ROOT / "params.yaml").model_copy(update={"lr": 1e-06, "optimizer": "adam"})
+
+
+def test_every_parameter_says_what_is_allowed() -> None:
+    assert [key for key, field in Params.model_fields.items() if not field.description] == []
+
+
+def test_parameters_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_params(ROOT / "params.yaml").lr = 1.0  # type: ignore[misc]
+
+
+def test_modules_in() -> None:
+    assert "mlp" in modules_in("networks")
+    assert "fashion_mnist" in modules_in("sources")
+    assert "__init__" not in modules_in("networks")
+
+
+# Values that are accepted
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("1e-06", 1e-06),
+        ("1E3", 1000.0),
+        ("1.5e3", 1500.0),
+        ("1.e3", 1000.0),
+        (".5e-3", 0.0005),
+        ("+1e+0", 1.0),
+        ("0.1", 0.1),
+        ("1", 1.0),
+    ],
+)
+def test_numbers_as_dvc_and_people_write_them(tmp_path: Path, written: str, read: float) -> None:
+    lr = load(tmp_path, with_values({"lr": written})).lr
+    assert (lr, type(lr)) == (read, float)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "read"),
+    [
+        ("weights", "1e5.pth", "1e5.pth"),
+        ("weights", "", None),
+        ("weights", "null", None),
+        ("target_transform", "one_hot", "one_hot"),
+        ("val_size", "0", 0),
+        ("val_size", "0.1", 0.1),
+        ("val_size", "1e-1", 0.1),
+        ("threads", "3", 3),
+        ("device", "cuda:1", "cuda:1"),
+        ("launcher", "torchrun --nproc-per-node=2", "torchrun --nproc-per-node=2"),
+        ("freeze", '["*.0.*", "*bias"]', ["*.0.*", "*bias"]),
+        ("augment", "[erase, flip, crop]", ["erase", "flip", "crop"]),
+        ("export_formats", "[onnx]", ["onnx"]),
+        ("seed", "0", 0),
+        ("workers", "0", 0),
+        ("memory_limit_gib", "0.5", 0.5),
+    ],
+)
+def test_allowed_values(tmp_path: Path, key: str, written: str, read: object) -> None:
+    assert getattr(load(tmp_path, with_values({key: written})), key) == read
+
+
+# Values that are refused
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "complaint"),
+    [
+        ("lr", "fast", "'fast' is not a number above 0"),
+        ("lr", "0", "0 is not a number above 0"),
+        ("lr", ".nan", "nan is not a number above 0"),
+        ("lr", ".inf", "inf is not a number above 0"),
+        ("lr", "1e999", "inf is not a number above 0"),
+        ("lr", "true", "True is not a number above 0"),
+        ("lr", "", "nothing is not a number above 0"),
+        ("lr", "'0.1'", "'0.1' is not a number above 0"),
+        ("lr", "[0.1, 0.2]", "[0.1, 0.2] is not a number above 0"),
+        ("epochs", "-1", "-1 is not a whole number above 0"),
+        ("epochs", "0", "0 is not a whole number above 0"),
+        ("epochs", "2.5", "2.5 is not a whole number above 0"),
+        ("epochs", "1e1", "10.0 is not a whole number above 0"),
+        ("epochs", "true", "True is not a whole number above 0"),
+        ("batch_size", "0", "0 is not a whole number above 0"),
+        ("accumulate_steps", "0", "0 is not a whole number above 0"),
+        ("seed", "-1", "-1 is not a whole number from 0 to 4294967295"),
+        ("seed", "4294967296", "4294967296 is not a whole number from 0 to 4294967295"),
+        ("device", "gpu", "'gpu' is not auto, cpu, mps, cuda or cuda:<number>"),
+        ("threads", "0", "0 is not auto or a whole number above 0"),
+        ("threads", "all", "'all' is not auto or a whole number above 0"),
+        ("launcher", "mpirun", "'mpirun' is not python, or a torchrun command line"),
+        ("launcher", "python; rm x", "'python; rm x' is not python, or a torchrun command line"),
+        ("val_size", "-5", "-5 is not a count of images (0 or more), or a fraction below 1"),
+        ("val_size", "1.0", "1.0 is not a count of images (0 or more), or a fraction below 1"),
+        ("val_size", ".nan", "nan is not a count of images (0 or more), or a fraction below 1"),
+        ("val_size", "true", "True is not a count of images (0 or more), or a fraction below 1"),
+        ("val_size", "many", "'many' is not a count of images (0 or more), or a fraction below 1"),
+        ("shuffle", "1", "1 is not true or false"),
+        ("optimizer", "SGD", "'SGD' is not one of sgd, adam, adamw, rmsprop"),
+        ("momentum", "1.0", "1.0 is not a number from 0 to below 1"),
+        ("weight_decay", "-0.1", "-0.1 is not a number, 0 or more"),
+        ("schedule", "step", "'step' is not one of constant, linear, cosine, onecycle"),
+        ("label_smoothing", "1", "1 is not a number from 0 to below 1"),
+        ("target_transform", "onehot", "'onehot' is not one_hot, or empty"),
+        ("augment", "[flop]", "['flop'] is not a list of any of crop, flip, erase"),
+        ("augment", "flip", "'flip' is not a list of any of crop, flip, erase"),
+        ("freeze", "[1, 2]", "[1, 2] is not a list of parameter-name patterns"),
+        ("precision", "float16", "'float16' is not float32 or bfloat16"),
+        ("export_formats", "[]", "[] is not a list of at least one of pth, pt2, onnx"),
+        ("weights", "''", "'' is not a weights file, or empty"),
+        ("experiment", "''", "'' is not a name"),
+        ("memory_limit_gib", "0", "0 is not a number above 0"),
+        ("workers", "-1", "-1 is not a whole number, 0 or more"),
+    ],
+)
+def test_a_wrong_value_gets_one_line(tmp_path: Path, key: str, written: str, complaint: str) -> None:
+    assert complaints(tmp_path, with_values({key: written})) == [f"{key}: {complaint}"]
+
+
+@pytest.mark.parametrize(("key", "folder"), [("network", "networks"), ("source", "sources")])
+@pytest.mark.parametrize("name", ["mpl", "__init__", "../params", ""])
+def test_a_module_that_is_not_there(tmp_path: Path, key: str, folder: str, name: str) -> None:
+    names = ", ".join(modules_in(folder))
+    expected = f"{key}: {name!r} is not one of {names} (the modules in classifier/{folder})"
+    assert complaints(tmp_path, with_values({key: f"'{name}'"})) == [expected]
+
+
+# Keys
+
+
+def test_a_misspelt_key_gets_one_line(tmp_path: Path) -> None:
+    text = with_values({}).replace("\noptimizer:", "\noptimiser:")
+    expected = "optimiser: 'sgd' is given, but there is no such key; did you mean optimizer?"
+    assert complaints(tmp_path, text) == [expected]
+
+
+def test_an_additional_key(tmp_path: Path) -> None:
+    expected = "optimiser: 'adam' is given, but there is no such key; did you mean optimizer?"
+    assert complaints(tmp_path, with_values({}) + "optimiser: adam\n") == [expected]
+    (line,) = complaints(tmp_path, with_values({}) + "zzz: 1\n")
+    assert line.startswith("zzz: 1 is given, but there is no such key; the keys are seed, device, ")
+
+
+@pytest.mark.parametrize(("written", "shown"), [("1", "1"), ("yes", "True"), ("null", "None"), ("2.5", "2.5")])
+def test_keys_that_are_not_text(tmp_path: Path, written: str, shown: str) -> None:
+    (line,) = complaints(tmp_path, with_values({}) + f"{written}: 7\n")
+    assert line.startswith(f"{shown}: 7 is given, but there is no such key")
+
+
+@pytest.mark.parametrize("key", ["seed", "lr", "weights", "registered_model"])
+def test_a_missing_key(tmp_path: Path, key: str) -> None:
+    expected = f"{key}: missing; it must be {Params.model_fields[key].description}"
+    assert complaints(tmp_path, without(key)) == [expected]
+
+
+def test_several_mistakes_are_listed_together(tmp_path: Path) -> None:
+    text = without("momentum").replace("\nlr: 0.001", "\nlr: fast").replace("\nschedule:", "\nshedule:")
+    assert complaints(tmp_path, text + "surprise: 1\n") == [
+        "lr: 'fast' is not a number above 0",
+        "momentum: missing; it must be a number from 0 to below 1",
+        "shedule: 'constant' is given, but there is no such key; did you mean schedule?",
+        f"surprise: 1 is given, but there is no such key; the keys are {', '.join(Params.model_fields)}",
+    ]
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "not a list of `key: value` lines"),
+        ("# only a comment\n", "not a list of `key: value` lines"),
+        ("- 1\n- 2\n", "not a list of `key: value` lines"),
+        ("lr: [1\n", "not readable as YAML: "),
+        ("lr: {\n\tx", "not readable as YAML: "),
+        ("!!python/object/apply:os.getcwd []\n", "not readable as YAML: "),
+        ("experiment: 2026-13-01\n", "not readable as YAML: "),
+        ("lr: \0\n", "not readable as YAML: "),
+    ],
+)
+def test_a_file_that_holds_no_parameters(tmp_path: Path, text: str, complaint: str) -> None:
+    (line,) = complaints(tmp_path, text)
+    assert line.startswith(complaint)
+
+
+def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(b"experiment: B\xe4r\n")
+    with pytest.raises(PipelineError, match="not readable as YAML: 'utf-8' codec"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"params\.yaml: missing; run from the folder that holds dvc\.yaml"):
+        load_params(tmp_path / "params.yaml")
+
+
+# As a command
+
+
+def test_the_command_is_silent_when_all_is_right(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(COMMITTED, encoding="utf-8")
+    done = run_module(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (with_values({"lr": "fast"}), "params.yaml: lr: 'fast' is not a number above 0"),
+        (with_values({"epochs": "-1"}), "params.yaml: epochs: -1 is not a whole number above 0"),
+        (
+            with_values({}).replace("\noptimizer:", "\noptimiser:"),
+            "params.yaml: optimiser: 'sgd' is given, but there is no such key; did you mean optimizer?",
+        ),
+        (
+            with_values({"network": "mpl"}),
+            f"params.yaml: network: 'mpl' is not one of {', '.join(modules_in('networks'))} "
+            "(the modules in classifier/networks)",
+        ),
+        (None, "params.yaml: missing; run from the folder that holds dvc.yaml"),
+    ],
+    ids=["lr", "epochs", "optimiser", "network", "no file"],
+)
+def test_the_command_prints_one_line_and_fails(tmp_path: Path, text: str | None, line: str) -> None:
+    if text is not None:
+        (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    done = run_module(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line + "\n")

@@ -1,0 +1,278 @@
+"""The whole pipeline as a user runs it: real dvc, real stages, real MLflow store, on small data."""
+
+import hashlib
+import io
+import json
+import shutil
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from project import SMALL_SOURCE, Project
+from small_data import write_idx_dataset
+
+STAGES = ["download", "annotate", "train", "evaluate", "export"]
+
+
+def small_project(folder: Path) -> Project:
+    """A committed project whose source gives 200 training and 80 test images, in a folder of its own."""
+    project = Project.create(folder / "project")
+    (project.root / "classifier/sources/small.py").write_text(SMALL_SOURCE)
+    write_idx_dataset(folder / "idx")
+    project.set_params(source="small", data_path=str(folder / "idx"), val_size="40", epochs="4", lr="0.1", threads="1")
+    project.commit()
+    return project
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project in which `dvc repro` ran once. Tests that share it leave it as it is."""
+    project = small_project(tmp_path_factory.mktemp("pipeline"))
+    done = project.dvc("repro")
+    assert project.stages_run(done.stdout) == STAGES
+    assert "Using cpu device" in done.stdout or "Using cuda device" in done.stdout or "Using mps device" in done.stdout
+    assert "NeuralNetwork(" in done.stdout
+    assert "669,706 parameters" in done.stdout
+    return project
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_it_writes_the_files_of_the_contract(reproduced: Project) -> None:
+    root = reproduced.root
+    assert sorted(path.name for path in (root / "data/raw").iterdir()) == [
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+    ]
+    rows = {split: pd.read_csv(root / f"data/annotations/{split}.csv") for split in ("train", "val", "test")}
+    assert {split: len(table) for split, table in rows.items()} == {"train": 160, "val": 40, "test": 80}
+    assert all(list(table.columns) == ["file", "label"] for table in rows.values())
+    assert list(pd.read_csv(root / "data/annotations/classes.csv").columns) == ["label", "name"]
+
+    epochs = pd.read_csv(root / "metrics/epochs.csv")
+    assert list(epochs.columns) == ["epoch", "train_loss", "val_loss", "val_accuracy"]
+    kept = read_json(root / "metrics/train.json")
+    assert kept == epochs.to_dict("records")[epochs.val_accuracy.argmax()]
+
+    test = read_json(root / "metrics/test.json")
+    assert sorted(test) == ["accuracy", "accuracy_ci95", "loss"]
+    low, high = test["accuracy_ci95"]
+    assert 0.5 < test["accuracy"] <= 1
+    assert 0 <= low < test["accuracy"] <= high <= 1
+    assert sorted(path.name for path in (root / "metrics/plots").iterdir()) == [
+        "confusion.csv",
+        "mistakes.png",
+        "saliency.png",
+        "samples.png",
+    ]
+    confusion = pd.read_csv(root / "metrics/plots/confusion.csv")
+    assert len(confusion) == 80
+    assert (confusion.actual == confusion.predicted).mean() == test["accuracy"]
+
+
+def test_the_manifest_says_what_was_exported_and_what_made_it(reproduced: Project) -> None:
+    root = reproduced.root
+    manifest = read_json(root / "models/export/manifest.json")
+    assert sorted(manifest["files"]) == ["model.onnx", "model.pt2", "model.pth"]
+    for name, entry in manifest["files"].items():
+        content = (root / "models/export" / name).read_bytes()
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+        assert entry["bytes"] == len(content)
+        assert entry["trusted_source_only"] is (name == "model.pth")
+    lock = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
+    locked = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
+    assert manifest["md5"] == {path: locked[path] for path in manifest["md5"]}
+    assert manifest["md5"].keys() == {"data/raw", "data/images.zip", "data/annotations", "models/model_weights.pth"}
+    assert manifest["parameters"]["lr"] == 0.1
+    assert manifest["metrics"]["test"] == read_json(root / "metrics/test.json")
+
+
+def test_nothing_is_left_to_commit_but_lock_and_metrics_and_nothing_runs_twice(reproduced: Project) -> None:
+    changed = reproduced.run("git", "status", "--porcelain", "--untracked-files=all").stdout.splitlines()
+    assert sorted(line[3:] for line in changed) == [
+        "dvc.lock",
+        "metrics/environment.json",
+        "metrics/test.json",
+        "metrics/train.json",
+    ]
+    assert reproduced.stages_run(reproduced.dvc("repro").stdout) == []
+
+
+def test_mlflow_has_one_finished_run_with_all_that_made_the_model(reproduced: Project) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{reproduced.root / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "fashion-mnist"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+
+    params = yaml.safe_load((reproduced.root / "params.yaml").read_text())
+    assert run.data.params.keys() == params.keys()
+    assert run.data.params["lr"] == "0.1"
+    assert run.data.params["data_path"] == params["data_path"]
+    assert json.loads(run.data.params["export_formats"]) == ["pth", "pt2", "onnx"]
+
+    epochs = pd.read_csv(reproduced.root / "metrics/epochs.csv")
+    for name in ("train_loss", "val_loss", "val_accuracy"):
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [metric.step for metric in history] == [1, 2, 3, 4]
+        assert [metric.value for metric in history] == pytest.approx(epochs[name].tolist(), rel=1e-12)
+    assert run.data.metrics["images_per_second"] > 0
+    assert run.data.metrics["test_accuracy"] == read_json(reproduced.root / "metrics/test.json")["accuracy"]
+
+    lock = yaml.safe_load((reproduced.root / "dvc.lock").read_text())["stages"]
+    md5 = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
+    assert run.data.tags["md5.images"] == md5["data/images.zip"]
+    assert run.data.tags["md5.annotations"] == md5["data/annotations"]
+    assert run.data.tags["md5.model_weights"] == md5["models/model_weights.pth"]
+    assert run.data.tags["mlflow.source.git.commit"] == reproduced.run("git", "rev-parse", "HEAD").stdout.strip()
+    assert run.inputs is not None
+    digests = {data.dataset.digest for data in run.inputs.dataset_inputs}
+    assert digests == {md5["data/images.zip"], md5["data/annotations"]}
+
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id, "plots")}
+    assert {"plots/samples.png", "plots/mistakes.png", "plots/saliency.png"} <= artifacts
+    folder = Path(client.download_artifacts(run.info.run_id, "plots"))
+    assert (folder / "samples.png").read_bytes() == (reproduced.root / "metrics/plots/samples.png").read_bytes()
+
+    (version,) = client.search_model_versions("name='fashion-mnist'")
+    assert version.run_id == run.info.run_id
+
+
+def test_the_logged_model_answers_for_any_number_of_images(reproduced: Project) -> None:
+    # In a process of its own, with the store given by nothing but its address
+    code = """
+import mlflow, numpy, torch
+from classifier.exchange import read_logits
+from pathlib import Path
+pixels = numpy.random.default_rng(0).random((5, 1, 28, 28), dtype=numpy.float32)
+model = mlflow.pyfunc.load_model("models:/fashion-mnist/1")
+for count in (1, 2, 5):
+    expected = read_logits(Path("models/export/model.onnx"), pixels[:count])
+    assert numpy.abs(model.predict(pixels[:count]) - expected).max() < 1e-4
+"""
+    reproduced.run(sys.executable, "-c", code, MLFLOW_TRACKING_URI=f"sqlite:///{reproduced.root / 'mlflow.db'}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("lr", "fast", "params.yaml: lr: 'fast' is not a number above 0"),
+        ("epochs", "-1", "params.yaml: epochs: -1 is not a whole number above 0"),
+        ("network", "mpl", "params.yaml: network: 'mpl' is not one of mlp (the modules in classifier/networks)"),
+        (
+            "optimizer",
+            None,
+            "params.yaml: optimiser: 'sgd' is given, but there is no such key; did you mean optimizer?",
+        ),
+    ],
+)
+def test_a_wrong_parameter_is_one_line_from_make_repro_and_from_the_stage(
+    tmp_path: Path, key: str, value: str | None, line: str
+) -> None:
+    project = Project.create(tmp_path / "project")
+    if value is None:
+        text = (project.root / "params.yaml").read_text()
+        (project.root / "params.yaml").write_text(text.replace("optimizer: sgd", "optimiser: sgd"))
+    else:
+        project.set_params(**{key: value})
+    (project.root / ".venv").symlink_to(sys.prefix)
+    project.commit()
+
+    made = project.run("make", "--assume-old", f"{project.root}/.venv/.synced", "repro", check=False)
+    assert made.returncode != 0
+    assert [out for out in made.stderr.splitlines() if not out.startswith("make")] == [line]
+    staged = project.run(sys.executable, "-m", "stages.download", check=False)
+    assert (staged.returncode, staged.stderr.splitlines(), staged.stdout) == (1, [line], "")
+    assert not (project.root / "data/raw").exists()
+
+
+def test_a_device_that_is_not_there_is_an_error_that_names_the_ones_that_are(reproduced: Project) -> None:
+    params = reproduced.root / "params.yaml"
+    before = params.read_text()
+    try:
+        reproduced.set_params(device="cuda:77")
+        done = reproduced.run(sys.executable, "-m", "stages.train", check=False)
+    finally:
+        params.write_text(before)
+    assert done.returncode == 1
+    assert done.stderr.startswith("device: cuda:77 is not usable here; usable: ")
+    assert done.stderr.strip().endswith("cpu")
+
+
+@pytest.fixture
+def copied(reproduced: Project, tmp_path: Path) -> Project:
+    """A copy of the reproduced project, outputs and cache included, that a test may change."""
+    shutil.copytree(reproduced.root, tmp_path / "project", symlinks=True)
+    project = Project(tmp_path / "project")
+    project.commit()
+    return project
+
+
+def test_after_a_failed_download_the_earlier_data_comes_back(copied: Project, tmp_path: Path) -> None:
+    raw = copied.root / "data/raw/train-images-idx3-ubyte"
+    before = raw.read_bytes()
+    copied.set_params(source="fashion_mnist")
+    failed = copied.dvc("repro", check=False, FASHION_MNIST_DIR=str(tmp_path), http_proxy="http://127.0.0.1:9")
+    assert failed.returncode != 0
+    assert "FASHION_MNIST_DIR" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "dvc checkout data/raw" in failed.stderr
+    assert not raw.exists()
+    copied.dvc("checkout", "data/raw")
+    assert raw.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_an_experiment_runs_only_what_its_parameter_reaches(copied: Project) -> None:
+    done = copied.dvc("exp", "run", "--name", "slower", "-S", "lr=0.01")
+    assert copied.stages_run(done.stdout) == ["train", "evaluate", "export"]
+    accuracy = read_json(copied.root / "metrics/test.json")["accuracy"]
+
+    tiny = copied.dvc("exp", "run", "--name", "tiny", "-S", "lr=0.000001")  # which DVC writes as 1e-06
+    assert copied.stages_run(tiny.stdout) == ["train", "evaluate", "export"]
+
+    table = pd.read_csv(io.StringIO(copied.dvc("exp", "show", "--csv").stdout)).set_index("Experiment")
+    assert table.loc["slower", "lr"] == 0.01
+    assert table.loc["slower", "accuracy"] == pytest.approx(accuracy)
+    assert table.loc["tiny", "lr"] == 1e-6
+
+    # Back to the committed state, as the README says
+    copied.run("git", "restore", "params.yaml", "dvc.lock", "metrics")
+    copied.dvc("checkout")
+    assert copied.stages_run(copied.dvc("repro").stdout) == []
+
+
+@pytest.mark.slow
+def test_two_clean_rebuilds_give_the_same_bytes(reproduced: Project, tmp_path: Path) -> None:
+    again = Project(tmp_path / "again")
+    shutil.copytree(reproduced.root, again.root, ignore=shutil.ignore_patterns("cache", "tmp", "mlflow.db", "mlruns"))
+    again.dvc("repro", "--force")
+    assert (again.root / "dvc.lock").read_bytes() == (reproduced.root / "dvc.lock").read_bytes()
+    for metrics in ("train", "test", "environment"):
+        name = f"metrics/{metrics}.json"
+        assert (again.root / name).read_bytes() == (reproduced.root / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_parameters_that_change_no_result_rerun_nothing(copied: Project) -> None:
+    copied.set_params(workers="0", memory_limit_gib="1", experiment="other", registered_model="other")
+    assert copied.stages_run(copied.dvc("repro").stdout) == []
+
+
+@pytest.mark.slow
+def test_weights_without_a_run_in_the_store_get_one(copied: Project) -> None:
+    """As where model and data were pulled onto a machine that has not trained."""
+    for path in copied.root.glob("mlflow.db*"):
+        path.unlink()
+    copied.run(sys.executable, "-m", "stages.evaluate")
+    with sqlite3.connect(copied.root / "mlflow.db") as store:
+        assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]

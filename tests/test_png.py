@@ -1,0 +1,99 @@
+"""PNG files: the same bytes everywhere, readable by everyone, and quick to read back."""
+
+import hashlib
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from classifier.png import decode_stored_png, encode_png
+
+# MD5 of the PNG of `ramp()`. If it changes, data/images.zip changes for everyone.
+RAMP_MD5 = "628ca7b2872ee25b2c704fffec1e480a"
+
+SHAPES = [(28, 28), (1, 1), (5, 300), (28, 28, 3), (7, 1, 3), (300, 300), (255, 257), (200, 333, 3)]
+
+
+def noise(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def ramp() -> np.ndarray:
+    return (np.arange(28 * 28) % 256).astype(np.uint8).reshape(28, 28)
+
+
+def saved(image: np.ndarray, kind: str, mode: str | None = None) -> bytes:
+    """The file that Pillow makes of an image."""
+    file = io.BytesIO()
+    picture = Image.fromarray(image)
+    (picture.convert(mode) if mode else picture).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_round_trip_and_pillow_agree(shape: tuple[int, ...]) -> None:
+    image = noise(shape)
+    content = encode_png(image)
+    decoded = decode_stored_png(content)
+    assert decoded is not None
+    assert decoded.dtype == np.uint8
+    assert np.array_equal(decoded, image[None] if image.ndim == 2 else image.transpose(2, 0, 1))
+    with Image.open(io.BytesIO(content)) as picture:
+        assert picture.mode == ("L" if image.ndim == 2 else "RGB")
+        assert np.array_equal(np.asarray(picture), image)
+
+
+@pytest.mark.parametrize("width", [65_533, 65_534, 65_535, 2 * 65_535 - 1, 2 * 65_535])
+def test_block_limits_of_deflate(width: int) -> None:
+    """A row of `width` pixels and its filter byte end just before, at and after a stored block's 65,535 bytes."""
+    image = noise((1, width))
+    content = encode_png(image)
+    decoded = decode_stored_png(content)
+    assert decoded is not None
+    assert np.array_equal(decoded[0], image)
+    with Image.open(io.BytesIO(content)) as picture:
+        assert np.array_equal(np.asarray(picture), image)
+
+
+def test_bytes_are_pinned() -> None:
+    assert hashlib.md5(encode_png(ramp()), usedforsecurity=False).hexdigest() == RAMP_MD5
+    columns = np.asfortranarray(ramp())  # the same pixels in another memory order
+    assert encode_png(columns) == encode_png(ramp())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved(ramp(), "PNG"),
+        saved(noise((28, 28, 3)), "PNG"),
+        saved(ramp(), "PNG", "P"),
+        saved(ramp(), "PNG", "1"),
+        saved(noise((8, 8, 4)), "PNG"),
+        saved(ramp().astype(np.uint16), "PNG"),
+        saved(ramp(), "JPEG"),
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        bytes(1000),
+        noise((5000,)).tobytes(),
+    ],
+    ids=["png", "png-rgb", "png-palette", "png-1bit", "png-rgba", "png-16bit", "jpeg", "empty", "signature", "0", "?"],
+)
+def test_other_files_are_left_to_pillow(content: bytes) -> None:
+    assert decode_stored_png(content) is None
+
+
+def test_truncated_at_any_byte() -> None:
+    content = encode_png(noise((9, 9)))
+    for length in range(len(content) - 8):  # IEND's name is the last thing looked at
+        assert decode_stored_png(content[:length]) is None, length
+
+
+def test_changed_pixels_are_noticed() -> None:
+    """The checksum of the pixel data is checked: a flipped bit in it never gives other pixels."""
+    content = encode_png(noise((9, 9)))
+    start, end = content.index(b"IDAT") + 4, content.index(b"IEND") - 8
+    for position in range(start + 2, end):
+        flipped = bytearray(content)
+        flipped[position] ^= 1
+        assert decode_stored_png(bytes(flipped)) is None, position

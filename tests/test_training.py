@@ -1,0 +1,524 @@
+"""The training loop, prediction and scores, on small images that the tests write as the pipeline writes its own."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from classifier.archive import write_zip
+from classifier.dataset import Batches, CustomImageDataset
+from classifier.errors import PipelineError
+from classifier.networks import build_network
+from classifier.png import encode_png
+from classifier.training import (
+    build_optimizer,
+    build_scheduler,
+    describe,
+    freeze,
+    load_weights,
+    lr_factor,
+    predict,
+    saliency,
+    score,
+    test_loop,
+    train_loop,
+)
+from classifier.transforms import one_hot
+
+CPU = torch.device("cpu")
+CLASSES = 4
+PINNED_LOSSES = [1.29352989, 0.83373013, 0.32433271, 0.16194701, 0.13042829]  # of an epoch each
+SCHEDULES = ["constant", "linear", "cosine", "onecycle"]
+
+BatchMaker = Callable[..., Batches]
+
+
+def write_images(folder: Path, count: int, size: int) -> tuple[Path, Path]:
+    """A CSV and a zip of `count` grey images: noise by a formula, and one bright quarter for each class."""
+    labels = np.arange(count) % CLASSES
+    noise = (np.arange(count * size * size) * 7919 % 251).reshape(count, size, size)
+    half = size // 2
+    for image, label in zip(noise, labels, strict=True):
+        row, column = divmod(int(label), 2)
+        image[row * half : (row + 1) * half, column * half : (column + 1) * half] //= 4
+    names = [f"{index}.png" for index in range(count)]
+    pngs = [encode_png(image.astype(np.uint8)) for image in noise]
+    write_zip(folder / "images.zip", zip(names, pngs, strict=True))
+    rows = [f"{name},{label}\n" for name, label in zip(names, labels, strict=True)]
+    (folder / "images.csv").write_text("file,label\n" + "".join(rows))
+    return folder / "images.csv", folder / "images.zip"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine make such small networks ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def make_batches(tmp_path_factory: pytest.TempPathFactory) -> BatchMaker:
+    """A function that writes images and gives them in batches."""
+
+    def make(
+        batch_size: int,
+        count: int = 160,
+        size: int = 8,
+        target_transform: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+        shuffle: bool = False,
+    ) -> Batches:
+        csv, images = write_images(tmp_path_factory.mktemp("images"), count, size)
+        dataset = CustomImageDataset(csv, images, target_transform=target_transform)
+        return Batches(dataset, batch_size, CPU, seed=seed, shuffle=shuffle, memory_limit_gib=1, workers=0)
+
+    return make
+
+
+def small_mlp(seed: int = 42) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_network("mlp", (1, 8, 8), CLASSES)
+
+
+def linear(pixels: int = 64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, CLASSES))
+
+
+def train(
+    batches: Batches,
+    network: nn.Module,
+    *,
+    epochs: int = 1,
+    optimizer: str = "sgd",
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    schedule: str = "constant",
+    label_smoothing: float = 0.0,
+    accumulate_steps: int = 1,
+    precision: str = "float32",
+    report: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train as the train stage does; the mean loss of each epoch."""
+    chosen = build_optimizer(optimizer, freeze(network, []), lr, momentum, weight_decay)
+    scheduler = build_scheduler(schedule, chosen, epochs * -(-len(batches) // accumulate_steps))
+    loop = partial(
+        train_loop,
+        batches,
+        network,
+        nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+        chosen,
+        scheduler,
+        accumulate_steps=accumulate_steps,
+        precision=precision,  # type: ignore[arg-type]
+        report=report,
+    )
+    return [loop(epoch=epoch) for epoch in range(epochs)]
+
+
+def copy_of(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+# The losses of a run
+
+
+def test_first_losses_are_pinned(make_batches: BatchMaker) -> None:
+    """A change of the code that moves these numbers changes everybody's results."""
+    batches = make_batches(16, seed=42, shuffle=True)
+    losses = train(batches, small_mlp(), epochs=5, momentum=0.5, schedule="cosine")
+    assert losses == pytest.approx(PINNED_LOSSES, abs=1e-5)
+
+
+def test_same_seed_gives_same_weights_bit_for_bit(make_batches: BatchMaker) -> None:
+    networks = [small_mlp(), small_mlp()]
+    for network in networks:
+        train(make_batches(16, seed=1, shuffle=True), network, epochs=2)
+    first, second = (network.state_dict() for network in networks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("target_transform", [None, partial(one_hot, classes=CLASSES)])
+def test_returned_loss_is_the_mean_over_batches(make_batches: BatchMaker, target_transform: object) -> None:
+    batches = make_batches(64, target_transform=target_transform)  # batches of 64, 64, 32
+    network = linear()
+    with torch.no_grad():
+        expected = [nn.functional.cross_entropy(network(pixels), targets).item() for pixels, targets in batches.epoch()]
+    assert train(batches, network, lr=1e-12) == pytest.approx([np.mean(expected)], abs=1e-6)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_one_hot_targets_train_alike(make_batches: BatchMaker, label_smoothing: float) -> None:
+    runs = []
+    for target_transform in (None, partial(one_hot, classes=CLASSES)):
+        network = small_mlp()
+        batches = make_batches(16, target_transform=target_transform)
+        losses = train(batches, network, epochs=3, label_smoothing=label_smoothing)
+        runs.append((losses, network.state_dict()))
+    (losses, weights), (one_hot_losses, one_hot_weights) = runs
+    assert one_hot_losses == pytest.approx(losses, abs=1e-6)
+    torch.testing.assert_close(one_hot_weights, weights, rtol=0, atol=1e-6)
+
+
+def test_label_smoothing_changes_the_loss(make_batches: BatchMaker) -> None:
+    plain, smoothed = (train(make_batches(16), small_mlp(), label_smoothing=share) for share in (0.0, 0.1))
+    assert abs(plain[0] - smoothed[0]) > 1e-3
+
+
+@pytest.mark.parametrize("count", [128, 160, 150], ids=["whole groups", "short last group", "short last batch"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_accumulated_batches_update_as_one_batch(make_batches: BatchMaker, optimizer: str, count: int) -> None:
+    together, accumulated = small_mlp(), small_mlp()
+    settings = {"epochs": 2, "optimizer": optimizer, "lr": 0.01, "schedule": "linear"}
+    train(make_batches(64, count, seed=3, shuffle=True), together, **settings)  # type: ignore[arg-type]
+    batches = make_batches(16, count, seed=3, shuffle=True)
+    train(batches, accumulated, accumulate_steps=4, **settings)  # type: ignore[arg-type]
+    torch.testing.assert_close(accumulated.state_dict(), together.state_dict(), rtol=0, atol=1e-5)
+
+
+def test_bfloat16_trains_and_keeps_float32_weights(make_batches: BatchMaker) -> None:
+    batches, network = make_batches(16), small_mlp()
+    losses = train(batches, network, epochs=5, precision="bfloat16")
+    assert losses[-1] < losses[0]
+    assert losses == pytest.approx(train(batches, small_mlp(), epochs=5), abs=0.02)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert predict(batches, network, "bfloat16").dtype == torch.float32
+
+
+def test_report_is_called_every_hundred_batches(make_batches: BatchMaker) -> None:
+    reports: list[tuple[int, float]] = []
+    batches = make_batches(64, count=6500, size=2)
+    losses = train(batches, linear(pixels=4), lr=1e-12, report=lambda seen, loss: reports.append((seen, loss)))
+    assert [seen for seen, _ in reports] == [64, 6464]
+    assert [loss for _, loss in reports] == pytest.approx(losses * 2, abs=0.1)
+
+
+# Optimisers and schedules
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.1), ("adam", 0.001), ("adamw", 0.001), ("rmsprop", 0.001)])
+def test_every_optimizer_learns(make_batches: BatchMaker, optimizer: str, lr: float) -> None:
+    network = small_mlp()
+    before = copy_of(network)
+    losses = train(make_batches(16), network, epochs=3, optimizer=optimizer, lr=lr, momentum=0.5, weight_decay=1e-4)
+    assert losses[2] < losses[1] < losses[0]
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_optimizers_are_the_named_ones() -> None:
+    parameters = [nn.Parameter(torch.zeros(1))]
+    made = [build_optimizer(name, parameters, 0.5, 0.25, 0.125) for name in ("sgd", "adam", "adamw", "rmsprop")]
+    assert [type(optimizer) for optimizer in made] == [
+        torch.optim.SGD,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.RMSprop,
+    ]
+    assert [optimizer.defaults["lr"] for optimizer in made] == [0.5] * 4
+    assert [optimizer.defaults["weight_decay"] for optimizer in made] == [0.125] * 4
+    assert [optimizer.defaults.get("momentum") for optimizer in made] == [0.25, None, None, 0.25]
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(PipelineError, match="optimizer: 'lion' is not one of sgd, adam, adamw, rmsprop"):
+        build_optimizer("lion", [], 0.1, 0, 0)
+    with pytest.raises(PipelineError, match="schedule: 'steps' is not one of constant, linear, cosine, onecycle"):
+        lr_factor("steps", 0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "start", "middle", "end"),
+    [
+        ("constant", 1, 1, 1),
+        ("linear", 1, 0.5, 0),
+        ("cosine", 1, 0.5, 0),
+        ("onecycle", 1 / 25, (1 + math.cos(math.pi * 2 / 7)) / 2, 0),
+    ],
+)
+def test_lr_factor(schedule: str, start: float, middle: float, end: float) -> None:
+    assert [lr_factor(schedule, progress) for progress in (0, 0.5, 1)] == pytest.approx([start, middle, end])
+
+
+def test_onecycle_peaks_after_30_percent() -> None:
+    assert lr_factor("onecycle", 0.3) == 1
+    assert lr_factor("onecycle", 0.15) == pytest.approx((1 + 1 / 25) / 2)
+    assert all(0 <= lr_factor("onecycle", step / 100) <= 1 for step in range(101))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("accumulate_steps", [1, 3])
+def test_lr_follows_the_schedule(make_batches: BatchMaker, schedule: str, accumulate_steps: int) -> None:
+    batches, network = make_batches(16), linear()  # 10 batches
+    updates = math.ceil(10 / accumulate_steps)
+    optimizer = build_optimizer("sgd", list(network.parameters()), 0.5, 0, 0)
+    scheduler = build_scheduler(schedule, optimizer, 2 * updates)
+    used: list[float] = []
+    optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    for epoch in range(2):
+        train_loop(
+            batches,
+            network,
+            nn.CrossEntropyLoss(),
+            optimizer,
+            scheduler,
+            epoch=epoch,
+            accumulate_steps=accumulate_steps,
+            precision="float32",
+        )
+    steps = range(2 * updates)
+    assert used == pytest.approx([0.5 * lr_factor(schedule, step / (2 * updates)) for step in steps])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * lr_factor(schedule, 1))
+
+
+# Frozen weights
+
+
+def test_frozen_weights_stay(make_batches: BatchMaker) -> None:
+    network = small_mlp()
+    before = copy_of(network)
+    trainable = freeze(network, ["linear_relu_stack.0.*", "linear_relu_stack.4.bias"])
+    optimizer = build_optimizer("adamw", trainable, 0.01, 0, weight_decay=0.1)
+    scheduler = build_scheduler("constant", optimizer, 10)
+    train_loop(
+        make_batches(16),
+        network,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        scheduler,
+        epoch=0,
+        accumulate_steps=1,
+        precision="float32",
+    )
+
+    frozen = {"linear_relu_stack.0.weight", "linear_relu_stack.0.bias", "linear_relu_stack.4.bias"}
+    after = network.state_dict()
+    assert {name for name in before if torch.equal(before[name], after[name])} == frozen
+    names_with_state = {name for name, parameter in network.named_parameters() if parameter in optimizer.state}
+    assert names_with_state == set(before) - frozen
+    assert describe(network).endswith("297,988 parameters, 33,284 of them frozen")
+
+
+def test_no_pattern_freezes_nothing() -> None:
+    network = small_mlp()
+    assert freeze(network, []) == list(network.parameters())
+    assert describe(network).endswith("297,988 parameters")
+
+
+def test_pattern_without_match_lists_the_names() -> None:
+    with pytest.raises(PipelineError, match=r"freeze: 'layer1\.\*' matches no parameter; there are 1.weight, 1.bias"):
+        freeze(linear(), ["1.bias", "layer1.*"])
+
+
+def test_freezing_everything_is_refused() -> None:
+    with pytest.raises(PipelineError, match=r"freeze: \['\*'\] leaves no parameter to train"):
+        freeze(linear(), ["*"])
+
+
+# Numbers that are not finite
+
+
+def test_loss_that_grows_without_bound_stops_at_the_end_of_the_epoch(make_batches: BatchMaker) -> None:
+    seen: list[int] = []
+    with pytest.raises(PipelineError, match=r"epoch 1: the loss is (nan|inf) after 160 images; lower lr"):
+        train(make_batches(16), small_mlp(), lr=1e30, report=lambda count, _: seen.append(count))
+    assert seen == [16]  # the first batch's loss was right
+
+
+def test_loss_that_is_no_number_stops_at_the_first_report(make_batches: BatchMaker) -> None:
+    network = linear()
+    with torch.no_grad():
+        next(network.parameters()).fill_(math.nan)
+    with pytest.raises(PipelineError, match="epoch 1: the loss is nan after 16 images"):
+        train(make_batches(16), network)
+
+
+def test_infinite_gradient_under_a_finite_loss_stops(make_batches: BatchMaker) -> None:
+    class RootOfZero(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(CLASSES))
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return pixels.flatten(1)[:, :CLASSES] + self.scale.sqrt()  # the gradient of sqrt at 0 is infinite
+
+    with pytest.raises(PipelineError, match="epoch 1: weights of scale are not finite any more"):
+        train(make_batches(160), RootOfZero())
+
+
+# Prediction and scores
+
+
+def network_with_modes() -> nn.Sequential:
+    """A network that computes differently in training mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, CLASSES)
+    )
+
+
+def test_predict_is_in_evaluation_mode(make_batches: BatchMaker) -> None:
+    batches, network = make_batches(64), network_with_modes()
+    train(batches, network, epochs=2)
+    before = copy_of(network)
+    network.train()
+    logits = predict(batches, network, "float32")
+    assert torch.equal(predict(batches, network, "float32"), logits)
+    assert logits.is_inference()
+    assert logits.shape == (160, CLASSES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    whole = torch.cat([pixels for pixels, _ in batches.epoch()])
+    network.eval()
+    torch.testing.assert_close(logits, network(whole).detach(), rtol=0, atol=1e-5)
+    network.train()
+    assert not torch.allclose(network(whole), logits, atol=1e-2)  # so the mode does matter here
+
+
+def test_training_resumes_in_training_mode(make_batches: BatchMaker) -> None:
+    batches, network = make_batches(64), network_with_modes()
+    predict(batches, network, "float32")
+    before = copy_of(network)
+    train(batches, network)
+    assert not torch.equal(network.state_dict()["2.running_mean"], before["2.running_mean"])
+
+
+def test_test_loop_equals_a_loop_over_batches(make_batches: BatchMaker) -> None:
+    batches, network = make_batches(64, count=150), small_mlp()  # batches of 64, 64, 22
+    train(batches, network, epochs=2)
+    losses, correct = [], 0
+    with torch.no_grad():
+        for pixels, labels in batches.epoch():
+            logits = network(pixels)
+            losses.append(nn.functional.cross_entropy(logits, labels).item())
+            correct += int((logits.argmax(1) == labels).sum())
+    loss, accuracy = test_loop(batches, network, batches.dataset.labels, "float32")
+    assert loss == pytest.approx(np.mean(losses), abs=1e-6)
+    assert accuracy == pytest.approx(correct / 150)
+
+
+def test_score_by_hand() -> None:
+    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [0.0, math.log(3)]])
+    loss, accuracy = score(logits, torch.tensor([0, 0, 0]), batch_size=2)
+    batch_losses = [(math.log(2) + math.log(4 / 3)) / 2, math.log(4)]  # the single image of the last batch weighs more
+    assert loss == pytest.approx(sum(batch_losses) / 2, abs=1e-7)
+    assert accuracy == pytest.approx(2 / 3)
+
+
+def test_saliency_equals_finite_differences() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(18, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, CLASSES)).double()
+    pixels = torch.rand(5, 2, 3, 3, dtype=torch.float64)
+    before = pixels.clone()
+    found = saliency(network, pixels)
+
+    step = 1e-6
+    expected = torch.zeros(5, 3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        winners = network.eval()(pixels).argmax(1)
+        for channel, row, column in np.ndindex(2, 3, 3):
+            sides = []
+            for sign in (1, -1):
+                moved = pixels.clone()
+                moved[:, channel, row, column] += sign * step
+                sides.append(network(moved)[torch.arange(5), winners])
+            slope = ((sides[0] - sides[1]) / (2 * step)).abs()
+            expected[:, row, column] = torch.maximum(expected[:, row, column], slope)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+    assert torch.equal(pixels, before)
+    assert not pixels.requires_grad
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+# Weights from files
+
+
+def test_weights_come_back(tmp_path: Path) -> None:
+    trained, fresh = small_mlp(seed=1), small_mlp(seed=2)
+    torch.save(trained.state_dict(), tmp_path / "weights.pth")
+    load_weights(fresh, tmp_path / "weights.pth", CPU)
+    torch.testing.assert_close(fresh.state_dict(), trained.state_dict(), rtol=0, atol=0)
+
+
+def write_text(path: Path) -> None:
+    path.write_text("these are not weights")
+
+
+def write_nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def write_half(path: Path) -> None:
+    torch.save(small_mlp().state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def write_whole_module(path: Path) -> None:
+    torch.save(small_mlp(), path)
+
+
+def write_other_network(path: Path) -> None:
+    torch.save(linear().state_dict(), path)
+
+
+def write_other_classes(path: Path) -> None:
+    torch.save(build_network("mlp", (1, 8, 8), CLASSES + 1).state_dict(), path)
+
+
+def write_one_tensor(path: Path) -> None:
+    torch.save(torch.zeros(3), path)
+
+
+def write_numbered_tensors(path: Path) -> None:
+    torch.save({0: torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda _: None, "there is no file"),
+        (Path.mkdir, "there is no file"),
+        (write_text, "cannot be read; it must be"),
+        (write_nothing, "cannot be read; it must be"),
+        (write_half, "cannot be read; it must be"),
+        (write_whole_module, "cannot be read; it must be"),
+        (write_other_network, "does not hold weights of this network: .*Missing key"),
+        (write_other_classes, "does not hold weights of this network: .*size mismatch"),
+        (write_one_tensor, "does not hold weights of this network"),
+        (write_numbered_tensors, "does not hold weights of this network"),
+    ],
+)
+def test_files_without_the_networks_weights(tmp_path: Path, write: Callable[[Path], None], message: str) -> None:
+    write(tmp_path / "weights.pth")
+    with pytest.raises(PipelineError, match=message) as caught:
+        load_weights(small_mlp(), tmp_path / "weights.pth", CPU)
+    text = str(caught.value)
+    assert text.startswith("weights: ")
+    assert "weights.pth" in text
+    assert "\n" not in text
+    assert "weights_only" not in text  # torch's advice is to run the file's code
+    assert caught.value.__context__ is None or caught.value.__suppress_context__  # no traceback of torch behind it
+
+
+class RunsCodeWhenUnpickled:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
+    torch.save(RunsCodeWhenUnpickled(tmp_path / "ran"), tmp_path / "weights.pth")
+    with pytest.raises(PipelineError, match="cannot be read"):
+        load_weights(small_mlp(), tmp_path / "weights.pth", CPU)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "weights.pth", weights_only=False)  # it would have run
+    assert (tmp_path / "ran").exists()
