@@ -147,6 +147,7 @@ def test_mlflow_has_one_finished_run_with_all_that_made_the_model(reproduced: Pr
     assert version.run_id == run.info.run_id
 
 
+@pytest.mark.slow
 def test_the_logged_model_answers_for_any_number_of_images(reproduced: Project) -> None:
     # In a process of its own, with the store given by nothing but its address
     code = """

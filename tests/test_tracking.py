@@ -38,6 +38,7 @@ def runs_in(store: Path, experiment: str = "fashion-mnist") -> list[Run]:
     return list(client.search_runs([found.experiment_id]))
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_without_a_store_all_log_to_it(project: Project) -> None:
     processes = [
         subprocess.Popen(
@@ -87,6 +88,7 @@ def test_a_run_whose_training_fails_is_marked_so(project: Project) -> None:
     assert run.data.metrics == {"val_loss": 1.5}
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_told_within_seconds(project: Project) -> None:
     done = project.run(sys.executable, "-c", LOG_ONE_RUN, check=False, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 1
