@@ -20,8 +20,8 @@ class Duplicates(NamedTuple):
     across: int
 
 
-def check_split(split: str, data: LabelledImages, classes: int) -> None:
-    """Raise PipelineError unless there is a label in 0..classes-1 for every image, and images have one shape."""
+def check_split(split: str, data: LabelledImages, classes: int, train: LabelledImages) -> None:
+    """Raise PipelineError unless every image has a label in 0..classes-1 and the shape of the first training image."""
     if len(data.images) != len(data.labels):
         raise PipelineError(f"{split}: {len(data.images)} images, but {len(data.labels)} labels")
     if len(data.images) == 0:
@@ -30,9 +30,12 @@ def check_split(split: str, data: LabelledImages, classes: int) -> None:
     if wrong.size:
         rows = ", ".join(f"{row} (label {data.labels[row]})" for row in wrong[:20])
         raise PipelineError(f"{split}: {wrong.size} labels are not in 0..{classes - 1}: images {rows}")
-    shapes = {image.shape for image in data.images}
-    if len(shapes) > 1:
-        raise PipelineError(f"{split}: images differ in shape: {', '.join(map(str, sorted(shapes)))}")
+    shape = train.images[0].shape
+    for index, image in enumerate(data.images):
+        if image.shape != shape:
+            raise PipelineError(
+                f"{split}: image {index} has shape {image.shape}, not {shape}; images must have one shape"
+            )
 
 
 def check_classes(labels: np.ndarray, names: list[str]) -> None:

@@ -30,27 +30,36 @@ def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
     """
     network.cpu().eval()
     example = pixels.cpu().clone()  # of its own: torch.export.save stores all that lies behind a view
-    batch = torch.export.Dim("batch", min=1)
     if path.suffix == ".pth":  # a pickle: reading it runs code, so for files of trusted origin only
         with path.open("wb") as file:
             torch.save(network, file)
     elif path.suffix == ".pt2":
-        program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
-        torch.export.save(program, path)
+        torch.export.save(_program(network, example), path)
     elif path.suffix == ".onnx":
         torch.onnx.export(
-            network,
-            (example,),
-            path,
+            _program(network, example),
+            f=path,
             dynamo=True,
             verbose=False,
             external_data=False,
             input_names=["pixels"],
             output_names=["logits"],
-            dynamic_shapes=({0: batch},),
+            dynamic_shapes=({0: "batch"},),
         )
     else:
         raise PipelineError(UNKNOWN_FORMAT.format(path))
+
+
+def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The network as a graph for any batch size, without the places in the source that each node remembers.
+
+    Those are absolute paths: they would tell where the model was exported and make the bytes depend on it.
+    """
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:

@@ -24,9 +24,9 @@ def main() -> None:
     splits: dict[str, LabelledImages] = source.read(existing(RAW))
     names = source.class_names(RAW)
 
-    for split, data in splits.items():
-        check_split(split, data, len(names))
     train, test = splits["train"], splits["test"]
+    check_split("train", train, len(names), train)
+    check_split("test", test, len(names), train)
     check_classes(train.labels, names)
     held_out = hold_out(train.labels, params.val_size, params.seed)
 

@@ -67,11 +67,11 @@ def main() -> None:
                 f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s",
                 flush=True,
             )
-            row = {"epoch": epoch + 1, "train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
-            history.append(row)
-            tracking.log_metrics(row | {"images_per_second": images_per_second}, step=epoch + 1)
+            figures = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
+            history.append({"epoch": epoch + 1} | figures)
+            tracking.log_metrics(figures | {"images_per_second": images_per_second}, step=epoch + 1)
             if not selects or not kept or val_accuracy > kept["val_accuracy"]:
-                kept = row
+                kept = history[-1]
                 weights = {name: tensor.cpu().clone() for name, tensor in network.state_dict().items()}
 
         with files.atomic(files.WEIGHTS) as path, path.open("wb") as file:

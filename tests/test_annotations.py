@@ -74,7 +74,8 @@ def test_same_bytes_in_another_shape_are_no_duplicate() -> None:
 
 
 def test_right_split_passes() -> None:
-    check_split("train", labelled(20), classes=10)
+    check_split("train", labelled(20), classes=10, train=labelled(20))
+    check_split("test", labelled(3), classes=10, train=labelled(20))
     check_classes(labelled(20).labels, fashion_mnist.CLASS_NAMES)
 
 
@@ -87,14 +88,20 @@ def test_right_split_passes() -> None:
         (labelled(50)._replace(labels=np.full(50, 77)), "train: 50 labels are not in 0..9"),
         (
             LabelledImages([np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.uint8)], np.zeros(2, np.int64)),
-            r"train: images differ in shape: \(4, 4\), \(4, 4, 3\)",
+            r"train: image 1 has shape \(4, 4, 3\), not \(4, 4\); images must have one shape",
         ),
     ],
     ids=["too few labels", "no images", "wrong labels", "all wrong", "shapes"],
 )
 def test_wrong_split_is_named(data: LabelledImages, complaint: str) -> None:
     with pytest.raises(PipelineError, match=complaint):
-        check_split("train", data, classes=10)
+        check_split("train", data, classes=10, train=data)
+
+
+def test_test_images_have_the_shape_of_the_training_images() -> None:
+    other = LabelledImages([np.zeros((4, 4), np.uint8)], np.zeros(1, np.int64))
+    with pytest.raises(PipelineError, match=r"test: image 0 has shape \(4, 4\), not"):
+        check_split("test", other, classes=10, train=labelled(5))
 
 
 def test_class_without_images_is_named() -> None:
@@ -112,7 +119,7 @@ def test_counts_of_fashion_mnist(fashion_mnist_dir: Path) -> None:
     splits = fashion_mnist.read(fashion_mnist_dir)
     train, test = splits["train"], splits["test"]
     for split, data in splits.items():
-        check_split(split, data, classes=10)
+        check_split(split, data, classes=10, train=train)
     assert np.asarray(train.images).shape == (60_000, 28, 28)
     assert np.asarray(test.images).shape == (10_000, 28, 28)
     assert np.bincount(train.labels).tolist() == [6000] * 10

@@ -61,8 +61,12 @@ def test_a_copy_of_the_repository_that_dvc_made_logs_to_the_main_one(project: Pr
     subprocess.run(["git", "clone", "--quiet", project.root, copy], check=True)
     (copy / "models").mkdir()
     (copy / "models/model_weights.pth").write_bytes(b"other weights")
-    as_dvc_does = {"DVC_ROOT": str(project.root), "DVC_EXP_NAME": "loud-cat", "DVC_EXP_BASELINE_REV": "1a2b"}
-    Project(copy).run(sys.executable, "-c", LOG_ONE_RUN, **as_dvc_does)
+    Project(copy).run(
+        *(sys.executable, "-c", LOG_ONE_RUN),
+        DVC_ROOT=str(project.root),
+        DVC_EXP_NAME="loud-cat",
+        DVC_EXP_BASELINE_REV="1a2b",
+    )
     assert not (copy / "mlflow.db").exists()
     (run,) = runs_in(project.root / "mlflow.db")
     assert run.info.run_name == "loud-cat"
