@@ -13,6 +13,11 @@ from classifier.sources.fashion_mnist import FILES, fetch
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest file, so that the others run beside it and not before it."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 @pytest.fixture(scope="session")
 def fashion_mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the four unpacked files of Fashion-MNIST: the checkout's own if they are right, else fetched.

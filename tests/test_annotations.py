@@ -99,8 +99,8 @@ def test_wrong_split_is_named(data: LabelledImages, complaint: str) -> None:
 
 
 def test_test_images_have_the_shape_of_the_training_images() -> None:
-    other = LabelledImages([np.zeros((4, 4), np.uint8)], np.zeros(1, np.int64))
-    with pytest.raises(PipelineError, match=r"test: image 0 has shape \(4, 4\), not"):
+    other = LabelledImages([np.zeros((4, 6, 3), np.uint8)], np.zeros(1, np.int64))
+    with pytest.raises(PipelineError, match=r"test: image 0 has shape \(4, 6, 3\), not"):
         check_split("test", other, classes=10, train=labelled(5))
 
 

@@ -56,6 +56,7 @@ def test_processes_that_start_at_once_without_a_store_all_log_to_it(project: Pro
     assert [run.info.status for run in runs_in(project.root / "mlflow.db")] == ["FINISHED"] * 4
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_repository_that_dvc_made_logs_to_the_main_one(project: Project, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     subprocess.run(["git", "clone", "--quiet", project.root, copy], check=True)
@@ -75,6 +76,7 @@ def test_a_copy_of_the_repository_that_dvc_made_logs_to_the_main_one(project: Pr
     assert run.info.artifact_uri.startswith(project.root.as_uri())
 
 
+@pytest.mark.slow
 def test_a_store_and_an_experiment_named_in_the_environment_win(project: Project, tmp_path: Path) -> None:
     store = tmp_path / "elsewhere.db"
     project.run(
