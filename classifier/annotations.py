@@ -67,6 +67,8 @@ def hold_out(labels: np.ndarray, val_size: int | float, seed: int) -> np.ndarray
     """
     count = round(val_size * len(labels)) if isinstance(val_size, float) else val_size
     held_out = np.zeros(len(labels), bool)
+    if val_size and count == 0:
+        raise PipelineError(f"val_size: {val_size} of {len(labels)} images is none; 0 holds out none")
     if count == 0:
         return held_out
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from classifier.archive import Images
 from classifier.errors import PipelineError
+from classifier.files import existing
 from classifier.png import decode_stored_png
 from classifier.transforms import accept_tensors, augment, to_float
 
@@ -86,7 +87,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the first image, which all the others must share. Raises PipelineError if there is none."""
         if not self.files:
-            raise PipelineError("the annotations name no images")
+            raise PipelineError(f"{self.images.path}: the annotations name none of its images")
         channels, height, width = self.decode(0).shape
         return channels, height, width
 
@@ -138,9 +139,16 @@ def read_annotations(path: Path) -> tuple[list[str], Tensor]:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The names in <folder>/classes.csv, by label."""
-    table = pd.read_csv(folder / "classes.csv", dtype={"name": str}, keep_default_na=False)
-    return [str(name) for name in table.sort_values("label")["name"]]
+    """The names in <folder>/classes.csv, by label. Raises PipelineError unless it has label,name for 0, 1, ..."""
+    path = existing(folder / "classes.csv")
+    try:
+        table = pd.read_csv(path, dtype={"name": str}, keep_default_na=False)
+        names = dict(zip(table["label"].tolist(), table["name"].tolist(), strict=True))
+    except (KeyError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise PipelineError(f"{path}: not a CSV with the columns label and name: {error}") from None
+    if sorted(names, key=str) != sorted(range(len(table)), key=str):
+        raise PipelineError(f"{path}: the labels are not 0 to {len(table) - 1}, each once")
+    return [names[label] for label in range(len(table))]
 
 
 def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> Tensor:

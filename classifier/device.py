@@ -3,6 +3,7 @@
 import os
 import platform
 import random
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -31,8 +32,17 @@ def select_device(name: str) -> torch.device:
 def usable_devices() -> list[str]:
     """Names of the devices that can be used, the preferred one first; cpu is always the last."""
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    mps = ["mps"] if torch.backends.mps.is_available() else []
+    mps = ["mps"] if torch.backends.mps.is_available() and _holds_a_tensor("mps") else []
     return (["cuda", *cuda] if cuda else []) + mps + ["cpu"]
+
+
+def _holds_a_tensor(name: str) -> bool:
+    """Whether the device has any memory: virtual machines report an mps device that has none."""
+    try:
+        torch.zeros(1, device=name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def set_threads(threads: int | Literal["auto"]) -> int:
@@ -91,6 +101,12 @@ def _cpu_name() -> str:
         if "model name" in fields:
             name, family, model = (fields.get(key, "?") for key in ("model name", "cpu family", "model"))
             return f"{name} (family {family}, model {model})"
+        if "CPU part" in fields:  # Arm
+            return f"implementer {fields.get('CPU implementer', '?')}, part {fields['CPU part']}"
+    if platform.system() == "Darwin":
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        if asked.returncode == 0:
+            return asked.stdout.strip()
     return platform.processor() or platform.machine()
 
 

@@ -1,5 +1,6 @@
 """The one exception the pipeline raises for what a user can mend, and how a command ends on it."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -11,13 +12,14 @@ class PipelineError(Exception):
 def run_main(main: Callable[[], None]) -> None:
     """Run a command's `main` and leave the process with its exit code.
 
-    0 done; 1 failed, with the PipelineError's message on standard error; 130 interrupted by Ctrl-C.
-    Any other exception is a defect of the pipeline and keeps its traceback.
+    0 done; 1 failed, with the PipelineError's message on standard error; 130 or 143 interrupted by SIGINT (Ctrl-C) or
+    SIGTERM. Any other exception is a defect of the pipeline and keeps its traceback.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that what is open is closed
     try:
         main()
     except PipelineError as error:
         sys.exit(f"{error}")  # prints to standard error and exits with 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("\n".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         sys.exit(130)

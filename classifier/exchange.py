@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from classifier.errors import PipelineError
 
-# Largest difference between two logits that counts as the same. Formats differ by the order in which they
-# sum: at most 1e-5 was seen for logits of about 10.
+# Largest difference between two logits that counts as the same. Formats differ by the order in which they sum, which
+# float32 rounds at about 1e-6 of a logit.
 TOLERANCE = 1e-4
 UNKNOWN_FORMAT = "{}: the formats are .pth, .pt2 and .onnx"
 
@@ -65,7 +65,7 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
 def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
     """Logits (N, classes) float32 that an exported file gives for pixels (N, C, H, W) float32, on the CPU.
 
-    A .pth file is a pickle, which can run any code: read only what you exported yourself.
+    A .pth file is a pickle and a .pt2 file may hold one, which can run any code: read only what you exported yourself.
     """
     if path.suffix == ".onnx":
         import onnxruntime

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)  # a folder cannot be replaced while it has files
+            path.replace(Path(folder) / "old")  # a folder cannot be replaced while it has files
         temporary.replace(path)
 
 

@@ -50,8 +50,12 @@ class Params(BaseModel):
 
     seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:<number>")
-    threads: Literal["auto"] | Count = Field(description="auto or a whole number above 0")
-    launcher: str = Field(pattern=r"^(python|torchrun\b.*)$", description="python, or a torchrun command line")
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        description="auto or a whole number from 1 to 1024"
+    )
+    launcher: str = Field(
+        pattern=r"^(python|torchrun( [\w./:=, -]*)?)$", description="python, or a torchrun command line"
+    )
 
     source: Annotated[str, _one_of_modules("sources")] = Field(description="a module in classifier/sources")
     data_path: Text = Field(description="a path")
@@ -86,7 +90,7 @@ class Params(BaseModel):
     workers: int = Field(ge=0, description="a whole number, 0 or more")
     memory_limit_gib: float = Field(gt=0, description="a number above 0")
     experiment: Text = Field(description="a name")
-    registered_model: Text = Field(description="a name")
+    registered_model: str = Field(pattern=r"^[^/:]+$", description="a name without / and :")
 
 
 # They change no result: no stage tracks them, and they are not part of what made a model.

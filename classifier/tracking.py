@@ -8,10 +8,11 @@ opens it and tags it with the md5 of its weights, by which `evaluate` and `expor
 import json
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WEIGHTS_TAG = "md5.model_weights"
+NOT_CODE = (".", ":!params.yaml", ":!dvc.lock", ":!metrics")
 
 
 def repository_root() -> Path:
@@ -54,11 +56,14 @@ def training_run(params: Params, environment: Mapping[str, str | int]) -> Iterat
     Raises PipelineError if the store cannot be reached.
     """
     experiment_id = _connect(params.experiment)
-    with mlflow.start_run(
-        experiment_id=experiment_id,
-        run_name=os.environ.get("DVC_EXP_NAME"),
-        tags=_tags(environment),
-        log_system_metrics=True,
+    with (
+        _store_errors(),
+        mlflow.start_run(
+            experiment_id=experiment_id,
+            run_name=os.environ.get("DVC_EXP_NAME"),
+            tags=_tags(environment),
+            log_system_metrics=True,
+        ),
     ):
         _log_inputs(params)
         yield
@@ -70,15 +75,16 @@ def run_of_weights(params: Params, environment: Mapping[str, str | int]) -> Iter
     """Reopen the run that trained models/model_weights.pth, or open one if the store does not know the weights."""
     experiment_id = _connect(params.experiment)
     weights_md5 = hash_file(WEIGHTS)
-    run_id = _find_run(weights_md5, experiment_id)
-    if run_id:
-        with mlflow.start_run(run_id=run_id):
+    with _store_errors():
+        run_id = _find_run(weights_md5, experiment_id)
+        if run_id:
+            with mlflow.start_run(run_id=run_id):
+                yield
+            return
+        tags = _tags(environment) | {WEIGHTS_TAG: weights_md5}
+        with mlflow.start_run(experiment_id=experiment_id, run_name=os.environ.get("DVC_EXP_NAME"), tags=tags):
+            _log_inputs(params)
             yield
-        return
-    tags = _tags(environment) | {WEIGHTS_TAG: weights_md5}
-    with mlflow.start_run(experiment_id=experiment_id, run_name=os.environ.get("DVC_EXP_NAME"), tags=tags):
-        _log_inputs(params)
-        yield
 
 
 def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -119,24 +125,61 @@ def _connect(experiment: str) -> str:
     """Choose the store, make it and the experiment if they are not there, and return the experiment's id."""
     root = repository_root()
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    is_own = not os.environ.get("MLFLOW_TRACKING_URI")
+    if is_own:
         mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
-    has_server = mlflow.get_tracking_uri().startswith(("http://", "https://", "databricks"))
+    location = None if _has_server() else (root / "mlruns").as_uri()
+    # Two processes that create the database at the same time break it.
+    with _store_errors(), FileLock(root / ".mlflow.lock"):
+        if is_own:
+            _follow_move(root / "mlflow.db", root / "mlruns")
+        if found := mlflow.get_experiment_by_name(experiment):
+            if found.lifecycle_stage == "deleted":
+                raise PipelineError(f"experiment: {experiment!r} is deleted in MLflow; restore it or name another")
+            return str(found.experiment_id)
+        return mlflow.create_experiment(experiment, artifact_location=location)
+
+
+def _has_server() -> bool:
+    return mlflow.get_tracking_uri().startswith(("http://", "https://", "databricks"))
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """Tell what the store refused, in one line and the way on, instead of MLflow's traceback."""
     try:
-        # Two processes that create the database at the same time break it.
-        with FileLock(root / ".mlflow.lock"):
-            if found := mlflow.get_experiment_by_name(experiment):
-                if found.lifecycle_stage == "deleted":
-                    raise PipelineError(f"experiment: {experiment!r} is deleted in MLflow; restore it or name another")
-                return str(found.experiment_id)
-            location = None if has_server else (root / "mlruns").as_uri()
-            return mlflow.create_experiment(experiment, artifact_location=location)
+        yield
     except MlflowException as error:
         raise PipelineError(
             f"the MLflow store {mlflow.get_tracking_uri()} cannot be used: {' '.join(str(error).split())[:300]}\n"
             "Start it, or unset MLFLOW_TRACKING_URI to use the repository's own."
         ) from None
+
+
+def _follow_move(database: Path, artifacts: Path) -> None:
+    """Where the repository was moved or copied, make its store find its artifacts again: it holds absolute paths."""
+    if not database.exists():
+        return
+    with closing(sqlite3.connect(database)) as store, store:
+        columns = [
+            (table, column)
+            for (table,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            for _, column, *_ in store.execute(f"PRAGMA table_info({table})").fetchall()
+            if column in ("artifact_location", "artifact_uri", "storage_location", "source")
+        ]
+        if ("experiments", "artifact_location") not in columns:
+            return  # being made by another process
+        found = store.execute(
+            "SELECT artifact_location FROM experiments WHERE artifact_location LIKE 'file://%/mlruns'"
+        )
+        for (before,) in found.fetchall():
+            if before != artifacts.as_uri():
+                for table, column in columns:
+                    store.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",  # noqa: S608
+                        (artifacts.as_uri(), len(before) + 1, len(before), before),
+                    )
 
 
 def _find_run(weights_md5: str, experiment_id: str) -> str | None:
@@ -157,10 +200,11 @@ def _find_run(weights_md5: str, experiment_id: str) -> str | None:
 
 def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
     md5s = locked_md5s()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     tags = {
         "mlflow.source.name": "dvc repro",
-        "mlflow.source.git.commit": commit,
+        "mlflow.source.git.commit": _git("rev-parse", "HEAD"),
+        # What is not in that commit; params.yaml is in the run, and DVC writes dvc.lock and metrics
+        "git.changed_files": " ".join(_git("diff", "--name-only", "HEAD", "--", *NOT_CODE).split()),
         "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
         "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
         "md5.images": md5s.get(str(IMAGES), ""),
@@ -169,6 +213,14 @@ def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
     return {key: value for key, value in tags.items() if value} | {
         key: str(value) for key, value in environment.items()
     }
+
+
+def _git(*arguments: str) -> str:
+    """What git answers, or nothing where there is no git, no repository or no commit."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _log_inputs(params: Params) -> None:
@@ -187,12 +239,15 @@ def _spelt(value: Any) -> str:
 
 
 def main() -> None:
-    """Serve MLflow's pages for the repository's store, until Ctrl-C."""
+    """Serve MLflow's pages for the repository's store on the port given as argument, until Ctrl-C."""
     _connect(load_params().experiment)
+    if _has_server():
+        print(f"MLFLOW_TRACKING_URI is a server: its pages are at {mlflow.get_tracking_uri()}")
+        return
     # Without these two, starting takes three times as long: several workers, and jobs that are not used here.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--backend-store-uri", mlflow.get_tracking_uri()]
-    os.execv(sys.executable, command)
+    command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", *sys.argv[1:2]]
+    os.execv(sys.executable, [*command, "--backend-store-uri", mlflow.get_tracking_uri()])
 
 
 if __name__ == "__main__":

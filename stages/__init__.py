@@ -7,6 +7,6 @@ decide the speed, never a result: no stage depends on it.
 import os
 
 # How long torch's threads wait actively for one another (GNU OpenMP; about 0.1 ms). By default they do so for
-# milliseconds, and two trainings at once on the same cores, as with `dvc queue start -j 2`, each took 40 times as long
-# as one alone (n = 3); with this, three times as long, and one alone is as fast as by default.
+# milliseconds: two trainings at once on the same cores, as with `dvc queue start -j 2`, then hold each other up so much
+# that both take many times as long as one after the other. One alone is as fast with this as by default.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -11,16 +11,18 @@ from classifier.files import RAW
 from classifier.params import load_params
 from classifier.sources import load_source
 
+# DVC removes a stage's outputs before it starts.
+WAY_BACK = "If there was an earlier download, `dvc checkout data/raw` brings it back."
+
 
 def main() -> None:
     params = load_params()
     try:
         load_source(params.source).fetch(RAW, Path(params.data_path))
     except PipelineError as error:
-        # DVC removes a stage's outputs before it starts.
-        raise PipelineError(
-            f"{error}\nIf there was an earlier download, `dvc checkout data/raw` brings it back."
-        ) from None
+        raise PipelineError(f"{error}\n{WAY_BACK}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(WAY_BACK) from None
     for file in sorted(RAW.rglob("*")):
         if file.is_file():
             print(f"{file}  {file.stat().st_size:,} bytes")

@@ -10,13 +10,18 @@ from mlflow.entities import Run
 from project import Project, clean_environment
 
 LOG_ONE_RUN = """
-import sys
+import sys, time
+from pathlib import Path
 from classifier import tracking
 from classifier.errors import PipelineError, run_main
 from classifier.params import load_params
 def main():
     with tracking.training_run(load_params(), {"device": "cpu"}):
         tracking.log_metrics({"val_loss": 1.5}, step=1)
+        tracking.log_files(Path("params.yaml"))
+        print("logged", flush=True)
+        if "wait" in sys.argv:
+            time.sleep(60)
         if "fail" in sys.argv:
             raise PipelineError("as when the loss is not finite")
 run_main(main)
@@ -92,6 +97,38 @@ def test_a_run_whose_training_fails_is_marked_so(project: Project) -> None:
     (run,) = runs_in(project.root / "mlflow.db")
     assert run.info.status == "FAILED"
     assert run.data.metrics == {"val_loss": 1.5}
+
+
+@pytest.mark.slow
+def test_a_moved_repository_finds_its_artifacts_and_logs_beside_them(project: Project, tmp_path: Path) -> None:
+    project.run(sys.executable, "-c", LOG_ONE_RUN)
+    moved = Project(tmp_path / "elsewhere" / "moved")
+    moved.root.parent.mkdir()
+    project.root.rename(moved.root)
+    moved.run(sys.executable, "-c", LOG_ONE_RUN)
+    assert not project.root.exists()
+    runs = runs_in(moved.root / "mlflow.db")
+    assert len(runs) == 2
+    for run in runs:
+        assert run.info.artifact_uri.startswith(moved.root.as_uri())
+        assert (moved.root / "mlruns" / run.info.run_id / "artifacts/params.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_terminated_does_not_stay_running(project: Project) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LOG_ONE_RUN, "wait"],
+        cwd=project.root,
+        env=clean_environment(project.root.parent),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "logged\n"
+        process.terminate()
+    assert process.returncode == 143
+    (run,) = runs_in(project.root / "mlflow.db")
+    assert run.info.status == "FAILED"
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from classifier.errors import PipelineError
-from classifier.files import existing, hash_file
+from classifier.files import atomic, existing, hash_file
 from classifier.sources import LabelledImages
 
 CLASS_NAMES = [
@@ -91,9 +91,10 @@ def fetch(raw: Path, data_path: Path) -> None:
                 failures.append(f"  {place}: {error}")
                 print(f"  not used: {error}", flush=True)
                 continue
-            raw.mkdir(exist_ok=True)
-            for name in FILES:
-                (Path(folder) / name).replace(raw / name)
+            with atomic(raw) as complete:
+                complete.mkdir()
+                for name in FILES:
+                    (Path(folder) / name).replace(complete / name)
             return
     raise PipelineError(
         "Fashion-MNIST could not be had:\n" + "\n".join(failures) + "\n"
