@@ -219,7 +219,7 @@ def test_no_images(tmp_path: Path, text: str) -> None:
     (tmp_path / "labels.csv").write_text(text)
     dataset = CustomImageDataset(tmp_path / "labels.csv", tmp_path)
     assert len(dataset) == 0
-    with pytest.raises(PipelineError, match="no images"):
+    with pytest.raises(PipelineError, match="name none of its images"):
         dataset.decode_all()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from classifier import device
 from classifier.device import (
     environment,
     refuse_several_processes,
@@ -39,6 +40,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, cuda_devices: int, mps: bool) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda_devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda_devices)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(device, "_holds_a_tensor", lambda name: True)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,14 @@ def test_auto_is_cuda_then_mps_then_cpu(
     assert select_device("auto") == torch.device(chosen)
     assert capsys.readouterr().out == f"Using {chosen} device\n"
     assert [str(select_device(name)) for name in usable] == usable
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="has a real one")
+def test_an_mps_device_without_memory_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Virtual machines say so; where there is none at all, a tensor is refused just the same.
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert usable_devices()[-1] == "cpu"
+    assert "mps" not in usable_devices()
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from classifier.errors import PipelineError
 from classifier.files import hash_file
 from classifier.sources import fashion_mnist
 from classifier.sources.fashion_mnist import FILES, LARGEST_BYTES, MIRRORS, read_idx
+from stages.download import WAY_BACK
 
 FIRST, *_ = FILES
 WITHIN_SECONDS = 20  # a place is left in about 5; the rest is for a busy machine
@@ -328,7 +329,7 @@ def test_interrupted_download_leaves_nothing(tmp_path: Path) -> None:
         assert asked.wait(WITHIN_SECONDS)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=WITHIN_SECONDS)
-    assert (process.returncode, stderr) == (130, "interrupted\n")
+    assert (process.returncode, stderr) == (130, f"interrupted\n{WAY_BACK}\n")
     assert not list((tmp_path / "data").iterdir())
 
 
