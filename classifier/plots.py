@@ -17,20 +17,10 @@ _default_style = matplotlib.rc_context(
 
 
 @_default_style
-def save_samples(path: Path, pixels: np.ndarray, titles: list[str]) -> None:
-    """The tutorial's 3 x 3 grid: images with their class names."""
-    figure, axes = _grid(3, 3)
-    for axis, image, title in zip(axes, pixels, titles, strict=False):
-        _show(axis, image)
-        axis.set_title(title, fontsize=10, parse_math=False)
-    _save(figure, path)
-
-
-@_default_style
-def save_mistakes(path: Path, pixels: np.ndarray, titles: list[str]) -> None:
-    """Wrongly classified images, with titles that tell the true class and the answer; at most 15."""
-    figure, axes = _grid(3, 5)
-    for axis, image, title in zip(axes, pixels, titles, strict=False):
+def save_grid(path: Path, pixels: np.ndarray, titles: list[str], rows: int, columns: int) -> None:
+    """Images with their titles, row by row; places without an image stay empty, and too many images are an error."""
+    figure, axes = _grid(rows, columns)
+    for axis, image, title in zip(axes[: len(pixels)], pixels, titles, strict=True):
         _show(axis, image)
         axis.set_title(title, fontsize=8, parse_math=False)
     _save(figure, path)

@@ -69,9 +69,9 @@ def train_loop(
     return mean_loss
 
 
-def test_loop(batches: Batches, network: nn.Module, labels: Tensor, precision: Precision) -> tuple[float, float]:
-    """`score` of a split whose labels, (N,) int64, are given."""
-    return score(predict(batches, network, precision), labels, batches.batch_size)
+def test_loop(batches: Batches, network: nn.Module, precision: Precision) -> tuple[float, float]:
+    """Average loss and accuracy of a split, see `score`; by the labels, whatever the target transform makes of them."""
+    return score(predict(batches, network, precision), batches.dataset.labels, batches.batch_size)
 
 
 test_loop.__test__ = False  # type: ignore[attr-defined]  # the tutorial's name, not a test for pytest

@@ -4,6 +4,7 @@ Reads   data/images.zip, data/annotations/, models/model_weights.pth
 Writes  metrics/test.json, metrics/classes.csv, metrics/plots/
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from classifier.networks import build_network
 from classifier.params import load_params
 from classifier.training import load_weights, predict, saliency, score
 
-SAMPLES, MISTAKES, SALIENCIES = 9, 15, 8  # images in each picture
+SAMPLES = (3, 3)  # rows and columns of the picture; the tutorial's grid
+MISTAKES = (3, 5)
+SALIENCIES = 8  # images
 
 
 def main() -> None:
@@ -70,12 +73,12 @@ def draw(
     )
 
     chosen = np.random.default_rng(seed).permutation(len(labels))
-    samples = chosen[:SAMPLES]
-    plots.save_samples(folder / "samples.png", test_set.pixels(samples).numpy(), list(truth[samples]))
+    samples = chosen[: math.prod(SAMPLES)]
+    plots.save_grid(folder / "samples.png", test_set.pixels(samples).numpy(), list(truth[samples]), *SAMPLES)
 
-    mistakes = most_confident_mistakes(logits, labels, MISTAKES)
+    mistakes = most_confident_mistakes(logits, labels, math.prod(MISTAKES))
     titles = [f"is {truth[i]}\nsaid {said[i]} {probabilities[i].max():.0%}" for i in mistakes]
-    plots.save_mistakes(folder / "mistakes.png", test_set.pixels(mistakes).numpy(), titles)
+    plots.save_grid(folder / "mistakes.png", test_set.pixels(mistakes).numpy(), titles, *MISTAKES)
 
     explained = chosen[:SALIENCIES]
     pixels = test_set.pixels(explained)

@@ -61,7 +61,7 @@ def main() -> None:
                 precision=params.precision,
             )
             images_per_second = train_batches.image_count / (perf_counter() - started)
-            val_loss, val_accuracy = test_loop(val_batches, network, val_batches.dataset.labels, params.precision)
+            val_loss, val_accuracy = test_loop(val_batches, network, params.precision)
             print(
                 f"Epoch {epoch + 1}: Accuracy: {val_accuracy:.1%}, Avg loss: {val_loss:.6f}, "
                 f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classifier.plots import save_mistakes, save_saliency, save_samples
+from classifier.plots import save_grid, save_saliency
 
 Draw = Callable[[Path, int, int], None]  # a path, the number of images and of channels
 
@@ -22,11 +22,11 @@ def names(count: int) -> list[str]:
 
 
 def draw_samples(path: Path, count: int, channels: int) -> None:
-    save_samples(path, images(count, channels), names(count))
+    save_grid(path, images(count, channels), names(count), 3, 3)
 
 
 def draw_mistakes(path: Path, count: int, channels: int) -> None:
-    save_mistakes(path, images(count, channels), [f"is {name}\nsaid bag 50%" for name in names(count)])
+    save_grid(path, images(count, channels), [f"is {name}\nsaid bag 50%" for name in names(count)], 3, 5)
 
 
 def draw_saliency(path: Path, count: int, channels: int) -> None:
@@ -58,8 +58,8 @@ def test_a_users_matplotlib_settings_change_nothing(tmp_path: Path) -> None:
 def test_colours_are_those_of_the_pixels(tmp_path: Path) -> None:
     red = np.zeros((1, 3, 4, 4), np.float32)
     red[:, 0] = 1
-    save_samples(tmp_path / "red.png", red, ["red"])
-    save_samples(tmp_path / "black.png", np.zeros((1, 1, 4, 4), np.float32), ["black"])
+    save_grid(tmp_path / "red.png", red, ["red"], 3, 3)
+    save_grid(tmp_path / "black.png", np.zeros((1, 1, 4, 4), np.float32), ["black"], 3, 3)
     with Image.open(tmp_path / "red.png") as picture:
         assert (255, 0, 0) in {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
     with Image.open(tmp_path / "black.png") as picture:
@@ -86,8 +86,7 @@ def test_fewer_images_than_places(tmp_path: Path, draw: Draw, count: int, channe
 
 def test_class_names_are_not_formulas(tmp_path: Path) -> None:
     titles = ["$x^$", "_", "50 %", "a\\b", "$"]
-    save_samples(tmp_path / "samples.png", images(5, 1), titles)
-    save_mistakes(tmp_path / "mistakes.png", images(1, 1), titles)
+    save_grid(tmp_path / "samples.png", images(5, 1), titles, 3, 3)
     save_saliency(tmp_path / "saliency.png", images(1, 1), images(1, 1)[:, 0], titles)
 
 

@@ -399,7 +399,7 @@ def test_test_loop_equals_a_loop_over_batches(make_batches: BatchMaker) -> None:
             logits = network(pixels)
             losses.append(nn.functional.cross_entropy(logits, labels).item())
             correct += int((logits.argmax(1) == labels).sum())
-    loss, accuracy = test_loop(batches, network, batches.dataset.labels, "float32")
+    loss, accuracy = test_loop(batches, network, "float32")
     assert loss == pytest.approx(np.mean(losses), abs=1e-6)
     assert accuracy == pytest.approx(correct / 150)
 
