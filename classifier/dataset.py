@@ -5,6 +5,7 @@ index there. Above the memory limit they are decoded anew in every epoch by work
 order, the same batches, the same numbers.
 """
 
+import hashlib
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -83,6 +84,15 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
     def targets(self) -> Tensor:
         """All labels, (N,) int64, or what the target transform makes of them."""
         return self.target_transform(self.labels) if self.target_transform else self.labels
+
+    def md5(self) -> str:
+        """Digest of the images' bytes and labels, in order: of what the data set is, whatever its files are called."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for file, label in zip(self.files, self.labels.tolist(), strict=True):
+            content = self.images.read(file)
+            digest.update(f"{label} {len(content)} ".encode())
+            digest.update(content)
+        return digest.hexdigest()
 
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the first image, which all the others must share. Raises PipelineError if there is none."""

@@ -48,8 +48,13 @@ def _holds_a_tensor(name: str) -> bool:
 def set_threads(threads: int | Literal["auto"]) -> int:
     """Set and return the number of CPU threads; auto is one for each core this process may use.
 
-    The number decides the last bits of sums, so results are reproducible for one number only.
+    The number decides the last bits of sums, so results are reproducible for one number only. The environment
+    variable CLASSIFIER_THREADS is what auto means where it is set: a rebuild elsewhere uses the recorded number.
     """
+    if threads == "auto" and (recorded := os.environ.get("CLASSIFIER_THREADS")):
+        if not recorded.isdecimal() or not 1 <= int(recorded) <= 1024:
+            raise PipelineError(f"CLASSIFIER_THREADS: {recorded!r} is not a whole number from 1 to 1024")
+        threads = int(recorded)
     if threads == "auto":
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads)

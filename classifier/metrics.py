@@ -1,4 +1,4 @@
-"""Scores: pure functions of (logits, labels).
+"""Scores: pure functions of (logits, labels), and what they say about two models.
 
 logits: (N, C) float; labels: (N,) int64 in [0, C), both NumPy arrays. All scores are fractions.
 """
@@ -39,3 +39,15 @@ def most_confident_mistakes(logits: np.ndarray, labels: np.ndarray, count: int) 
     wrong = np.flatnonzero(predicted != labels)
     order = np.argsort(-log_probabilities[wrong, predicted[wrong]], kind="stable")
     return wrong[order][:count]
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """How probable a difference as large as this one is between two models that are equally good, in [0, 1].
+
+    only_first, only_second: counts of the images, of one test set, that only this model classifies rightly.
+    Exact and two-sided. Source: McNemar 1947, doi:10.1007/BF02295996.
+    """
+    from scipy.stats import binomtest
+
+    count = only_first + only_second
+    return float(binomtest(only_first, count).pvalue) if count else 1.0

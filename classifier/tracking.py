@@ -1,4 +1,4 @@
-"""MLflow: the only module that imports it.
+"""MLflow's runs: what training, evaluation and export leave in the store, and how to find it again.
 
 There is one store for the repository, wherever a stage runs: DVC's temporary experiments log to it too.
 MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME win when they are set. A trained model has one run: `train`
@@ -11,14 +11,17 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # Read when mlflow is imported
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # The defaults make one call to a dead server take four minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
@@ -28,16 +31,13 @@ from filelock import FileLock
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.exceptions import MlflowException
-from mlflow.models import infer_signature
 
 from classifier.errors import PipelineError, run_main
 from classifier.files import ANNOTATIONS, IMAGES, WEIGHTS, hash_file, locked_md5s
 from classifier.params import Params, load_params
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
 WEIGHTS_TAG = "md5.model_weights"
+TEST_SET_TAG = "md5.test_set"
 NOT_CODE = (".", ":!params.yaml", ":!dvc.lock", ":!metrics")
 
 
@@ -57,10 +57,10 @@ def training_run(params: Params, environment: Mapping[str, str | int]) -> Iterat
     """
     experiment_id = _connect(params.experiment)
     with (
-        _store_errors(),
+        store_errors(),
         mlflow.start_run(
             experiment_id=experiment_id,
-            run_name=os.environ.get("DVC_EXP_NAME"),
+            run_name=_run_name(),
             tags=_tags(environment),
             log_system_metrics=True,
         ),
@@ -75,14 +75,15 @@ def run_of_weights(params: Params, environment: Mapping[str, str | int]) -> Iter
     """Reopen the run that trained models/model_weights.pth, or open one if the store does not know the weights."""
     experiment_id = _connect(params.experiment)
     weights_md5 = hash_file(WEIGHTS)
-    with _store_errors():
-        run_id = _find_run(weights_md5, experiment_id)
-        if run_id:
-            with mlflow.start_run(run_id=run_id):
+    known = find_runs(f"tags.`{WEIGHTS_TAG}` = '{weights_md5}'")
+    known.sort(key=lambda run: run.experiment_id != experiment_id)  # those of this experiment first
+    with store_errors():
+        if known:
+            with mlflow.start_run(run_id=known[0].run_id):
                 yield
             return
         tags = _tags(environment) | {WEIGHTS_TAG: weights_md5}
-        with mlflow.start_run(experiment_id=experiment_id, run_name=os.environ.get("DVC_EXP_NAME"), tags=tags):
+        with mlflow.start_run(experiment_id=experiment_id, run_name=_run_name(), tags=tags):
             _log_inputs(params)
             yield
 
@@ -90,6 +91,11 @@ def run_of_weights(params: Params, environment: Mapping[str, str | int]) -> Iter
 def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     """Log numbers to the open run in one call."""
     mlflow.log_metrics(dict(metrics), step=step)
+
+
+def set_tags(tags: Mapping[str, str]) -> None:
+    """Set tags of the open run; older ones of the same names are replaced."""
+    mlflow.set_tags(dict(tags))
 
 
 def log_files(path: Path, folder: str | None = None) -> None:
@@ -100,40 +106,89 @@ def log_files(path: Path, folder: str | None = None) -> None:
         mlflow.log_artifact(str(path), folder)
 
 
-def log_model(network: "nn.Module", pixels: "Tensor", registered_model: str) -> None:
-    """Log the trained network to the open run and register it as a new version of `registered_model`.
+@dataclass(frozen=True)
+class Run:
+    """A run as the store knows it."""
 
-    pixels: (N, C, H, W) float32 with N >= 2, an example: with one image the batch size would be fixed to 1.
+    run_id: str
+    name: str
+    experiment_id: str
+    status: str
+    parameters: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def find_runs(filter_string: str = "") -> list[Run]:
+    """The runs of all experiments that MLflow's filter lets through, the newest first; none where there is no store.
+
+    Raises PipelineError if the store cannot be asked.
     """
-    import torch  # here, because making the store and its pages need no torch
+    if not open_store():
+        return []
+    with store_errors():
+        runs = mlflow.search_runs(
+            experiment_ids=[experiment.experiment_id for experiment in mlflow.search_experiments()],
+            filter_string=filter_string,
+            order_by=["attributes.start_time DESC"],
+            output_format="list",
+        )
+    return [
+        Run(
+            run_id=run.info.run_id,
+            name=run.info.run_name,
+            experiment_id=run.info.experiment_id,
+            status=run.info.status,
+            parameters=dict(run.data.params),
+            metrics=dict(run.data.metrics),
+            tags=dict(run.data.tags),
+        )
+        for run in runs
+    ]
 
-    network.eval()
-    with torch.inference_mode():
-        signature = infer_signature(pixels.numpy(), network(pixels).numpy())
-    mlflow.pytorch.log_model(
-        network,
-        name="model",
-        input_example=pixels.numpy(),
-        signature=signature,
-        # Finding them out by itself takes MLflow ten seconds.
-        pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", f"mlflow=={mlflow.__version__}"],
-        registered_model_name=registered_model,
-    )
+
+@contextmanager
+def artifact(run_id: str, path: str) -> Iterator[Path | None]:
+    """A local copy of an artifact of a run, for as long as the block lasts; None if the run has none of that name."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path, dst_path=folder))
+        except (MlflowException, OSError):
+            yield None
+
+
+def open_store() -> bool:
+    """Point MLflow to the store. False, and nothing is made, where the repository's own is not there yet."""
+    database = _own_database()
+    if database and database.exists():
+        with FileLock(_lock_file()):
+            _follow_move(database)
+    return not database or database.exists()
+
+
+def _own_database() -> Path | None:
+    """The database of the repository's own store, with MLflow pointed to it; None if the environment names another."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    database = repository_root() / "mlflow.db"
+    mlflow.set_tracking_uri(f"sqlite:///{database}")
+    return database
+
+
+def _lock_file() -> Path:
+    return repository_root() / ".mlflow.lock"
 
 
 def _connect(experiment: str) -> str:
     """Choose the store, make it and the experiment if they are not there, and return the experiment's id."""
-    root = repository_root()
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    is_own = not os.environ.get("MLFLOW_TRACKING_URI")
-    if is_own:
-        mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
+    database = _own_database()
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
-    location = None if _has_server() else (root / "mlruns").as_uri()
+    location = None if _has_server() else (repository_root() / "mlruns").as_uri()
     # Two processes that create the database at the same time break it.
-    with _store_errors(), FileLock(root / ".mlflow.lock"):
-        if is_own:
-            _follow_move(root / "mlflow.db", root / "mlruns")
+    with store_errors(), FileLock(_lock_file()):
+        if database and database.exists():
+            _follow_move(database)
         if found := mlflow.get_experiment_by_name(experiment):
             if found.lifecycle_stage == "deleted":
                 raise PipelineError(f"experiment: {experiment!r} is deleted in MLflow; restore it or name another")
@@ -146,7 +201,7 @@ def _has_server() -> bool:
 
 
 @contextmanager
-def _store_errors() -> Iterator[None]:
+def store_errors() -> Iterator[None]:
     """Tell what the store refused, in one line and the way on, instead of MLflow's traceback."""
     try:
         yield
@@ -157,10 +212,9 @@ def _store_errors() -> Iterator[None]:
         ) from None
 
 
-def _follow_move(database: Path, artifacts: Path) -> None:
+def _follow_move(database: Path) -> None:
     """Where the repository was moved or copied, make its store find its artifacts again: it holds absolute paths."""
-    if not database.exists():
-        return
+    artifacts = database.with_name("mlruns")
     with closing(sqlite3.connect(database)) as store, store:
         columns = [
             (table, column)
@@ -182,20 +236,9 @@ def _follow_move(database: Path, artifacts: Path) -> None:
                     )
 
 
-def _find_run(weights_md5: str, experiment_id: str) -> str | None:
-    """The id of the newest run with these weights, in this experiment first."""
-    everywhere = [experiment.experiment_id for experiment in mlflow.search_experiments()]
-    for experiment_ids in ([experiment_id], everywhere):
-        runs = mlflow.search_runs(
-            experiment_ids=experiment_ids,
-            filter_string=f"tags.`{WEIGHTS_TAG}` = '{weights_md5}'",
-            order_by=["attributes.start_time DESC"],
-            max_results=1,
-            output_format="list",
-        )
-        if runs:
-            return str(runs[0].info.run_id)
-    return None
+def _run_name() -> str:
+    """DVC's name of the experiment, or the commit: names that MLflow draws are no names when everything is seeded."""
+    return os.environ.get("DVC_EXP_NAME") or f"repro {_git('rev-parse', '--short', 'HEAD')}".strip()
 
 
 def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:

@@ -5,11 +5,12 @@ Writes  models/export/: model.<format> for each of export_formats, manifest.json
 """
 
 import platform
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from classifier import files, tracking
+from classifier import files, registry, tracking
 from classifier.dataset import CustomImageDataset, class_names
 from classifier.device import environment, seed_everything, select_device, set_threads
 from classifier.errors import run_main
@@ -42,9 +43,13 @@ def main() -> None:
             print(f"{name}: logits within {difference:.1e} of the trained network's on {len(pixels)} test images")
         files.write_json(folder / "manifest.json", manifest(params, models, list(pixels.shape[1:]), names))
 
-    with tracking.run_of_weights(params, environment(device)):
-        tracking.log_model(network, pixels[:2], params.registered_model)
+    with tracking.run_of_weights(params, environment(device)), tempfile.TemporaryDirectory() as folder:
         tracking.log_files(files.EXPORT / "manifest.json")
+        onnx = files.EXPORT / "model.onnx"
+        if not onnx.exists():  # not among the formats asked for, but what the registered model computes with
+            onnx = Path(folder) / "model.onnx"
+            write(network, pixels[:2], onnx)
+        registry.register(params.registered_model, onnx, files.EXPORT / "manifest.json")
 
 
 def manifest(params: Params, models: list[Path], image_shape: list[int], names: list[str]) -> dict[str, Any]:

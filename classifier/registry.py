@@ -1,0 +1,145 @@
+"""MLflow's model registry: a version for each export, and the alias `champion` on the best of them."""
+
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from classifier.errors import PipelineError
+from classifier.files import read_json
+from classifier.metrics import mcnemar
+from classifier.tracking import TEST_SET_TAG, artifact, find_runs, open_store, store_errors
+
+CHAMPION = "champion"
+NOISE = 0.05  # a difference that noise alone makes more often than this is not told apart from noise
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model, and the run whose network it is."""
+
+    name: str
+    number: int
+    run_id: str
+    aliases: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.number}"
+
+
+def register(registered_model: str, onnx: Path, manifest: Path) -> None:
+    """Log the exported network to the open run and register it as a new version of `registered_model`.
+
+    The version gives class names and probabilities for images: classifier/serving.py says how. The SHA-256 of each
+    file in the manifest becomes a tag, by which `find_versions` finds the version of a file.
+    """
+    packages = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*type hints", UserWarning)  # images come in more than one type
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("serving.py")),
+            artifacts={"model": str(onnx), "manifest": str(manifest)},
+            pip_requirements=[f"{package}=={version(package)}" for package in packages],  # to find out takes seconds
+            registered_model_name=registered_model,
+        )
+    client = MlflowClient()
+    for name, file in read_json(manifest)["files"].items():
+        number = str(logged.registered_model_version)
+        client.set_model_version_tag(registered_model, number, f"sha256.{name}", file["sha256"])
+
+
+def find_versions(filter_string: str) -> list[Version]:
+    """The versions that MLflow's filter lets through, the newest first; none where there is no store."""
+    if not open_store():
+        return []
+    with store_errors():
+        client = MlflowClient()
+        found = client.search_model_versions(filter_string, order_by=["version_number DESC"])
+        # A search does not give the aliases.
+        return [_version(client.get_model_version(version.name, version.version)) for version in found]
+
+
+def find_champion(name: str) -> Version | None:
+    """The version of a registered model that has the alias, if one has."""
+    if not open_store():
+        return None
+    try:
+        return _version(MlflowClient().get_model_version_by_alias(name, CHAMPION))
+    except MlflowException:
+        return None
+
+
+def promote(candidate: Version, force: bool = False) -> str:
+    """Give the alias `champion` to the candidate if it is more accurate than the present one; return what was done.
+
+    Both must have been evaluated on the same test data. The difference is tested on the images that only one of the
+    two classifies rightly (McNemar's exact test). Raises PipelineError, and leaves the alias, if the candidate is not
+    better or not comparable; `force` moves it all the same.
+    """
+    champion = find_champion(candidate.name)
+    new = Evaluation.of(candidate)
+    if champion is None:
+        text = f"{candidate} is the first champion: accuracy {new.accuracy:.4f} on {len(new.correct)} test images"
+    elif champion.number == candidate.number:
+        return f"{candidate} is the champion already: accuracy {new.accuracy:.4f}"
+    else:
+        text = _compared(candidate, new, champion, Evaluation.of(champion), force)
+    with store_errors():
+        MlflowClient().set_registered_model_alias(candidate.name, CHAMPION, str(candidate.number))
+    return text
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found out about a version: which test images it classifies rightly, in the order of test.csv."""
+
+    test_set: str
+    correct: pd.Series
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+    @classmethod
+    def of(cls, version: Version) -> "Evaluation":
+        """Read from the run of a version. Raises PipelineError if it was not evaluated."""
+        runs = find_runs(f"attributes.run_id = '{version.run_id}'")
+        test_set = runs[0].tags.get(TEST_SET_TAG) if runs else None
+        with artifact(version.run_id, "plots/confusion.csv") as path:
+            if test_set is None or path is None:
+                raise PipelineError(f"{version}: its run {version.run_id} holds no evaluation; `dvc repro` evaluates")
+            answers = pd.read_csv(path, dtype=str, keep_default_na=False)
+        return cls(test_set, answers.actual == answers.predicted)
+
+
+def _compared(candidate: Version, new: Evaluation, champion: Version, old: Evaluation, force: bool) -> str:
+    if new.test_set != old.test_set:
+        text = f"{candidate} was tested on other images than the champion, version {champion.number}"
+        if not force:
+            raise PipelineError(f"{text}: not promoted.\nEvaluate both on the same test data, or give --force.")
+        return f"{text}; champion by force, accuracy {new.accuracy:.4f}"
+    gained = int((new.correct & ~old.correct).sum())
+    lost = int((old.correct & ~new.correct).sum())
+    p_value = mcnemar(gained, lost)
+    verdict = "more than noise" if p_value < NOISE else "may be noise"
+    text = (
+        f"{candidate}: accuracy {new.accuracy:.4f}; champion, version {champion.number}: {old.accuracy:.4f}\n"
+        f"Of {len(new.correct)} test images, only the candidate is right on {gained} and only the champion on {lost}: "
+        f"{verdict} (McNemar's exact test, p = {p_value:.2g})"
+    )
+    if new.accuracy > old.accuracy:
+        return f"{text}\nVersion {candidate.number} is the champion now."
+    if force:
+        return f"{text}\nNot better, but champion by force now."
+    raise PipelineError(f"{text}\nNot better: version {champion.number} stays champion.")
+
+
+def _version(found: ModelVersion) -> Version:
+    return Version(found.name, int(found.version), found.run_id or "", list(found.aliases))
