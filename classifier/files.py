@@ -12,6 +12,7 @@ import yaml
 
 from classifier.errors import PipelineError
 
+LOCK = Path("dvc.lock")
 RAW = Path("data/raw")
 IMAGES = Path("data/images.zip")
 ANNOTATIONS = Path("data/annotations")
@@ -66,12 +67,22 @@ def hash_file(path: Path, algorithm: str = "md5") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def locked_md5s(lock: Path = Path("dvc.lock")) -> dict[str, str]:
+def hash_bytes(content: bytes) -> str:
+    """Hexadecimal md5 of bytes, which DVC names files by."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def locked_md5s(lock: Path = LOCK) -> dict[str, str]:
     """Map the path of every output in dvc.lock to its md5 (a folder's ends in `.dir`).
 
     While a stage runs, the entries of the stages before it are current and its own is of its last run.
     """
     if not lock.exists():
         return {}
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
-    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}
+    return md5s_in(yaml.safe_load(lock.read_text(encoding="utf-8")) or {})
+
+
+def md5s_in(lock: dict[str, Any], kind: str = "outs") -> dict[str, str]:
+    """Map the path of every output (or of every dependency: "deps") in a parsed dvc.lock to its md5."""
+    stages = lock.get("stages", {}).values()
+    return {entry["path"]: entry["md5"] for stage in stages for entry in stage.get(kind, []) if "md5" in entry}

@@ -1,6 +1,5 @@
 """MLflow's model registry: a version for each export, and the alias `champion` on the best of them."""
 
-import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,15 +39,13 @@ def register(registered_model: str, onnx: Path, manifest: Path) -> None:
     file in the manifest becomes a tag, by which `find_versions` finds the version of a file.
     """
     packages = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*type hints", UserWarning)  # images come in more than one type
-        logged = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(Path(__file__).with_name("serving.py")),
-            artifacts={"model": str(onnx), "manifest": str(manifest)},
-            pip_requirements=[f"{package}=={version(package)}" for package in packages],  # to find out takes seconds
-            registered_model_name=registered_model,
-        )
+    logged = mlflow.pyfunc.log_model(
+        name="model",
+        python_model=str(Path(__file__).with_name("serving.py")),
+        artifacts={"model": str(onnx), "manifest": str(manifest)},
+        pip_requirements=[f"{package}=={version(package)}" for package in packages],  # finding them out takes seconds
+        registered_model_name=registered_model,
+    )
     client = MlflowClient()
     for name, file in read_json(manifest)["files"].items():
         number = str(logged.registered_model_version)

@@ -22,17 +22,19 @@ BATCH = 256  # images that go through the network at once: it bounds the memory
 class ImageClassifier(PythonModel):  # type: ignore[misc]
     """An exported ONNX file and its manifest, as an MLflow model."""
 
+    _skip_type_hint_validation = True  # MLflow's checks by type hint would allow one type of input only
+
     def load_context(self, context: PythonModelContext) -> None:
         manifest = json.loads(Path(context.artifacts["manifest"]).read_text(encoding="utf-8"))
         self.class_names: list[str] = manifest["classes"]
         self.image_shape = tuple(manifest["input"]["shape"][1:])  # (C, H, W)
         self.session = onnxruntime.InferenceSession(context.artifacts["model"], providers=["CPUExecutionProvider"])
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads type hints
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """A row an image: `class` and its `probability`, then the probability of every class as `P(name)`.
 
-        model_input: images as an array (N, C, H, W), or (N, H, W) where they are grey, of whole numbers from 0 to 255
-        or of floats from 0 to 1; or a list of image files, given as paths or as Pillow images.
+        model_input: images as an array (N, C, H, W), or (N, H, W) where they are grey, of integers from 0
+        to 255 or floats from 0 to 1; or a list of image files, given as paths or as Pillow images.
         Raises ValueError for images of another shape or range.
         """
         pixels = self._pixels(model_input)
@@ -41,7 +43,10 @@ class ImageClassifier(PythonModel):  # type: ignore[misc]
         exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
         probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
         answers = probabilities.argmax(axis=1)
-        table = {"class": [self.class_names[answer] for answer in answers], "probability": probabilities.max(axis=1)}
+        table = {
+            "class": [self.class_names[answer] for answer in answers],
+            "probability": probabilities.max(axis=1),
+        }
         columns = {f"P({name})": probabilities[:, label] for label, name in enumerate(self.class_names)}
         return pd.DataFrame(table | columns)
 

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import sqlite3
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -35,18 +34,15 @@ from mlflow.exceptions import MlflowException
 from classifier.errors import PipelineError, run_main
 from classifier.files import ANNOTATIONS, IMAGES, WEIGHTS, hash_file, locked_md5s
 from classifier.params import Params, load_params
+from classifier.repository import changes, git, repository_root
 
 WEIGHTS_TAG = "md5.model_weights"
+COMMIT_TAG = "mlflow.source.git.commit"
+CHANGED_TAG = "git.changed_files"
+EXPERIMENT_TAG = "dvc.exp_name"
 TEST_SET_TAG = "md5.test_set"
-NOT_CODE = (".", ":!params.yaml", ":!dvc.lock", ":!metrics")
-
-
-def repository_root() -> Path:
-    """The main checkout, also when DVC runs an experiment in a temporary copy of it."""
-    if root := os.environ.get("DVC_ROOT"):
-        return Path(root)
-    here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+PATCH = "code.patch"
+LARGEST_PATCH = 10_000_000  # bytes
 
 
 @contextmanager
@@ -238,17 +234,15 @@ def _follow_move(database: Path) -> None:
 
 def _run_name() -> str:
     """DVC's name of the experiment, or the commit: names that MLflow draws are no names when everything is seeded."""
-    return os.environ.get("DVC_EXP_NAME") or f"repro {_git('rev-parse', '--short', 'HEAD')}".strip()
+    return os.environ.get("DVC_EXP_NAME") or f"repro {git('rev-parse', '--short', 'HEAD')}".strip()
 
 
 def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
     md5s = locked_md5s()
     tags = {
         "mlflow.source.name": "dvc repro",
-        "mlflow.source.git.commit": _git("rev-parse", "HEAD"),
-        # What is not in that commit; params.yaml is in the run, and DVC writes dvc.lock and metrics
-        "git.changed_files": " ".join(_git("diff", "--name-only", "HEAD", "--", *NOT_CODE).split()),
-        "dvc.exp_name": os.environ.get("DVC_EXP_NAME", ""),
+        COMMIT_TAG: git("rev-parse", "HEAD"),
+        EXPERIMENT_TAG: os.environ.get("DVC_EXP_NAME", ""),
         "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
         "md5.images": md5s.get(str(IMAGES), ""),
         "md5.annotations": md5s.get(str(ANNOTATIONS), ""),
@@ -258,16 +252,15 @@ def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
     }
 
 
-def _git(*arguments: str) -> str:
-    """What git answers, or nothing where there is no git, no repository or no commit."""
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
 def _log_inputs(params: Params) -> None:
-    """Log every parameter, spelt as in params.yaml, and the data by the md5 that DVC knows it by."""
+    """Log every parameter, spelt as in params.yaml, the code, and the data by the md5 that DVC knows it by."""
+    changed, patch = changes(".", ":!dvc.lock", ":!metrics")  # these two DVC writes
+    if code := [name for name in changed if name != "params.yaml"]:
+        mlflow.set_tag(CHANGED_TAG, " ".join(code))
+    if 0 < len(patch) <= LARGEST_PATCH:  # with the commit, the state that was trained
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / PATCH).write_bytes(patch)
+            mlflow.log_artifact(str(Path(folder) / PATCH))
     mlflow.log_params({key: _spelt(value) for key, value in params.model_dump().items()})
     md5s = locked_md5s()
     for path in (IMAGES, ANNOTATIONS):

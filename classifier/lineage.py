@@ -1,0 +1,318 @@
+"""Lineage: from a model file, an MLflow run, a DVC experiment or a Git commit to everything that made it, and back.
+
+The links are hashes. dvc.lock, which Git keeps, names every output by its md5; a run carries the md5 of the weights it
+trained, and a registered version the SHA-256 of the files that were exported with it. So a file that was copied
+anywhere leads back by its content.
+"""
+
+import json
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from classifier.errors import PipelineError
+from classifier.files import EXPORT, LOCK, TEST_METRICS, TRAIN_METRICS, WEIGHTS, hash_bytes, hash_file, md5s_in
+from classifier.registry import Version, find_versions
+from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, read_at
+from classifier.storage import YES, Storage
+from classifier.tracking import CHANGED_TAG, COMMIT_TAG, EXPERIMENT_TAG, PATCH, WEIGHTS_TAG, Run, artifact, find_runs
+
+PARAMS = Path("params.yaml")
+MANIFEST = "manifest.json"
+LISTED = 3  # runs and versions; --json gives all
+FORMATS = ("pth", "pt2", "onnx")
+TRACKED_MD5S = {"data/images.zip": "md5.images", "data/annotations": "md5.annotations", str(WEIGHTS): WEIGHTS_TAG}
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of the pipeline, and whether the cache and the remote have it: "yes", "no", "in part", or why not."""
+
+    path: str
+    md5: str
+    cache: str
+    remote: str
+
+
+@dataclass
+class Lineage:
+    """What made a model, as far as it can be established; `unknown` says what cannot, `commands` bring it back."""
+
+    subject: str
+    commit: str | None = None
+    title: str = ""
+    experiment: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    outputs: list[Output] = field(default_factory=list)
+    exported: dict[str, str] = field(default_factory=dict)  # SHA-256 by file name
+    runs: list[Run] = field(default_factory=list)
+    versions: list[Version] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+
+
+def trace(target: str) -> Lineage:
+    """The lineage of a model file, an MLflow run id, a DVC experiment's name or a Git commit.
+
+    Raises PipelineError if it is none of these, or a file that nothing here knows.
+    """
+    with Storage() as storage:
+        if Path(target).is_file():
+            return _of_file(Path(target), storage)
+        if re.fullmatch("[0-9a-f]{32}", target) and (runs := find_runs(f"attributes.run_id = '{target}'")):
+            return _of_run(runs[0], Lineage(f"MLflow run {target}"), storage)
+        if found := [experiment.commit for experiment in experiments() if experiment.name == target]:
+            lineage = Lineage(f"DVC experiment {target}")
+            if len(found) > 1:
+                lineage.unknown.append(
+                    f"which one is meant: {len(found)} experiments have this name; the newest is shown"
+                )
+            return _of_commit(found[0], lineage, storage)
+        if commit := commit_of(target):
+            return _of_commit(commit, Lineage(f"Git commit {target}"), storage)
+        if re.fullmatch(r"[\w.-]+", target) and (runs := find_runs(f"tags.`{EXPERIMENT_TAG}` = '{target}'")):
+            return _of_run(runs[0], Lineage(f"DVC experiment {target}"), storage)
+    raise PipelineError(
+        f"{target}: no model file, MLflow run, DVC experiment or Git commit here.\n"
+        "`dvc exp list --all-commits` lists the experiments, `make ui` shows the runs."
+    )
+
+
+def _of_file(path: Path, storage: Storage) -> Lineage:
+    """By the SHA-256, which the registry has of exported files, or the md5, which runs and dvc.lock have."""
+    md5, sha256 = hash_file(path), hash_file(path, "sha256")
+    lineage = Lineage(f"{path} (md5 {md5}, SHA-256 {sha256})")
+    lineage.versions = [v for suffix in FORMATS for v in find_versions(f"tags.`sha256.model.{suffix}` = '{sha256}'")]
+    runs = find_runs(f"tags.`{WEIGHTS_TAG}` = '{md5}'")
+    if lineage.versions:
+        run_id = lineage.versions[0].run_id
+        runs = find_runs(f"attributes.run_id = '{run_id}'")
+        if not runs:
+            lineage.unknown.append(f"run {run_id} of {lineage.versions[0]}: deleted, or in another store")
+    if runs:
+        return _of_run(runs[0], lineage, storage, md5)
+    holding = commits_holding(md5) or [
+        commit for commit in commits_holding(str(EXPORT)) if md5 in _exported_md5s(commit, storage)
+    ]
+    if holding:
+        return _of_commit(holding[0], lineage, storage)
+    if lineage.versions:
+        return lineage
+    raise PipelineError(
+        f"{path}: nothing here knows it by its md5 {md5} or its SHA-256 {sha256}: no run and no registered version of "
+        "the MLflow store, and no dvc.lock of a commit in this clone.\n"
+        "Fetch what others have (git fetch --all; dvc exp pull), or set MLFLOW_TRACKING_URI to the store that has its run."
+    )
+
+
+def _of_run(run: Run, lineage: Lineage, storage: Storage, md5: str = "") -> Lineage:
+    """By its weights to the commit or experiment that holds them; by what the run says where none does."""
+    weights = run.tags.get(WEIGHTS_TAG)
+    if weights and (commit := _commit_of_run(run, weights, md5, storage)):
+        name = run.tags.get(EXPERIMENT_TAG)
+        if name and all(found.commit != commit for found in experiments()):
+            lineage.unknown.append(f"experiment {name} itself: no longer in Git; this commit holds the same weights")
+        return _of_commit(commit, lineage, storage, run)
+    lineage.experiment = run.tags.get(EXPERIMENT_TAG)
+    lineage.parameters = dict(run.parameters)
+    lineage.metrics = dict(run.metrics)
+    tracked = {path: run.tags[tag] for path, tag in TRACKED_MD5S.items() if tag in run.tags}
+    lineage.outputs = _outputs(tracked, storage)
+    _add_tracked(lineage, [run], storage)
+    lineage.unknown.append(
+        "the commit: none in this clone holds these weights; the results were not committed, or are pruned"
+        if weights
+        else f"the weights: the run is {run.status}, its training did not end"
+    )
+    _add_commands_of_run(lineage, run)
+    return lineage
+
+
+def _commit_of_run(run: Run, weights: str, md5: str, storage: Storage) -> str | None:
+    """The commit that holds a run's weights (and among its exported files the one with this md5, if one does).
+
+    The experiment of the run's name comes first, then the commit that the run started from, if it ran the code of that
+    commit as it was, then those after it.
+    """
+    holding = commits_holding(weights)
+    base = run.tags.get(COMMIT_TAG, "")
+    if base and CHANGED_TAG not in run.tags and md5s_in(_lock_at(base)).get(str(WEIGHTS)) == weights:
+        holding.append(base)
+    named = {found.commit for found in experiments() if found.name == run.tags.get(EXPERIMENT_TAG)}
+
+    def rank(commit: str) -> tuple[bool, bool, bool, bool]:
+        exported = md5 in _exported_md5s(commit, storage)
+        return not exported, commit not in named, commit != base, not (base and is_ancestor(base, commit))
+
+    return min(holding, key=rank, default=None)
+
+
+def _of_commit(commit: str, lineage: Lineage, storage: Storage, run: Run | None = None) -> Lineage:
+    """By dvc.lock and params.yaml of the commit, which name everything; the runs are found by the weights."""
+    lock = _lock_at(commit)
+    if not lock:
+        raise PipelineError(f"commit {commit[:12]} has no dvc.lock: the pipeline had not run there; name a later one")
+    lineage.commit = commit
+    lineage.title = git("log", "-1", "--format=%cs %s", commit)
+    found = {experiment.commit: experiment for experiment in experiments()}.get(commit)
+    if found:
+        lineage.experiment = f"{found.name}, on {found.baseline[:12]}"
+    lineage.parameters = yaml.safe_load(read_at(commit, PARAMS) or b"") or {}
+    for path in (TRAIN_METRICS, TEST_METRICS):
+        for key, value in json.loads(read_at(commit, path) or b"{}").items():
+            lineage.metrics[f"{path.stem} {key}"] = value
+    md5s = md5s_in(lock)
+    lineage.outputs = _outputs(md5s, storage)
+
+    weights = md5s.get(str(WEIGHTS), "")
+    runs = find_runs(f"tags.`{WEIGHTS_TAG}` = '{weights}'") if weights else []
+    runs.sort(key=lambda found: run is None or found.run_id != run.run_id)  # the one that was asked for first
+    if not runs:
+        lineage.unknown.append("the MLflow run: no run of this store has these weights; deleted, or in another store")
+    manifest = storage.read((storage.files(md5s.get(str(EXPORT), "")) or {}).get(MANIFEST, ""))
+    _add_tracked(lineage, runs, storage, manifest)
+    if differing := stale(lock, lambda path: read_at(commit, path)):
+        lineage.unknown.append(
+            f"the code: dvc.lock of this commit was made with other content of {', '.join(differing)}"
+        )
+    _add_commands_of_commit(lineage)
+    return lineage
+
+
+def stale(lock: dict[str, Any], read: Callable[[Path], bytes | None]) -> list[str]:
+    """What `read` gives other content for than dvc.lock was made with: code, and keys of params.yaml."""
+    made = set(md5s_in(lock))
+    differing = []
+    for path, md5 in md5s_in(lock, "deps").items():
+        content = None if md5.endswith(".dir") or path in made else read(Path(path))
+        if content is not None and hash_bytes(content) != md5:
+            differing.append(path)
+    parameters = yaml.safe_load(read(PARAMS) or b"") or {}
+    locked = {
+        k: v for stage in lock["stages"].values() for k, v in stage.get("params", {}).get(str(PARAMS), {}).items()
+    }
+    return differing + [f"{key} in {PARAMS}" for key, value in locked.items() if str(parameters.get(key)) != str(value)]
+
+
+def _lock_at(commit: str) -> dict[str, Any]:
+    return yaml.safe_load(read_at(commit, LOCK) or b"") or {}
+
+
+def _exported_md5s(commit: str, storage: Storage) -> set[str]:
+    """The md5 of every exported file of a commit, as far as the cache or the remote still knows them."""
+    return set((storage.files(md5s_in(_lock_at(commit)).get(str(EXPORT), "")) or {}).values())
+
+
+def _outputs(md5s: dict[str, str], storage: Storage) -> list[Output]:
+    """Metrics are left out: Git has them."""
+    return [
+        Output(path, md5, storage.in_cache(md5), storage.in_remote(md5))
+        for path, md5 in md5s.items()
+        if not path.endswith(".json")
+    ]
+
+
+def _add_tracked(lineage: Lineage, runs: list[Run], storage: Storage, manifest: bytes | None = None) -> None:
+    """The runs, their registered versions, and the exported files by the manifest of the commit, else of a run."""
+    lineage.runs = runs
+    known = {(version.name, version.number) for version in lineage.versions}
+    for run in runs:
+        versions = find_versions(f"run_id = '{run.run_id}'")
+        lineage.versions += [version for version in versions if (version.name, version.number) not in known]
+    for run in runs if manifest is None else []:
+        with artifact(run.run_id, MANIFEST) as path:
+            if path:
+                manifest = path.read_bytes()
+                break
+    if manifest is None:
+        lineage.unknown.append("the exported files: their manifest is in no cache, remote or run")
+    else:
+        lineage.exported = {name: file["sha256"] for name, file in json.loads(manifest)["files"].items()}
+
+
+def _add_commands_of_commit(lineage: Lineage) -> None:
+    lineage.commands = [f"git switch --detach {lineage.commit[:12]}" if lineage.commit else ""]
+    if git("diff", "--name-only", lineage.commit, "--", "requirements.lock"):
+        lineage.commands.append("make env")
+    if all(output.cache == YES for output in lineage.outputs):
+        lineage.commands.append("dvc checkout")
+    elif all(YES in (output.cache, output.remote) for output in lineage.outputs):
+        lineage.commands.append("dvc pull")
+    else:
+        lost = [output.path for output in lineage.outputs if YES not in (output.cache, output.remote)]
+        lineage.unknown.append(f"the bytes of {', '.join(lost)}: in no cache or remote, so they have to be made again")
+        pull = "dvc pull --allow-missing" if any(output.remote == YES for output in lineage.outputs) else ""
+        lineage.commands += [pull or "dvc checkout --allow-missing", "dvc repro"]
+
+
+def _add_commands_of_run(lineage: Lineage, run: Run) -> None:
+    """For results that no commit holds: the commit the run started from, with the patch that the run has."""
+    base, changed = run.tags.get(COMMIT_TAG, ""), run.tags.get(CHANGED_TAG)
+    if not commit_of(base):
+        lineage.unknown.append(
+            f"the code: commit {base} is not in this clone" if base else "the code: no commit is known"
+        )
+        return
+    lineage.title = f"trained on top of {base[:12]} {git('log', '-1', '--format=%cs %s', base)}"
+    with artifact(run.run_id, PATCH) as patch:
+        if patch:
+            file = f"../{run.run_id[:8]}.patch"
+            lineage.commands = [f"classifier lineage {run.run_id} --patch > {file}"]
+            lineage.commands += [f"git switch --detach {base[:12]}", f"git apply {file}", "dvc repro"]
+        elif changed:
+            lineage.unknown.append(
+                f"the code: it differed from the commit in {changed}, and the run has no patch of it"
+            )
+        else:
+            lineage.commands = [f"git switch --detach {base[:12]}", "dvc repro"]
+
+
+def patch_of(run_id: str) -> bytes:
+    """What the code of a run had that its commit has not. Raises PipelineError if the run has no patch."""
+    with artifact(run_id, PATCH) as path:
+        if path is None:
+            raise PipelineError(f"{run_id}: this run has no {PATCH}: its code was that of the commit, or it is unknown")
+        return path.read_bytes()
+
+
+def describe(lineage: Lineage) -> str:
+    """The lineage as lines of text for a person."""
+    lines = [lineage.subject]
+    _section(lines, "commit", [f"{lineage.commit or 'none'}", lineage.title])
+    _section(lines, "experiment", [lineage.experiment])
+    parameters = "  ".join(f"{key}={_spelt(value)}" for key, value in lineage.parameters.items())
+    _section(lines, "parameters", textwrap.wrap(parameters, 96, break_on_hyphens=False))
+    width = max((len(output.path) for output in lineage.outputs), default=0)
+    _section(
+        lines,
+        "md5, and whether the cache / the remote still has it",
+        [f"{o.path:{width}}  {o.md5:36}  {o.cache} / {o.remote}" for o in lineage.outputs],
+    )
+    _section(lines, "metrics", [f"{key}: {_spelt(value)}" for key, value in lineage.metrics.items()])
+    _section(lines, "MLflow runs", _first([f"{run.run_id}  {run.name}, {run.status}" for run in lineage.runs]))
+    versions = [f"{v}{' (' + ', '.join(v.aliases) + ')' if v.aliases else ''}" for v in lineage.versions]
+    _section(lines, "registered", _first(versions))
+    _section(lines, "exported, SHA-256", [f"{name:12} {sha256}" for name, sha256 in lineage.exported.items()])
+    _section(lines, "not established", lineage.unknown)
+    _section(lines, "to bring this state back", lineage.commands)
+    return "\n".join(lines)
+
+
+def _section(lines: list[str], title: str, content: Sequence[str | None]) -> None:
+    if any(content):
+        lines += ["", f"{title}:", *(f"  {line}" for line in content if line)]
+
+
+def _first(lines: list[str]) -> list[str]:
+    """The same model trained again and again has many runs."""
+    return lines if len(lines) <= LISTED else [*lines[:LISTED], f"and {len(lines) - LISTED} more with the same weights"]
+
+
+def _spelt(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

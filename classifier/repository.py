@@ -1,0 +1,89 @@
+"""The Git repository: its root, what a revision holds, and DVC's experiments, which are commits under refs/exps."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def repository_root() -> Path:
+    """The main checkout, also when DVC runs an experiment in a temporary copy of it."""
+    if root := os.environ.get("DVC_ROOT"):
+        return Path(root)
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+
+
+def git(*arguments: str) -> str:
+    """What git answers, or nothing where there is no git, no repository or no such thing."""
+    return git_bytes(*arguments).decode(errors="replace").strip()
+
+
+def git_bytes(*arguments: str, env: dict[str, str] | None = None) -> bytes:
+    """As `git`, as the bytes that it printed."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, env=env)
+    except OSError:
+        return b""
+    return done.stdout if done.returncode == 0 else b""
+
+
+def commit_of(revision: str) -> str | None:
+    """The full name of the commit that a branch, tag or abbreviation stands for, or None."""
+    return git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}") or None
+
+
+def read_at(commit: str, path: Path) -> bytes | None:
+    """The content of a file in a commit, or None if the commit has no such file."""
+    name = f"{commit}:./{path.as_posix()}"
+    return git_bytes("cat-file", "blob", name) if git("cat-file", "-t", name) == "blob" else None
+
+
+def changes(*paths: str) -> tuple[list[str], bytes]:
+    """What differs between the commit and the files here, new ones included: their names, and a patch for `git apply`.
+
+    paths: Git's pathspecs, which limit it. Nothing differs where there is no commit. The user's index stays as it is.
+    """
+    index = Path(git("rev-parse", "--git-path", "index"))
+    if not index.is_file() or not commit_of("HEAD"):
+        return [], b""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"GIT_INDEX_FILE": shutil.copy(index, folder)}
+        git_bytes("add", "--all", env=environment)
+        arguments = ("diff", "--cached", "--no-renames", "--no-ext-diff", "--binary", "HEAD")
+        names = git_bytes(*arguments, "--name-only", "-z", "--", *paths, env=environment)
+        return names.decode(errors="replace").split("\0")[:-1], git_bytes(*arguments, "--", *paths, env=environment)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A DVC experiment: a commit on top of its baseline."""
+
+    name: str
+    commit: str
+    baseline: str
+
+
+def experiments() -> list[Experiment]:
+    """All experiments that are in Git, the newest first."""
+    listed = git("for-each-ref", "--sort=-committerdate", "--format=%(refname) %(objectname)", "refs/exps")
+    found = []
+    for line in listed.splitlines():
+        ref, commit = line.split()
+        parts = ref.split("/")  # refs/exps/<2 digits>/<38 digits>/<name>; others are DVC's own, such as its queue
+        if len(parts) == 5 and len(parts[2] + parts[3]) == 40:
+            found.append(Experiment(parts[4], commit, parts[2] + parts[3]))
+    return found
+
+
+def commits_holding(md5: str) -> list[str]:
+    """The commits, experiments among them, that changed dvc.lock and hold an md5 in it, the oldest first."""
+    listed = git("log", "--exclude=refs/exps/exec/*", "--all", "--reverse", "--format=%H", "--", "dvc.lock")
+    return [commit for commit in listed.split() if md5.encode() in (read_at(commit, Path("dvc.lock")) or b"")]
+
+
+def is_ancestor(commit: str, other: str) -> bool:
+    """Whether `other` is the commit or came after it."""
+    return subprocess.run(["git", "merge-base", "--is-ancestor", commit, other], capture_output=True).returncode == 0

@@ -1,0 +1,77 @@
+"""What DVC's cache and remote still hold: the only module that uses DVC's Python interface."""
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+
+YES, NO, IN_PART = "yes", "no", "in part"
+
+
+class Storage:
+    """The cache of this checkout and its default remote, if it has one, asked by md5."""
+
+    def __init__(self) -> None:
+        self._repo = Repo()
+        self._trees: dict[str, dict[str, str] | None] = {}
+
+    def __enter__(self) -> "Storage":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._repo.close()
+
+    @cached_property
+    def remote(self) -> Any | None:
+        """DVC's object store of the default remote, or None where none is set up."""
+        if not self._repo.config["core"].get("remote"):
+            return None
+        try:
+            return self._repo.cloud.get_remote_odb(command="lineage")
+        except DvcException as error:  # such as a missing package for this kind of remote
+            self._remote_fault = str(error)
+            return None
+
+    def in_cache(self, md5: str) -> str:
+        """Whether the cache holds an output: "yes", "no", or "in part" where files of a folder are missing."""
+        return self._held(self._repo.cache.local, md5)
+
+    def in_remote(self, md5: str) -> str:
+        """As `in_cache`, of the remote; "none" where there is no remote, else why it cannot be asked."""
+        if self.remote is None:
+            return getattr(self, "_remote_fault", "none")
+        try:
+            return self._held(self.remote, md5)
+        except Exception as error:  # whatever the client of this kind of remote raises
+            return f"cannot be asked: {' '.join(str(error).split())[:100]}"
+
+    def files(self, md5: str) -> dict[str, str] | None:
+        """The md5 of every file of a folder by its name in it, or None if neither cache nor remote has the list."""
+        if md5 not in self._trees:
+            content = self.read(md5)
+            self._trees[md5] = (
+                None if content is None else {entry["relpath"]: entry["md5"] for entry in json.loads(content)}
+            )
+        return self._trees[md5]
+
+    def read(self, md5: str) -> bytes | None:
+        """The content with this md5, from the cache or else the remote; None if neither has it."""
+        for store in (self._repo.cache.local, self.remote):
+            try:
+                if store is not None:
+                    return bytes(store.fs.cat_file(store.oid_to_path(md5)))
+            except Exception:  # noqa: S112, a store that cannot be asked does not have it
+                continue
+        return None
+
+    def _held(self, store: Any, md5: str) -> str:
+        if not store.exists(md5):
+            return NO
+        if md5.endswith(".dir"):
+            wanted: Iterable[str] = set((self.files(md5) or {}).values())
+            if set(store.oids_exist(list(wanted))) != wanted:
+                return IN_PART
+        return YES
