@@ -2,6 +2,8 @@
 # own scripts hold the absolute path of the folder they were made in.
 PYTHON ?= python3
 PORT ?= 5000
+N ?= 5
+JOBS ?= 1
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
@@ -11,17 +13,18 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test slow check format ui bench lock clean
+.PHONY: help env repro test slow check format ui report verify seeds bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
 
 env: .venv/.synced  ## make .venv from requirements.lock
 
-.venv/.synced: requirements.lock
+.venv/.synced: requirements.lock classifier/command.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
 	test -x $(BIN)/uv || { $(PYTHON) -m venv --clear .venv && $(RUN) pip install --quiet --disable-pip-version-check "$$(grep -o '^uv==[0-9.]*' requirements.lock)"; }
 	$(RUN) uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	install -m 755 classifier/command.sh $(BIN)/classifier
 	@touch $@
 
 repro: env  ## run what is out of date of the five stages
@@ -45,6 +48,15 @@ format: env  ## mend formatting and lint where it can be done by itself
 
 ui: env  ## MLflow's pages on http://127.0.0.1:5000 (another port: make ui PORT=5001)
 	$(RUN) classifier.tracking $(PORT)
+
+report: env  ## write reports/report.html about the model here (make report AGAINST=main: compared with another commit)
+	$(RUN) classifier report $(if $(AGAINST),--against $(AGAINST))
+
+verify: env  ## make every output again in a clean clone with an empty cache, and compare
+	$(RUN) classifier verify
+
+seeds: env  ## run N seeds, print mean and standard deviation of each metric (make seeds N=5 S="lr=0.1 epochs=5")
+	$(RUN) classifier seeds --count $(N) --jobs $(JOBS) $(addprefix --set-param ,$(S))
 
 bench: env  ## time the pipeline; prints machine, versions, medians and ratios
 	$(RUN) benchmarks.pipeline

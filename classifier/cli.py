@@ -2,28 +2,34 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from classifier.errors import run_main
+from classifier.errors import PipelineError, run_main
+from classifier.files import WEIGHTS, existing
+from classifier.params import load_params
+
+REPORTS = Path("reports")  # what is written about the outputs; Git ignores it
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
-def _classifier() -> None:
-    """Trace, verify, compare and promote the models of this repository."""
+def classifier() -> None:
+    """Trace, verify and promote the models of this repository."""
 
 
 @app.command()
 def lineage(
+    context: typer.Context,
     target: Annotated[str, typer.Argument(help="A model file, MLflow run id, DVC experiment or Git commit.")] = "HEAD",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    patch: Annotated[
-        bool, typer.Option("--patch", help="Print the patch of a run: code that its commit has not.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all runs and versions.")] = False,
+    patch: Annotated[bool, typer.Option("--patch", help="Print the uncommitted code of a run, for git apply.")] = False,
 ) -> None:
     """Print what made a model, and the commands that bring exactly that state back."""
     from classifier.lineage import describe, patch_of, trace
@@ -31,9 +37,96 @@ def lineage(
     if patch:
         sys.stdout.buffer.write(patch_of(target))
         return
-    found = trace(target)
+    found = trace(_from_caller(context, target))
     print(json.dumps(dataclasses.asdict(found), indent=2) if as_json else describe(found))
 
 
+@app.command()
+def verify(
+    revision: Annotated[str | None, typer.Argument(help="A Git commit; without it, this checkout as it is.")] = None,
+) -> None:
+    """Make every output again in a clean clone with an empty cache, and compare. Exits with 1 if one has drifted."""
+    from classifier.verify import verify
+
+    found = verify(revision)
+    width = max(len(verdict.path) for verdict in found.verdicts)
+    for verdict in found.verdicts:
+        print(f"{verdict.path:{width}}  {verdict.verdict}{verdict.reason and ': '}{verdict.reason}")
+    for key, (recorded, here) in found.environment.items():
+        print(f"environment: {key}: recorded {recorded}, here {here}")
+    if not found.environment:
+        print("environment: the same as recorded")
+    if found.drifted:
+        raise PipelineError(
+            f"{len(found.drifted)} of {len(found.verdicts)} outputs drifted: {', '.join(found.drifted)}"
+        )
+
+
+@app.command()
+def promote(
+    context: typer.Context,
+    target: Annotated[
+        str, typer.Argument(help="A model file, MLflow run id, DVC experiment or Git commit, or a version number.")
+    ] = str(WEIGHTS),
+    force: Annotated[bool, typer.Option("--force", help="Also if it is not better, or not comparable.")] = False,
+) -> None:
+    """Make a registered version the champion if it is more accurate than the present one on the same test data."""
+    from classifier.lineage import trace
+    from classifier.registry import find_versions, promote
+
+    if target.isdecimal():
+        name = load_params().registered_model
+        versions = [version for version in find_versions(f"name = '{name}'") if version.number == int(target)]
+    else:
+        versions = trace(_from_caller(context, target)).versions
+    if not versions:
+        raise PipelineError(f"{target}: no version of it is registered here; `dvc repro` exports and registers")
+    print(promote(versions[0], force))
+
+
+@app.command()
+def seeds(
+    count: Annotated[int, typer.Option("--count", "-n", min=2, help="Seeds, from the one in params.yaml on.")] = 5,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set-param", "-S", help="Another parameter, such as lr=0.01; may be repeated.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Experiments at the same time.")] = 1,
+) -> None:
+    """Run one recipe with several seeds through DVC's queue; print mean and standard deviation of each metric."""
+    from classifier.seeds import run_seeds
+
+    table = run_seeds(count, settings or [], workers, REPORTS)
+    print(f"\n{count} seeds, mean ± standard deviation (lowest to highest)")
+    for metric, row in table.iterrows():
+        print(f"{metric:20} {row['mean']:.4f} ± {row['std']:.4f} ({row['min']:.4f} to {row['max']:.4f})")
+    print(f"Each seed: {REPORTS / 'seeds.csv'}; picture: {REPORTS / 'seeds.png'}")
+
+
+@app.command()
+def report(
+    against: Annotated[
+        str | None,
+        typer.Option(help="The commit to compare with; by default the last one with other metrics or HEAD~1."),
+    ] = None,
+) -> None:
+    """Write a page about the model in this checkout that needs no network to be read."""
+    from classifier.lineage import describe, trace
+    from classifier.report import write_report
+
+    target = REPORTS / "report.html"
+    write_report(target, against, describe(trace(str(existing(WEIGHTS)))))
+    print(f"Written: {target}")
+
+
+def _from_caller(context: typer.Context, target: str) -> str:
+    """A file is named from the folder in which the command was called."""
+    file = Path(context.obj) / target
+    return str(file) if file.is_file() else target
+
+
 def main() -> None:
-    run_main(lambda: app(prog_name="classifier", standalone_mode=False))
+    """Run the command in the repository that this code belongs to, wherever it is called."""
+    called_in = Path.cwd()
+    os.chdir(Path(__file__).parent.parent)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # typer would exit with 1
+    run_main(lambda: app(prog_name="classifier", obj=called_in))

@@ -67,6 +67,19 @@ def hash_file(path: Path, algorithm: str = "md5") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
+def hash_path(path: Path) -> str:
+    """The md5 by which dvc.lock knows a file, or a folder: of the sorted list of its files, with `.dir` behind it."""
+    if path.is_file():
+        return hash_file(path)
+    listed = [
+        {"md5": hash_file(file), "relpath": file.relative_to(path).as_posix()}
+        for file in path.rglob("*")
+        if file.is_file()
+    ]
+    listed.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
+    return f"{hash_bytes(json.dumps(listed, sort_keys=True).encode())}.dir"
+
+
 def hash_bytes(content: bytes) -> str:
     """Hexadecimal md5 of bytes, which DVC names files by."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -107,7 +107,7 @@ def _of_file(path: Path, storage: Storage) -> Lineage:
     raise PipelineError(
         f"{path}: nothing here knows it by its md5 {md5} or its SHA-256 {sha256}: no run and no registered version of "
         "the MLflow store, and no dvc.lock of a commit in this clone.\n"
-        "Fetch what others have (git fetch --all; dvc exp pull), or set MLFLOW_TRACKING_URI to the store that has its run."
+        "Fetch what others have (git fetch --all; dvc exp pull), or set MLFLOW_TRACKING_URI to another store."
     )
 
 
@@ -237,8 +237,9 @@ def _add_tracked(lineage: Lineage, runs: list[Run], storage: Storage, manifest: 
 
 
 def _add_commands_of_commit(lineage: Lineage) -> None:
-    lineage.commands = [f"git switch --detach {lineage.commit[:12]}" if lineage.commit else ""]
-    if git("diff", "--name-only", lineage.commit, "--", "requirements.lock"):
+    commit = lineage.commit or ""
+    lineage.commands = [f"git switch --detach {commit[:12]}"]
+    if git("diff", "--name-only", commit, "--", "requirements.lock"):
         lineage.commands.append("make env")
     if all(output.cache == YES for output in lineage.outputs):
         lineage.commands.append("dvc checkout")

@@ -155,20 +155,19 @@ def artifact(run_id: str, path: str) -> Iterator[Path | None]:
 
 def open_store() -> bool:
     """Point MLflow to the store. False, and nothing is made, where the repository's own is not there yet."""
-    database = _own_database()
-    if database and database.exists():
-        with FileLock(_lock_file()):
-            _follow_move(database)
-    return not database or database.exists()
+    if (database := _own_database()) is None:
+        return True
+    if not database.exists():
+        return False
+    mlflow.set_tracking_uri(f"sqlite:///{database}")
+    with FileLock(_lock_file()):
+        _follow_move(database)
+    return True
 
 
 def _own_database() -> Path | None:
-    """The database of the repository's own store, with MLflow pointed to it; None if the environment names another."""
-    if os.environ.get("MLFLOW_TRACKING_URI"):
-        return None
-    database = repository_root() / "mlflow.db"
-    mlflow.set_tracking_uri(f"sqlite:///{database}")
-    return database
+    """The database of the repository's own store; None if the environment names another store."""
+    return None if os.environ.get("MLFLOW_TRACKING_URI") else repository_root() / "mlflow.db"
 
 
 def _lock_file() -> Path:
@@ -178,7 +177,8 @@ def _lock_file() -> Path:
 def _connect(experiment: str) -> str:
     """Choose the store, make it and the experiment if they are not there, and return the experiment's id."""
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    database = _own_database()
+    if database := _own_database():
+        mlflow.set_tracking_uri(f"sqlite:///{database}")
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
     location = None if _has_server() else (repository_root() / "mlruns").as_uri()
     # Two processes that create the database at the same time break it.

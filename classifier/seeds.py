@@ -1,0 +1,99 @@
+"""One recipe, many seeds: how much of a result is the recipe, and how much is luck.
+
+The seed draws the validation split, the first weights and the order of the images. Each run is an experiment of DVC's
+queue, so it is kept, tracked and can be compared like any other.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from classifier.charts import save_spread
+from classifier.errors import PipelineError
+from classifier.files import TEST_METRICS, TRAIN_METRICS, atomic
+from classifier.params import load_params
+from classifier.repository import experiments, read_at
+
+# A line of `dvc queue status`: task, name, time of creation, state
+TASK = re.compile(r"^[0-9a-f]{7}\s+(\S+)\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
+POLL_SECONDS = 3
+
+
+def run_seeds(count: int, settings: list[str], workers: int, folder: Path) -> pd.DataFrame:
+    """Run `count` seeds, from the one in params.yaml on, and return mean, standard deviation, min and max per metric.
+
+    settings: further parameters as `key=value`. workers: experiments that run at the same time. Writes seeds.csv, a
+    row a seed, and seeds.png to `folder`. Raises PipelineError, with the way to the logs, if an experiment fails;
+    the others are kept, and written all the same.
+    """
+    first = load_params().seed
+    seeds = range(first, first + count)
+    names = _queue(list(seeds), settings)
+    _dvc("queue", "start", "--jobs", str(workers))
+    failed = _wait(names)
+    commits = {experiment.name: experiment.commit for experiment in experiments()}
+    rows = [
+        {"seed": seed, "experiment": name} | _metrics(commits[name])
+        for seed, name in zip(seeds, names, strict=True)
+        if name not in failed
+    ]
+    if rows:
+        with atomic(folder / "seeds.csv") as path:
+            pd.DataFrame(rows).to_csv(path, index=False, lineterminator="\n")
+    if failed:
+        raise PipelineError(
+            f"{len(failed)} of {count} experiments failed: {', '.join(failed)}; `dvc queue logs {failed[0]}` says why"
+        )
+    table = pd.DataFrame(rows).drop(columns=["seed", "experiment"])
+    with atomic(folder / "seeds.png") as path:
+        save_spread(path, {str(metric): table[metric].to_list() for metric in table})
+    return table.agg(["mean", "std", "min", "max"]).T  # the sample's standard deviation, with n - 1
+
+
+def _queue(seeds: list[int], settings: list[str]) -> list[str]:
+    """Queue an experiment for each seed; the names that DVC gave them, in order."""
+    command = ["exp", "run", "--queue", "--set-param", f"seed={','.join(map(str, seeds))}"]
+    for setting in settings:
+        command += ["--set-param", setting]
+    names = re.findall(r"Queued experiment '([^']+)'", _dvc(*command))
+    if len(names) != len(seeds):
+        raise PipelineError(
+            f"DVC queued {len(names)} experiments for {len(seeds)} seeds; `dvc queue status` lists them"
+        )
+    return names
+
+
+def _wait(names: list[str]) -> list[str]:
+    """Wait until none of the experiments is queued or running; the names of those that failed."""
+    with tqdm(total=len(names), desc="seeds", unit="seed", disable=None) as progress:
+        while True:
+            states = dict(TASK.findall(_dvc("queue", "status")))
+            ended = [name for name in names if states.get(name) in ("Success", "Failed")]
+            progress.update(len(ended) - progress.n)
+            if len(ended) == len(names):
+                return [name for name in names if states[name] == "Failed"]
+            time.sleep(POLL_SECONDS)
+
+
+def _metrics(commit: str) -> dict[str, float]:
+    """The single numbers of an experiment's metrics files."""
+    return {
+        f"{path.stem} {key}": value
+        for path in (TRAIN_METRICS, TEST_METRICS)
+        for key, value in json.loads(read_at(commit, path) or b"{}").items()
+        if not isinstance(value, list)
+    }
+
+
+def _dvc(*arguments: str) -> str:
+    """What DVC prints. Raises PipelineError with its last lines if it fails."""
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise PipelineError(f"dvc {' '.join(arguments)}:\n{done.stderr.strip()}")
+    return done.stdout

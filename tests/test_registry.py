@@ -1,0 +1,216 @@
+"""The registered model answers for images, and the champion is chosen on the same test data."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+from torch import nn
+
+from classifier import registry, tracking
+from classifier.errors import PipelineError
+from classifier.exchange import write
+from classifier.params import load_params
+from classifier.registry import Version, find_champion, find_versions, promote
+
+CLASSES = ["circle", "square", "<b>&</b>"]
+IMAGES = 100
+NAME = "shapes-"
+
+
+class Brightness(nn.Module):
+    """Says `square` for bright images and `circle` for dark ones, surer the further from the middle."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        brightness = pixels.mean(dim=(1, 2, 3))
+        return torch.stack([0.5 - brightness, brightness - 0.5, torch.full_like(brightness, -9.0)], dim=1) * 8
+
+
+@pytest.fixture(scope="module")
+def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with an exported network and its manifest."""
+    folder = tmp_path_factory.mktemp("export")
+    write(Brightness(), torch.rand(2, 1, 4, 6), folder / "model.onnx")
+    manifest = {"classes": CLASSES, "input": {"shape": ["batch", 1, 4, 6]}, "files": {"model.onnx": {"sha256": "12ab"}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store, which all tests share: making one takes seconds."""
+    folder = tmp_path_factory.mktemp("repository")
+    (folder / "models").mkdir()
+    (folder / "plots").mkdir()
+    return folder
+
+
+@pytest.fixture
+def export(
+    onnx: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Callable[..., Version]:
+    """Train, evaluate and export under a name of the test's own, with the given test images classified rightly."""
+    params = load_params().model_copy(update={"registered_model": NAME + str(abs(hash(request.node.name)))})
+    monkeypatch.chdir(repository)
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "DVC_ROOT", "DVC_EXP_NAME"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def run(right: range, test_set: str = "one") -> Version:
+        Path("models/model_weights.pth").write_text(f"{params.registered_model} {right}")
+        answers = pd.DataFrame({"actual": "circle", "predicted": "square"}, index=range(IMAGES))
+        answers.loc[list(right), "predicted"] = "circle"
+        answers.to_csv("plots/confusion.csv", index=False)
+        with tracking.training_run(params, {"device": "cpu"}):
+            pass
+        with tracking.run_of_weights(params, {"device": "cpu"}):
+            tracking.set_tags({tracking.TEST_SET_TAG: test_set})
+            tracking.log_files(Path("plots"), "plots")
+            registry.register(params.registered_model, onnx / "model.onnx", onnx / "manifest.json")
+        return find_versions(f"name = '{params.registered_model}'")[0]
+
+    return run
+
+
+def test_a_version_is_found_by_the_hash_of_an_exported_file(export: Callable[..., Version]) -> None:
+    version = export(range(50))
+    assert version in find_versions("tags.`sha256.model.onnx` = '12ab'")
+    assert find_versions("tags.`sha256.model.onnx` = '12ac'") == []
+
+
+def test_the_first_version_becomes_champion(export: Callable[..., Version]) -> None:
+    version = export(range(60))
+    assert find_champion(version.name) is None
+    assert promote(version) == f"{version.name} version 1 is the first champion: accuracy 0.6000 on 100 test images"
+    champion = find_champion(version.name)
+    assert champion is not None
+    assert (champion.number, champion.aliases) == (1, ["champion"])
+    assert promote(version) == f"{version.name} version 1 is the champion already: accuracy 0.6000"
+
+
+def test_a_clearly_better_version_takes_over(export: Callable[..., Version]) -> None:
+    promote(export(range(60)))
+    candidate = export(range(10, 90))
+    text = promote(candidate)
+    # 30 images gained, 10 lost: the two-sided binomial test gives 0.0022
+    assert "only the candidate is right on 30 and only the champion on 10: more than noise" in text
+    assert "p = 0.0022" in text
+    assert text.endswith("Version 2 is the champion now.")
+    assert [version.aliases for version in find_versions(f"name = '{candidate.name}'")] == [["champion"], []]
+
+
+def test_a_better_version_takes_over_but_is_told_when_it_may_be_noise(export: Callable[..., Version]) -> None:
+    promote(export(range(60)))
+    assert "on 2 and only the champion on 0: may be noise" in promote(export(range(62)))
+
+
+@pytest.mark.parametrize("right", [range(60), range(59)], ids=["as good", "worse"])
+def test_a_version_that_is_not_better_leaves_the_champion(export: Callable[..., Version], right: range) -> None:
+    promote(export(range(60)))
+    candidate = export(right)
+    with pytest.raises(PipelineError, match="Not better: version 1 stays champion"):
+        promote(candidate)
+    champion = find_champion(candidate.name)
+    assert champion is not None
+    assert champion.number == 1
+    assert promote(candidate, force=True).endswith("Not better, but champion by force now.")
+
+
+def test_versions_tested_on_other_images_are_not_compared(export: Callable[..., Version]) -> None:
+    promote(export(range(60)))
+    candidate = export(range(90), test_set="another")
+    with pytest.raises(PipelineError, match="tested on other images than the champion, version 1: not promoted"):
+        promote(candidate)
+    assert "champion by force" in promote(candidate, force=True)
+
+
+def test_a_version_whose_run_was_not_evaluated_is_told(export: Callable[..., Version]) -> None:
+    version = export(range(60))
+    MlflowClient().delete_run(version.run_id)
+    with pytest.raises(PipelineError, match=f"{version}: its run {version.run_id} holds no evaluation"):
+        promote(version)
+
+
+def test_without_a_store_there_are_no_versions_and_none_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert find_versions("name = 'fashion-mnist'") == []
+    assert find_champion("fashion-mnist") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def champion(export: Callable[..., Version]) -> mlflow.pyfunc.PyFuncModel:
+    version = export(range(60))
+    promote(version)
+    return mlflow.pyfunc.load_model(f"models:/{version.name}@champion")
+
+
+def test_the_champion_answers_class_names_and_probabilities(champion: mlflow.pyfunc.PyFuncModel) -> None:
+    images = np.zeros((3, 1, 4, 6), np.uint8)
+    images[1] = 255
+    images[2, :, :2] = 255
+    table = champion.predict(images)
+    assert list(table.columns) == ["class", "probability", *(f"P({name})" for name in CLASSES)]
+    assert table["class"].tolist()[:2] == ["circle", "square"]
+    # softmax of (4, -4, -72)
+    assert table.probability[0] == pytest.approx(1 / (1 + np.exp(-8)))
+    assert table["P(circle)"][2] == pytest.approx(0.5)
+    assert table[[f"P({name})" for name in CLASSES]].sum(axis=1).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_the_same_images_in_any_form_get_the_same_answer(champion: mlflow.pyfunc.PyFuncModel, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (300, 4, 6), np.uint8)  # more than one batch
+    expected = champion.predict(images[:, None])
+    pictures = [Image.fromarray(image) for image in images]
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for picture, path in zip(pictures, paths, strict=False):
+        picture.save(path)
+    pd.testing.assert_frame_equal(champion.predict(images), expected)
+    pd.testing.assert_frame_equal(champion.predict(images.astype(np.int64)), expected)
+    pd.testing.assert_frame_equal(champion.predict(images / 255), expected)
+    pd.testing.assert_frame_equal(champion.predict(pictures), expected)
+    pd.testing.assert_frame_equal(champion.predict([str(path) for path in paths]), expected[:3])
+    pd.testing.assert_frame_equal(champion.predict([picture.convert("RGBA") for picture in pictures]), expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "complaint"),
+    [
+        (np.zeros((2, 5, 6), np.uint8), r"shape \(2, 1, 5, 6\); this model takes \(N, 1, 4, 6\)"),
+        (np.full((2, 4, 6), 2.0), "float64 pixels from 2.0 to 2.0; give integers 0..255 or floats 0..1"),
+        (np.full((2, 4, 6), -1), "int64 pixels from -1 to -1"),
+        (np.full((1, 4, 6), np.nan), "float64 pixels from nan to nan"),
+        ([Image.new("L", (4, 4))], r"image: shape \(1, 4, 4\); this model takes \(1, 4, 6\)"),
+    ],
+)
+def test_images_it_cannot_take_are_told(champion: mlflow.pyfunc.PyFuncModel, images: object, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        champion.predict(images)
+
+
+def test_the_champion_loads_in_a_process_without_the_project_and_without_torch(
+    export: Callable[..., Version], repository: Path
+) -> None:
+    version = export(range(60))
+    promote(version)
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["classifier"] = None
+import mlflow, numpy
+mlflow.set_tracking_uri(sys.argv[1])
+table = mlflow.pyfunc.load_model(sys.argv[2]).predict(numpy.zeros((2, 4, 6), numpy.uint8))
+assert table["class"].tolist() == ["circle", "circle"]
+"""
+    store, model = f"sqlite:///{repository / 'mlflow.db'}", f"models:/{version.name}@champion"
+    done = subprocess.run([sys.executable, "-I", "-c", code, store, model], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
