@@ -66,8 +66,9 @@ class State:
     @classmethod
     def of(cls, folder: Path) -> "State":
         """Read dvc.lock and metrics/ of a checkout. Raises PipelineError if one of them is missing or broken."""
+        md5s = md5s_in(_lock(folder))
         metrics = {f"{path.stem} {key}": number for path in METRICS for key, number in _numbers(folder / path).items()}
-        return cls(md5s_in(_lock(folder)), metrics, *_json(folder / ENVIRONMENT))
+        return cls(md5s, metrics, *_json(folder / ENVIRONMENT))
 
 
 def verify(revision: str | None = None) -> Verification:

@@ -1,6 +1,7 @@
 """Which of the project's modules a module imports, found in the source: imports inside functions count too."""
 
 import ast
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,13 +27,13 @@ def project_file(name: str) -> str | None:
     return None
 
 
-def project_files_behind(path: str) -> set[str]:
-    """The file itself and every file of the project that it imports, directly or not."""
+def project_files_behind(path: str, passed_over: Collection[str] = ()) -> set[str]:
+    """The file itself and every file of the project that it imports, directly or not, save for those passed over."""
     found: set[str] = set()
     waiting = [path]
     while waiting:
         file = waiting.pop()
-        if file not in found:
+        if file not in found and file not in passed_over:
             found.add(file)
             waiting += [f for name in imported_names(ROOT / file) if (f := project_file(name))]
     return found

@@ -231,6 +231,27 @@ def test_class_names_are_ordered_by_label(tmp_path: Path) -> None:
 # Decoding once
 
 
+def test_md5_tells_data_sets_apart_by_images_labels_and_order_but_not_by_names(tmp_path: Path) -> None:
+    def md5(rows: list[tuple[str, bytes, int]]) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, content, _ in rows:
+            (folder / name).write_bytes(content)
+        (folder / "labels.csv").write_text("file,label\n" + "".join(f"{name},{label}\n" for name, _, label in rows))
+        return CustomImageDataset(folder / "labels.csv", folder).md5()
+
+    rows = [("a", b"one", 0), ("b", b"two", 1)]
+    assert md5([("x", b"one", 0), ("y", b"two", 1)]) == md5(rows)
+    others = [
+        [("a", b"one", 1), ("b", b"two", 1)],
+        [("a", b"onf", 0), ("b", b"two", 1)],
+        [("b", b"two", 1), ("a", b"one", 0)],
+        [("a", b"on", 0), ("b", b"etwo", 1)],
+        rows[:1],
+    ]
+    assert len({md5(other) for other in [rows, *others]}) == 6
+
+
 def test_decode_all(dataset: CustomImageDataset, small: Path) -> None:
     pixels = dataset.decode_all()
     assert pixels.dtype == torch.uint8

@@ -127,6 +127,17 @@ def test_threads() -> None:
     assert torch.get_num_threads() == threads
 
 
+def test_auto_is_the_number_in_classifier_threads_where_that_is_set(
+    monkeypatch: pytest.MonkeyPatch, restore_torch: None
+) -> None:
+    monkeypatch.setenv("CLASSIFIER_THREADS", "3")
+    assert set_threads("auto") == torch.get_num_threads() == 3
+    assert set_threads(2) == 2
+    monkeypatch.setenv("CLASSIFIER_THREADS", "many")
+    with pytest.raises(PipelineError, match="CLASSIFIER_THREADS: 'many' is not a whole number from 1 to 1024"):
+        set_threads("auto")
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process's cores can be chosen on Linux only")
 @pytest.mark.usefixtures("restore_torch")
 def test_auto_threads_are_the_cores_of_this_process() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from classifier.metrics import class_scores, most_confident_mistakes, wilson_interval
+from classifier.metrics import class_scores, mcnemar, most_confident_mistakes, wilson_interval
 
 
 def logits_of(answers: list[int], classes: int) -> np.ndarray:
@@ -66,3 +66,12 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_no_mistakes() -> None:
     assert most_confident_mistakes(logits_of([0, 1, 2], 3), np.array([0, 1, 2]), 5).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p_value"),
+    [(0, 0, 1), (5, 5, 1), (0, 5, 2 / 2**5), (8, 1, 2 * (1 + 9) / 2**9), (30, 10, 0.0022215)],
+)
+def test_mcnemar_is_the_two_sided_binomial_test(only_first: int, only_second: int, p_value: float) -> None:
+    assert mcnemar(only_first, only_second) == pytest.approx(p_value, rel=1e-4)
+    assert mcnemar(only_second, only_first) == mcnemar(only_first, only_second)

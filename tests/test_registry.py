@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -149,13 +150,13 @@ def test_without_a_store_there_are_no_versions_and_none_is_made(
 
 
 @pytest.fixture
-def champion(export: Callable[..., Version]) -> mlflow.pyfunc.PyFuncModel:
+def champion(export: Callable[..., Version]) -> Any:
     version = export(range(60))
     promote(version)
     return mlflow.pyfunc.load_model(f"models:/{version.name}@champion")
 
 
-def test_the_champion_answers_class_names_and_probabilities(champion: mlflow.pyfunc.PyFuncModel) -> None:
+def test_the_champion_answers_class_names_and_probabilities(champion: Any) -> None:
     images = np.zeros((3, 1, 4, 6), np.uint8)
     images[1] = 255
     images[2, :, :2] = 255
@@ -168,7 +169,7 @@ def test_the_champion_answers_class_names_and_probabilities(champion: mlflow.pyf
     assert table[[f"P({name})" for name in CLASSES]].sum(axis=1).tolist() == pytest.approx([1, 1, 1])
 
 
-def test_the_same_images_in_any_form_get_the_same_answer(champion: mlflow.pyfunc.PyFuncModel, tmp_path: Path) -> None:
+def test_the_same_images_in_any_form_get_the_same_answer(champion: Any, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (300, 4, 6), np.uint8)  # more than one batch
     expected = champion.predict(images[:, None])
     pictures = [Image.fromarray(image) for image in images]
@@ -193,7 +194,7 @@ def test_the_same_images_in_any_form_get_the_same_answer(champion: mlflow.pyfunc
         ([Image.new("L", (4, 4))], r"image: shape \(1, 4, 4\); this model takes \(1, 4, 6\)"),
     ],
 )
-def test_images_it_cannot_take_are_told(champion: mlflow.pyfunc.PyFuncModel, images: object, complaint: str) -> None:
+def test_images_it_cannot_take_are_told(champion: Any, images: object, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         champion.predict(images)
 

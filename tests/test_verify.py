@@ -1,0 +1,184 @@
+"""A rebuild in a clean clone tells what is the same to the bit, what is as good, and what has drifted."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from project import Project, clean_environment, small_project
+
+from classifier.archive import write_zip
+from classifier.verify import DRIFTED, IDENTICAL, WITHIN, State, compare
+
+RECORDED = State(
+    md5s={
+        "data/images.zip": "1a",
+        "models/model_weights.pth": "2b",
+        "metrics/epochs.csv": "3c",
+        "metrics/train.json": "4d",
+        "metrics/test.json": "5e",
+        "metrics/environment.json": "6f",
+    },
+    metrics={
+        "train epoch[0]": 3.0, "train val_loss[0]": 0.5, "test accuracy[0]": 0.7, "test accuracy_ci95[1]": 0.72,
+        "test loss[0]": 0.8,
+    },
+    environment={"threads": 2},
+)  # fmt: skip
+
+
+def rebuilt(*changed: str, **metrics: float) -> State:
+    """The recorded state with other md5s of some outputs and other numbers of some metrics."""
+    numbers = {key.replace("__", " ") + "[0]": value for key, value in metrics.items()}
+    return replace(RECORDED, md5s=RECORDED.md5s | dict.fromkeys(changed, "ff"), metrics=RECORDED.metrics | numbers)
+
+
+def verdicts(state: State) -> dict[str, str]:
+    return {path: verdict.verdict for path, verdict in compare(RECORDED, state).items()}
+
+
+def test_the_same_bytes_are_identical() -> None:
+    assert set(verdicts(RECORDED).values()) == {IDENTICAL}
+
+
+def test_data_must_be_the_same_bytes() -> None:
+    assert verdicts(rebuilt("data/images.zip"))["data/images.zip"] == DRIFTED
+
+
+def test_other_weights_whose_metrics_are_as_good_are_within_tolerance() -> None:
+    found = verdicts(
+        rebuilt("models/model_weights.pth", "metrics/test.json", test__loss=0.80009, test__accuracy=0.7019)
+    )
+    assert found["models/model_weights.pth"] == WITHIN
+    assert found["metrics/test.json"] == WITHIN
+    assert found["metrics/train.json"] == IDENTICAL
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("test__loss", 0.80011), ("test__accuracy", 0.6979), ("train__epoch", 2.0), ("test__loss", float("nan"))],
+)
+def test_metrics_beyond_the_tolerance_have_drifted_and_the_weights_with_them(key: str, value: float) -> None:
+    file = f"metrics/{key.split('__')[0]}.json"
+    found = compare(RECORDED, rebuilt("models/model_weights.pth", file, **{key: value}))
+    assert found[file].verdict == found["models/model_weights.pth"].verdict == DRIFTED
+    assert found[file].reason.startswith(key.replace("__", " "))
+
+
+def test_a_metric_that_is_gone_has_drifted() -> None:
+    state = rebuilt("metrics/test.json")
+    del state.metrics["test loss[0]"]
+    assert verdicts(state)["metrics/test.json"] == DRIFTED
+
+
+def test_outputs_that_only_one_of_them_has_have_drifted() -> None:
+    state = rebuilt()
+    del state.md5s["metrics/epochs.csv"]
+    state.md5s["models/new.bin"] = "aa"
+    found = verdicts(state)
+    assert found["metrics/epochs.csv"] == found["models/new.bin"] == DRIFTED
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A repository whose results are committed; they were made with one thread, which is recorded and no parameter."""
+    project = small_project(tmp_path_factory.mktemp("verify"), epochs="1", export_formats="[onnx]", threads="auto")
+    project.dvc("repro", CLASSIFIER_THREADS="1")
+    project.commit()
+    return project
+
+
+@pytest.fixture
+def clone(reproduced: Project, tmp_path: Path) -> Project:
+    """A fresh clone, without any output but the committed metrics."""
+    subprocess.run(["git", "clone", "--quiet", reproduced.root, tmp_path / "clone"], check=True)
+    return Project(tmp_path / "clone")
+
+
+def run_verify(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return project.run(sys.executable, "-m", "classifier", "verify", *arguments, check=False)
+
+
+@pytest.mark.slow
+def test_a_clean_clone_is_verified_and_stays_as_it_is(clone: Project) -> None:
+    done = run_verify(clone)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines[:-1]] == [IDENTICAL] * 11
+    assert lines[-1] == "environment: the same as recorded"
+    assert "Running stage 'train'" in done.stderr  # what goes on is seen
+    assert clone.run("git", "status", "--porcelain", "--ignored").stdout == ""
+
+
+@pytest.mark.slow
+def test_one_changed_image_and_a_changed_training_loop_are_drift(reproduced: Project, tmp_path: Path) -> None:
+    """Both in one rebuild; neither is committed."""
+    project = Project(tmp_path / "project")
+    shutil.copytree(reproduced.root, project.root, symlinks=True)
+    archive = project.root / "data/images.zip"
+    with zipfile.ZipFile(archive) as images:
+        members = [(name, images.read(name)) for name in images.namelist()]
+    name, content = members[7]
+    members[7] = (name, content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    archive.chmod(0o644)
+    write_zip(archive, members)
+    training = project.root / "classifier/training.py"
+    changed = training.read_text().replace("else loss).backward()", "else loss * 0.5).backward()")
+    assert changed != training.read_text()
+    training.write_text(changed)
+
+    done = run_verify(project)
+    assert done.returncode == 1
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert rows["data/images.zip"] == (
+        f"DRIFTED: the file is not the one that dvc.lock names; differing images: {name}"
+    )
+    assert rows["dvc.lock"] == "DRIFTED: was made with other content of classifier/training.py"
+    assert rows["metrics/train.json"].startswith("DRIFTED: train ")
+    assert rows["models/model_weights.pth"] == "DRIFTED: other bytes, judged by the metrics"
+    assert rows["data/annotations"] == IDENTICAL
+    assert done.stderr.splitlines()[-1].startswith(tuple("123456789"))
+    assert "outputs drifted: " in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_rebuild_that_fails_says_in_which_stage(clone: Project) -> None:
+    (clone.root / "classifier/sources/small.py").write_text("raise SystemExit('no data today')\n")
+    done = run_verify(clone)
+    assert done.returncode == 1
+    assert "no data today" in done.stderr
+    assert done.stderr.splitlines()[-1] == "the rebuild failed: the lines above say in which stage, and why"
+
+
+def test_without_results_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
+    project = small_project(tmp_path)
+    done = run_verify(project)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "dvc.lock: missing, so there is nothing to compare with; `dvc repro`, then commit it\n"
+
+
+@pytest.mark.slow
+def test_an_interrupted_verification_leaves_no_process_and_no_folder(clone: Project, tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-m", "classifier", "verify"],
+        cwd=clone.root,
+        env=clean_environment(tmp_path, TMPDIR=str(temporary)),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "Running stage 'annotate'" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        process.stderr.read()
+    assert process.returncode == 130
+    assert list(temporary.iterdir()) == []
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(temporary) not in left
