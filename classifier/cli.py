@@ -106,7 +106,7 @@ def seeds(
 def report(
     against: Annotated[
         str | None,
-        typer.Option(help="The commit to compare with; by default the last one with other metrics or HEAD~1."),
+        typer.Option(help="A commit or DVC experiment to compare with; by default HEAD, or the commit before."),
     ] = None,
 ) -> None:
     """Write a page about the model in this checkout that needs no network to be read."""
@@ -114,7 +114,11 @@ def report(
     from classifier.report import write_report
 
     target = REPORTS / "report.html"
-    write_report(target, against, describe(trace(str(existing(WEIGHTS)))))
+    try:
+        text = describe(trace(str(existing(WEIGHTS))))
+    except PipelineError as unknown:  # a report on what is not committed and not tracked is a report all the same
+        text = str(unknown)
+    write_report(target, against, text)
     print(f"Written: {target}")
 
 

@@ -141,14 +141,19 @@ def _commit_of_run(run: Run, weights: str, md5: str, storage: Storage) -> str | 
     commit as it was, then those after it.
     """
     holding = commits_holding(weights)
-    base = run.tags.get(COMMIT_TAG, "")
-    if base and CHANGED_TAG not in run.tags and md5s_in(_lock_at(base)).get(str(WEIGHTS)) == weights:
-        holding.append(base)
+    base, changed = run.tags.get(COMMIT_TAG, ""), CHANGED_TAG in run.tags
+    if base and not changed and md5s_in(_lock_at(base)).get(str(WEIGHTS)) == weights:
+        holding.append(base)  # it may hold the lock of an earlier commit
     named = {found.commit for found in experiments() if found.name == run.tags.get(EXPERIMENT_TAG)}
 
     def rank(commit: str) -> tuple[bool, bool, bool, bool]:
-        exported = md5 in _exported_md5s(commit, storage)
-        return not exported, commit not in named, commit != base, not (base and is_ancestor(base, commit))
+        came_after = bool(base) and commit != base and is_ancestor(base, commit)
+        return (
+            md5 not in _exported_md5s(commit, storage),
+            commit not in named,
+            commit != base or changed,
+            not came_after,
+        )
 
     return min(holding, key=rank, default=None)
 

@@ -1,0 +1,305 @@
+"""The report: what it says of the outputs, what it is compared with, and that a browser shows it without a network."""
+
+import html
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from browser import new_page, started_browser
+from imports import ROOT
+from PIL import Image
+from project import Project
+
+from classifier.errors import PipelineError
+from classifier.report import write_report
+
+NAMES = ["T-shirt/top", "Trouser", "Ankle boot"]
+COLOURS = """["body", ".matrix .right", "svg text"].map(place => {
+    const style = getComputedStyle(document.querySelector(place));
+    return style.backgroundColor + style.fill;
+})"""
+TRAIN = {"epoch": 2, "train_loss": 0.75, "val_loss": 0.5, "val_accuracy": 0.875}
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_outputs(root: Path, names: Sequence[str] = NAMES, loss: float = 0.5) -> None:
+    """What train and evaluate write, for eight images a class; two of the first class are taken for the last."""
+    answers = [(name, name) for name in names for _ in range(8)]
+    answers[:2] = [(names[0], names[-1])] * 2
+    accuracy = 1 - 2 / len(answers)
+    write_json(root / "metrics/test.json", {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [0.7415, 0.9768]})
+    write_json(root / "metrics/train.json", TRAIN)
+    write_json(root / "metrics/environment.json", [{"device": "cpu", "threads": 2, "torch": "2.0"}])
+    epochs = [{"epoch": 1, "train_loss": 1.25, "val_loss": 1.0, "val_accuracy": 0.625}, TRAIN]
+    pd.DataFrame(epochs).to_csv(root / "metrics/epochs.csv", index=False)
+    scores = {"precision": 1.0, "recall": 0.75, "f1": 0.8571428571428571, "images": 8}
+    pd.DataFrame([{"class": name, **scores} for name in names]).to_csv(root / "metrics/classes.csv", index=False)
+    (root / "metrics/plots").mkdir(exist_ok=True)
+    pd.DataFrame(answers, columns=["actual", "predicted"]).to_csv(root / "metrics/plots/confusion.csv", index=False)
+    for name, size in {"samples": (480, 540), "mistakes": (800, 540), "saliency": (1280, 360)}.items():
+        Image.new("RGB", size, "grey").save(root / f"metrics/plots/{name}.png")
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with parameters and outputs, without a repository, which is the current folder."""
+    (tmp_path / "outputs").mkdir()
+    shutil.copy(ROOT / "params.yaml", tmp_path / "outputs")
+    write_outputs(tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path / "outputs")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A repository with one commit and the outputs of that commit, which is the current folder."""
+    project = Project.create(tmp_path / "project")
+    write_outputs(project.root)
+    project.commit()
+    monkeypatch.chdir(project.root)
+    return project
+
+
+def report(against: str | None = None, lineage: str = "") -> str:
+    """The source of the report on the current folder."""
+    target = Path("../report.html")
+    write_report(target, against, lineage)
+    return target.read_text(encoding="utf-8")
+
+
+def words(page: str) -> str:
+    """The text of a page: style sheet and tags left out, white space made one."""
+    body = page[page.index("<body>") :]
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+def head(project: Project, revision: str = "HEAD") -> str:
+    return project.run("git", "rev-parse", "--short=7", revision).stdout.strip()
+
+
+def test_it_says_how_accurate_the_model_is_and_of_which_state(project: Project) -> None:
+    page = report()
+    assert f"<title>fashion-mnist at {head(project)}: 91.67% test accuracy</title>" in page
+    text = words(page)
+    assert f"Commit {head(project)} of " in text
+    assert ": State under test All files are as in this commit. 91.67% of 24 test images are classified right" in text
+    assert "95 % interval 74.15% to 97.68% · test loss 0.50000" in text
+    (project.root / "README.md").write_text("changed")
+    (project.root / "classifier/networks/<new> & net.py").write_text("")
+    assert "2 files differ from this commit README.md classifier/networks/<new> & net.py" in words(report())
+
+
+def test_it_holds_scores_confusions_epochs_environment_and_lineage(project: Project) -> None:
+    page = report(lineage="  weights <- data\n  run 1234 & more")
+    assert 'title="is T-shirt/top, said Ankle boot: 2 of 8">2</td>' in page
+    text = words(page)
+    assert "T-shirt/top 100.00% 75.00% 85.71% 8" in text
+    assert "T-shirt/top Ankle boot 2 25.00%" in text
+    assert "1 1.25000 1.00000 62.50% 2 (kept) 0.75000 0.50000 87.50%" in text
+    assert text.count("kept: epoch 2") == 2
+    assert "device cpu threads 2 torch 2.0" in text
+    assert text.endswith("Lineage weights <- data run 1234 & more")
+
+
+def test_the_worst_confusions_come_first_and_right_answers_not_at_all(project: Project) -> None:
+    path = project.root / "metrics/plots/confusion.csv"
+    path.write_text(path.read_text().replace("Trouser,Trouser\n" * 3, "Trouser,Ankle boot\n" * 3, 1))
+    write_json(project.root / "metrics/test.json", {"accuracy": 19 / 24, "loss": 0.5, "accuracy_ci95": [0.6, 0.9]})
+    assert "Of its class Trouser Ankle boot 3 37.50% T-shirt/top Ankle boot 2 25.00% Scores" in words(report())
+
+
+def test_changed_metrics_are_compared_with_head(project: Project) -> None:
+    write_outputs(project.root, loss=0.625)
+    text = words(report())
+    assert f"Compared with those that commit {head(project)} holds." in text
+    assert "Test accuracy 91.67% 91.67% unchanged Test loss 0.50000 0.62500 +0.12500 worse" in text
+    write_outputs(project.root, loss=0.5 - 1e-7)
+    assert "Test loss 0.50000 0.50000 −1e−07 better" in words(report())
+
+
+def test_committed_metrics_are_compared_with_the_commit_before(project: Project) -> None:
+    write_outputs(project.root, [*NAMES, "Bag"], loss=0.375)
+    project.commit()
+    text = words(report())
+    assert f"Compared with commit {head(project, 'HEAD~1')} of" in text
+    assert "Test accuracy 91.67% 93.75% +2.08 points better Test loss 0.50000 0.37500 −0.12500 better" in text
+    assert "Epoch kept 2 2 unchanged" in text
+
+
+def test_it_is_compared_with_the_commit_or_experiment_that_is_named(project: Project) -> None:
+    for loss in (0.25, 0.375):
+        write_outputs(project.root, loss=loss)
+        project.commit()
+    baseline = project.run("git", "rev-parse", "HEAD~2").stdout.strip()
+    project.run("git", "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/puny-barn", "HEAD~1")
+    assert "Test loss 0.50000 0.37500 −0.12500 better" in words(report("HEAD~2"))
+    text = words(report("puny-barn"))
+    assert ": experiment puny-barn " in text
+    assert "Test loss 0.25000 0.37500 +0.12500 worse" in text
+
+
+def test_the_first_commit_has_nothing_to_compare_with(project: Project) -> None:
+    text = words(report())
+    assert f"Nothing to compare with: the metrics are those of {head(project)} , and there is none before it." in text
+    assert "Test accuracy – 91.67%" in text
+
+
+@pytest.mark.parametrize(("path", "content"), [("metrics/test.json", None), ("params.yaml", "{")])
+def test_a_commit_without_a_readable_file_is_said_to_have_none(
+    project: Project, path: str, content: str | None
+) -> None:
+    before = (project.root / path).read_text()
+    if content is None:
+        (project.root / path).unlink()
+    else:
+        (project.root / path).write_text(content)
+    project.commit()
+    (project.root / path).write_text(before)
+    assert f"It has no readable {path}." in words(report("HEAD"))
+
+
+def test_without_a_repository_it_says_that_there_is_no_commit(outputs: Path) -> None:
+    text = words(report())
+    assert "Git knows no commit here." in text
+    assert "Nothing to compare with: Git knows no commit here." in text
+
+
+@pytest.mark.parametrize("against", ["no-such-branch", "HEAD:params.yaml"])
+def test_something_that_is_no_commit_is_an_error_that_names_it(project: Project, against: str) -> None:
+    with pytest.raises(PipelineError, match=f"^against: {re.escape(repr(against))} is no commit or experiment here; "):
+        report(against)
+
+
+def test_parameters_that_differ_are_shown_and_no_others(project: Project) -> None:
+    project.set_params(lr="1e-06", momentum="0.0")
+    project.commit()
+    project.set_params(lr="0.000001", momentum="0")  # the same, spelt otherwise
+    assert f"The same parameters as in {head(project)}." in words(report("HEAD"))
+    project.set_params(lr="0.01", augment="[crop, flip]", threads="2", shuffle="false", weights="old.pth")
+    text = words(report("HEAD"))
+    shown = text[text.index("Parameters ") : text.index(" Training Loss")]
+    assert shown.endswith(
+        'Here threads auto 2 weights null old.pth shuffle true false lr 1e-06 0.01 augment [] ["crop", "flip"]'
+    )
+
+
+def test_names_and_contents_are_shown_as_text_and_never_read_as_html(outputs: Path) -> None:
+    write_outputs(outputs, ["<b>T-shirt</b>", "NA", 'a "quoted", name'])
+    write_json(outputs / "metrics/environment.json", [{"<i>key": "</td><script>alert(1)</script>"}])
+    page = report(lineage="</pre><script>alert(2)</script>")
+    assert not re.search("<b>|<i>|<script", page)
+    assert 'title="is &lt;b&gt;T-shirt&lt;/b&gt;, said a &#34;quoted&#34;, name: 2 of 8"' in page
+    text = words(page)
+    assert "NA 100.00%" in text
+    assert "</pre><script>alert(2)</script>" in text
+
+
+@pytest.mark.parametrize(("count", "numbers"), [(2, 3), (20, 21), (100, 0)])
+def test_the_matrix_has_numbers_as_long_as_there_is_room(outputs: Path, count: int, numbers: int) -> None:
+    write_outputs(outputs, [f"class {index}" for index in range(count)])
+    page = report()
+    cells = re.findall(r'<td class="(right|wrong)[^>]*title="is class[^>]*>(\d*)</td>', page)
+    assert [kind for kind, _ in cells].count("right") == count
+    assert [kind for kind, _ in cells].count("wrong") == 1
+    assert sum(number != "" for _, number in cells) == numbers
+    assert len(page) < 1_000_000
+
+
+def test_with_more_than_100_classes_the_worst_confusions_stand_for_the_matrix(outputs: Path) -> None:
+    write_outputs(outputs, [f"class {index}" for index in range(150)])
+    text = words(report())
+    assert "With 150 classes a matrix is too fine to be read; here are the most frequent mistakes." in text
+    assert "class 0 class 149 2 25.00%" in text
+
+
+def test_the_same_state_gives_the_same_bytes(project: Project) -> None:
+    assert report() == report()
+
+
+@pytest.mark.parametrize("path", ["metrics/epochs.csv", "metrics/plots/mistakes.png"])
+def test_a_missing_output_is_named_with_the_way_to_make_it_and_the_old_report_stays(outputs: Path, path: str) -> None:
+    before = report()
+    (outputs / path).unlink()
+    with pytest.raises(PipelineError, match=f"^{path}: missing; `dvc repro` makes it, "):
+        report()
+    assert Path("../report.html").read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("metrics/test.json", b'{"accuracy": 0.5'),
+        ("metrics/epochs.csv", b"epoch,train_loss,val_loss,val_accuracy\n1,high,1.0,0.5\n"),
+        ("metrics/plots/confusion.csv", b"\xff\xfe\0"),
+    ],
+)
+def test_an_unreadable_output_is_named_with_the_way_to_make_it(outputs: Path, path: str, content: bytes) -> None:
+    (outputs / path).write_bytes(content)
+    with pytest.raises(
+        PipelineError, match=rf"^{path}: not as the pipeline writes it \(.+\); `dvc repro` makes it anew$"
+    ):
+        report()
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "pair"),
+    [
+        ("metrics/train.json", "0.75", "0.7", "metrics/epochs.csv and metrics/train.json"),
+        ("metrics/classes.csv", "Trouser", "Skirt", "metrics/plots/confusion.csv and metrics/classes.csv"),
+        ("metrics/test.json", "0.91", "0.93", "metrics/plots/confusion.csv and metrics/test.json"),
+    ],
+)
+def test_outputs_of_different_runs_are_not_put_together(
+    outputs: Path, path: str, old: str, new: str, pair: str
+) -> None:
+    (outputs / path).write_text((outputs / path).read_text().replace(old, new, 1))
+    with pytest.raises(PipelineError, match=f"^{pair} are of different runs; `dvc checkout` or `dvc repro` mends that"):
+        report()
+
+
+def test_a_browser_without_a_network_shows_all_of_it(project: Project) -> None:
+    write_outputs(project.root, [*NAMES, "<b>Hat</b> & scarf", "a shirt that was washed far too hot"])
+    report(lineage="commit -> data -> weights")
+    address = (project.root.parent / "report.html").as_uri()
+    requests: list[str] = []
+    complaints: list[str] = []
+    with started_browser() as browser, new_page(browser) as page:
+        page.context.set_offline(True)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(address)
+
+        shown = page.locator("body").inner_text()
+        assert "95.00%" in shown
+        assert "95 % interval 74.15% to 97.68%" in shown
+        assert "+3.33 points better" in shown
+        assert "<b>Hat</b> & scarf" in shown
+        assert "commit -> data -> weights" in shown
+        assert page.locator("table.matrix").get_by_text("6", exact=True).is_visible()
+        assert page.locator("svg").get_by_text("kept: epoch 2").count() == 2
+        page.get_by_text("The figures of each epoch").click()
+        assert page.get_by_text("2 (kept)").is_visible()
+
+        widths = page.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
+        assert widths == [480, 800, 1280]
+        colours = []
+        for width, dark in ((1200, False), (400, True)):
+            page.set_viewport_size({"width": width, "height": 800})
+            page.emulate_media(color_scheme="dark" if dark else "light")
+            assert page.evaluate("document.documentElement.scrollWidth") == width  # wide parts scroll by themselves
+            colours.append(page.evaluate(COLOURS))
+    assert all(light != dark for light, dark in zip(*colours, strict=True))
+    assert {url.split(":")[0] for url in requests} <= {"file", "data"}
+    assert [url for url in requests if url.startswith("file:")] == [address]
+    assert complaints == []

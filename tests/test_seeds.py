@@ -1,0 +1,60 @@
+"""Several seeds of one recipe, run through DVC's queue and summed up."""
+
+import json
+import sys
+from collections.abc import Iterator
+
+import pandas as pd
+import pytest
+from dvc_queue import stop_queue
+from PIL import Image
+from project import Project, small_project
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    project = small_project(tmp_path_factory.mktemp("seeds"), epochs="1", export_formats="[onnx]")
+    yield project
+    stop_queue(project)
+
+
+def run_seeds(project: Project, *options: str, check: bool = True) -> tuple[int, str, str]:
+    done = project.run(sys.executable, "-m", "classifier", "seeds", *options, check=check)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_two_seeds_are_run_kept_and_summed_up(project: Project) -> None:
+    _, printed, _ = run_seeds(project, "-n", "2", "-S", "lr=0.2", "-j", "2")
+    table = pd.read_csv(project.root / "reports/seeds.csv").set_index("seed")
+    assert list(table.index) == [42, 43]
+    for seed, row in table.to_dict("index").items():
+        name = f"refs/exps/**/{row['experiment']}"
+        ref = project.run("git", "for-each-ref", "--format=%(refname)", name).stdout.strip()
+        metrics = json.loads(project.run("git", "show", f"{ref}:metrics/test.json").stdout)
+        assert metrics["loss"] == row["test loss"]
+        params = project.run("git", "show", f"{ref}:params.yaml").stdout
+        assert f"seed: {seed}\n" in params
+        assert "lr: 0.2\n" in params
+    losses = table["test loss"]
+    assert losses.nunique() == 2
+    assert f"{losses.mean():.4f} ± {losses.std():.4f} ({losses.min():.4f} to {losses.max():.4f})" in printed
+    with Image.open(project.root / "reports/seeds.png") as picture:
+        assert picture.width > 300
+    assert project.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_seeds_that_fail_are_named_and_the_way_to_their_logs(project: Project) -> None:
+    before = (project.root / "reports/seeds.csv").read_bytes()
+    code, _, complaint = run_seeds(project, "-n", "2", "-S", "lr=-1", check=False)
+    assert code == 1
+    assert "2 of 2 experiments failed: " in complaint
+    assert "`dvc queue logs " in complaint
+    assert (project.root / "reports/seeds.csv").read_bytes() == before
+
+
+def test_a_key_that_does_not_exist_is_told_before_anything_runs(project: Project) -> None:
+    code, printed, complaint = run_seeds(project, "-n", "2", "-S", "no such thing", check=False)
+    assert (code, printed) == (1, "")
+    assert "no such thing" in complaint
