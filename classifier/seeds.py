@@ -22,7 +22,7 @@ from classifier.repository import experiments, read_at
 
 # A line of `dvc queue status`: task, name, time of creation, state
 TASK = re.compile(r"^[0-9a-f]{7}\s+(\S+)\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
-POLL_SECONDS = 3
+POLL_SECONDS = 10  # asking costs DVC more than a second of a core
 
 
 def run_seeds(count: int, settings: list[str], workers: int, folder: Path) -> pd.DataFrame:

@@ -4,13 +4,14 @@ import contextlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from project import Project, small_project
+from project import Project, clean_environment, small_project
 
 from classifier.errors import PipelineError
 from classifier.files import hash_file, hash_path, locked_md5s
@@ -229,6 +230,17 @@ def test_the_text_has_the_whole_chain(history: History) -> None:
         assert part in text
     as_json = json.loads(history.project.run(*command, "--json").stdout)
     assert as_json["outputs"][0] == {"path": "data/raw", "md5": lock["data/raw"], "cache": "yes", "remote": "none"}
+
+
+def test_the_command_names_files_from_the_folder_it_is_called_in(history: History, tmp_path: Path) -> None:
+    (history.project.root / ".venv").symlink_to(sys.prefix)  # as `make env` makes it
+    shutil.copy(history.project.root / "models/export/model.onnx", tmp_path / "copy.onnx")
+    done = subprocess.run(
+        [history.project.root / ".venv/bin/classifier", "lineage", "copy.onnx"],
+        cwd=tmp_path, env=clean_environment(tmp_path), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert commit_of(history.project, "main") in done.stdout
 
 
 @pytest.mark.parametrize("target", ["no-such-thing", "0" * 32, "--all", "a'b", "models"])

@@ -111,7 +111,8 @@ def test_a_clean_clone_is_verified_and_stays_as_it_is(clone: Project) -> None:
     assert [line.split(maxsplit=1)[1] for line in lines[:-1]] == [IDENTICAL] * 11
     assert lines[-1] == "environment: the same as recorded"
     assert "Running stage 'train'" in done.stderr  # what goes on is seen
-    assert clone.run("git", "status", "--porcelain", "--ignored").stdout == ""
+    assert clone.run("git", "status", "--porcelain").stdout == ""
+    assert not (clone.root / "data/raw").exists()
 
 
 @pytest.mark.slow
