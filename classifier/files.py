@@ -12,6 +12,7 @@ import yaml
 
 from classifier.errors import PipelineError
 
+PARAMS = Path("params.yaml")
 LOCK = Path("dvc.lock")
 RAW = Path("data/raw")
 IMAGES = Path("data/images.zip")

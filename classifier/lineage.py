@@ -16,13 +16,12 @@ from typing import Any
 import yaml
 
 from classifier.errors import PipelineError
-from classifier.files import EXPORT, LOCK, TEST_METRICS, TRAIN_METRICS, WEIGHTS, hash_bytes, hash_file, md5s_in
+from classifier.files import EXPORT, LOCK, PARAMS, TEST_METRICS, TRAIN_METRICS, WEIGHTS, hash_bytes, hash_file, md5s_in
 from classifier.registry import Version, find_versions
 from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, read_at
 from classifier.storage import YES, Storage
 from classifier.tracking import CHANGED_TAG, COMMIT_TAG, EXPERIMENT_TAG, PATCH, WEIGHTS_TAG, Run, artifact, find_runs
 
-PARAMS = Path("params.yaml")
 MANIFEST = "manifest.json"
 LISTED = 3  # runs and versions; --json gives all
 FORMATS = ("pth", "pt2", "onnx")

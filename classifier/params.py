@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from classifier.errors import PipelineError, run_main
+from classifier.files import PARAMS
 
 PACKAGE = Path(__file__).parent
 
@@ -108,7 +109,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_params(path: Path = Path("params.yaml")) -> Params:
+def load_params(path: Path = PARAMS) -> Params:
     """Read and check the parameters.
 
     Raises PipelineError with one line for each key at fault: the key, its value and what is allowed.

@@ -23,7 +23,6 @@ from classifier.params import load_params
 from classifier.repository import changes, commit_of, experiments, git, read_at
 
 CONFUSION = files.PLOTS / "confusion.csv"
-PARAMS = Path("params.yaml")
 CONFUSIONS_SHOWN = 10
 MOST_IN_MATRIX = 100  # classes; with more, cells are too small to be told apart
 PERCENT, LOSS = "{:.2%}", "{:.5f}"
@@ -189,7 +188,7 @@ def _state(revision: str) -> State | None:
         return None
     found: dict[Path, dict[str, Any]] = {}
     notes = []
-    for path in (files.TEST_METRICS, files.TRAIN_METRICS, PARAMS):
+    for path in (files.TEST_METRICS, files.TRAIN_METRICS, files.PARAMS):
         try:
             content = read_at(commit, path) or b""
             found[path] = dict(json.loads(content) if path.suffix == ".json" else yaml.safe_load(content))
@@ -200,7 +199,7 @@ def _state(revision: str) -> State | None:
     if named:
         subject = f"experiment {revision}"  # DVC's own says no more than a hash
     metrics = found[files.TEST_METRICS] | found[files.TRAIN_METRICS]
-    return State(commit, subject, date, metrics, found[PARAMS], notes)
+    return State(commit, subject, date, metrics, found[files.PARAMS], notes)
 
 
 def _baseline(against: str | None, head: State | None, metrics: dict[str, Any]) -> State | None:

@@ -1,7 +1,6 @@
 """The Git repository: its root, what a revision holds, and DVC's experiments, which are commits under refs/exps."""
 
 import os
-import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -44,13 +43,14 @@ def read_at(commit: str, path: Path) -> bytes | None:
 def changes(*paths: str) -> tuple[list[str], bytes]:
     """What differs between the commit and the files here, new ones included: their names, and a patch for `git apply`.
 
-    paths: Git's pathspecs, which limit it. Nothing differs where there is no commit. The user's index stays as it is.
+    paths: Git's pathspecs, which limit it. Nothing differs where there is no commit. An index of its own is used: the
+    user's stays as it is, and it may take a file that changed within a second, as in DVC's copies, for unchanged.
     """
-    index = Path(git("rev-parse", "--git-path", "index"))
-    if not index.is_file() or not commit_of("HEAD"):
+    if not commit_of("HEAD"):
         return [], b""
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"GIT_INDEX_FILE": shutil.copy(index, folder)}
+        environment = os.environ | {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        git_bytes("read-tree", "HEAD", env=environment)
         git_bytes("add", "--all", env=environment)
         arguments = ("diff", "--cached", "--no-renames", "--no-ext-diff", "--binary", "HEAD")
         names = git_bytes(*arguments, "--name-only", "-z", "--", *paths, env=environment)

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -92,8 +93,12 @@ def _metrics(commit: str) -> dict[str, float]:
 
 
 def _dvc(*arguments: str) -> str:
-    """What DVC prints. Raises PipelineError with its last lines if it fails."""
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise PipelineError(f"dvc {' '.join(arguments)}:\n{done.stderr.strip()}")
-    return done.stdout
+    """What DVC prints. Raises PipelineError with its message if it fails."""
+    with tempfile.TemporaryFile("w+") as output:  # no pipe: the queue's workers would keep it open to their end
+        command = [sys.executable, "-m", "dvc", *arguments]
+        failed = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode != 0
+        output.seek(0)
+        printed = output.read()
+    if failed:
+        raise PipelineError(f"dvc {' '.join(arguments)}:\n{printed.strip()}")
+    return printed

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 # Read when mlflow is imported
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -26,13 +25,25 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
 import mlflow
+import yaml
 from filelock import FileLock
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.exceptions import MlflowException
 
 from classifier.errors import PipelineError, run_main
-from classifier.files import ANNOTATIONS, IMAGES, WEIGHTS, hash_file, locked_md5s
+from classifier.files import (
+    ANNOTATIONS,
+    CLASS_METRICS,
+    IMAGES,
+    PARAMS,
+    PLOTS,
+    TEST_METRICS,
+    WEIGHTS,
+    hash_file,
+    locked_md5s,
+    read_json,
+)
 from classifier.params import Params, load_params
 from classifier.repository import changes, git, repository_root
 
@@ -68,11 +79,15 @@ def training_run(params: Params, environment: Mapping[str, str | int]) -> Iterat
 
 @contextmanager
 def run_of_weights(params: Params, environment: Mapping[str, str | int]) -> Iterator[None]:
-    """Reopen the run that trained models/model_weights.pth, or open one if the store does not know the weights."""
+    """Reopen the run that trained models/model_weights.pth, or open one if the store does not know the weights.
+
+    Runs whose parameters make no difference have the same weights: that of this experiment's name comes first.
+    """
     experiment_id = _connect(params.experiment)
     weights_md5 = hash_file(WEIGHTS)
     known = find_runs(f"tags.`{WEIGHTS_TAG}` = '{weights_md5}'")
-    known.sort(key=lambda run: run.experiment_id != experiment_id)  # those of this experiment first
+    name = os.environ.get("DVC_EXP_NAME")
+    known.sort(key=lambda run: (run.tags.get(EXPERIMENT_TAG) != name, run.experiment_id != experiment_id))
     with store_errors():
         if known:
             with mlflow.start_run(run_id=known[0].run_id):
@@ -89,9 +104,21 @@ def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     mlflow.log_metrics(dict(metrics), step=step)
 
 
-def set_tags(tags: Mapping[str, str]) -> None:
-    """Set tags of the open run; older ones of the same names are replaced."""
-    mlflow.set_tags(dict(tags))
+def is_evaluated() -> bool:
+    """Whether the open run has the results of an evaluation."""
+    run = mlflow.active_run()
+    return run is not None and TEST_SET_TAG in mlflow.get_run(run.info.run_id).data.tags
+
+
+def log_evaluation(test_set: str) -> None:
+    """Log what `evaluate` has written, and the md5 of the images and labels that it tested on, to the open run."""
+    test = read_json(TEST_METRICS)
+    low, high = test["accuracy_ci95"]
+    log_metrics({"test_loss": test["loss"], "test_accuracy": test["accuracy"]})
+    log_metrics({"test_accuracy_ci95_low": low, "test_accuracy_ci95_high": high})
+    log_files(CLASS_METRICS)
+    log_files(PLOTS, "plots")
+    mlflow.set_tag(TEST_SET_TAG, test_set)
 
 
 def log_files(path: Path, folder: str | None = None) -> None:
@@ -253,25 +280,22 @@ def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
 
 
 def _log_inputs(params: Params) -> None:
-    """Log every parameter, spelt as in params.yaml, the code, and the data by the md5 that DVC knows it by."""
+    """Log every parameter, as params.yaml has it, the code, and the data by the md5 that DVC knows it by."""
     changed, patch = changes(".", ":!dvc.lock", ":!metrics")  # these two DVC writes
-    if code := [name for name in changed if name != "params.yaml"]:
+    if code := [name for name in changed if name != str(PARAMS)]:
         mlflow.set_tag(CHANGED_TAG, " ".join(code))
     if 0 < len(patch) <= LARGEST_PATCH:  # with the commit, the state that was trained
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / PATCH).write_bytes(patch)
             mlflow.log_artifact(str(Path(folder) / PATCH))
-    mlflow.log_params({key: _spelt(value) for key, value in params.model_dump().items()})
+    spelt = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))  # 8 stays 8 where the parameter is a float
+    mlflow.log_params({key: value if isinstance(value, str) else json.dumps(value) for key, value in spelt.items()})
     md5s = locked_md5s()
     for path in (IMAGES, ANNOTATIONS):
         if digest := md5s.get(str(path)):
             source = CodeDatasetSource({"dvc.path": str(path), "dvc.md5": digest})
             dataset = MetaDataset(source, name=f"{params.source}: {path}", digest=digest)  # type: ignore[abstract]
             mlflow.log_input(dataset, context="training")
-
-
-def _spelt(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def main() -> None:

@@ -55,11 +55,7 @@ def main() -> None:
     files.write_json(files.TEST_METRICS, {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [low, high]})
 
     with tracking.run_of_weights(params, environment(device)):
-        tracking.set_tags({tracking.TEST_SET_TAG: test_set.md5()})
-        tracking.log_metrics({"test_loss": loss, "test_accuracy": accuracy})
-        tracking.log_metrics({"test_accuracy_ci95_low": low, "test_accuracy_ci95_high": high})
-        tracking.log_files(files.CLASS_METRICS)
-        tracking.log_files(files.PLOTS, "plots")
+        tracking.log_evaluation(test_set.md5())
 
 
 def draw(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from imports import ROOT
+from small_data import write_idx_dataset
 
 # A data source as a user would add one: one file, here for small files in Fashion-MNIST's format.
 SMALL_SOURCE = '''"""Small IDX files in the folder data_path."""
@@ -66,7 +67,10 @@ class Project:
         lines = path.read_text().splitlines()
         for key, value in changes.items():
             (index,) = [number for number, line in enumerate(lines) if line.startswith(f"{key}:")]
-            lines[index] = f"{key}: {value}"
+            end = index + 1
+            while lines[end : end + 1] and lines[end].startswith("- "):  # the value's lines, if it is a list
+                end += 1
+            lines[index:end] = [f"{key}: {value}"]
         path.write_text("\n".join(lines) + "\n")
 
     def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
@@ -84,3 +88,17 @@ class Project:
     def stages_run(self, output: str) -> list[str]:
         """The stages that DVC says it ran."""
         return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]
+
+
+def small_project(folder: Path, **params: str) -> Project:
+    """A committed project whose source gives 200 training and 80 test images, in a folder of its own.
+
+    `params` are further values for params.yaml, as they are spelt there.
+    """
+    project = Project.create(folder / "project")
+    (project.root / "classifier/sources/small.py").write_text(SMALL_SOURCE)
+    write_idx_dataset(folder / "idx")
+    small = {"source": "small", "data_path": str(folder / "idx"), "val_size": "40", "epochs": "4", "lr": "0.1"}
+    project.set_params(**(small | {"threads": "1"} | params))
+    project.commit()
+    return project

@@ -1,6 +1,7 @@
 """The registered model answers for images, and the champion is chosen on the same test data."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from imports import ROOT
 from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
@@ -50,7 +52,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store, which all tests share: making one takes seconds."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "models").mkdir()
-    (folder / "plots").mkdir()
+    (folder / "metrics/plots").mkdir(parents=True)
+    (folder / "metrics/test.json").write_text('{"accuracy": 0.6, "loss": 0.5, "accuracy_ci95": [0.5, 0.7]}')
+    (folder / "metrics/classes.csv").touch()
+    shutil.copy(ROOT / "params.yaml", folder)
     return folder
 
 
@@ -68,12 +73,11 @@ def export(
         Path("models/model_weights.pth").write_text(f"{params.registered_model} {right}")
         answers = pd.DataFrame({"actual": "circle", "predicted": "square"}, index=range(IMAGES))
         answers.loc[list(right), "predicted"] = "circle"
-        answers.to_csv("plots/confusion.csv", index=False)
+        answers.to_csv("metrics/plots/confusion.csv", index=False)
         with tracking.training_run(params, {"device": "cpu"}):
             pass
         with tracking.run_of_weights(params, {"device": "cpu"}):
-            tracking.set_tags({tracking.TEST_SET_TAG: test_set})
-            tracking.log_files(Path("plots"), "plots")
+            tracking.log_evaluation(test_set)
             registry.register(params.registered_model, onnx / "model.onnx", onnx / "manifest.json")
         return find_versions(f"name = '{params.registered_model}'")[0]
 
@@ -137,6 +141,26 @@ def test_a_version_whose_run_was_not_evaluated_is_told(export: Callable[..., Ver
     MlflowClient().delete_run(version.run_id)
     with pytest.raises(PipelineError, match=f"{version}: its run {version.run_id} holds no evaluation"):
         promote(version)
+
+
+def test_results_go_to_the_run_of_their_own_experiment_where_several_have_the_same_weights(
+    export: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a parameter makes no difference."""
+    version = export(range(60))
+    weights = Path("models/model_weights.pth").read_bytes()
+    for name in ("first", "second"):
+        monkeypatch.setenv("DVC_EXP_NAME", name)
+        with tracking.training_run(load_params(), {"device": "cpu"}):
+            Path("models/model_weights.pth").write_bytes(weights)
+    monkeypatch.setenv("DVC_EXP_NAME", "first")
+    with tracking.run_of_weights(load_params(), {"device": "cpu"}):
+        assert not tracking.is_evaluated()
+        tracking.log_evaluation("one")
+        assert tracking.is_evaluated()
+    evaluated = {run.name: "test_accuracy" in run.metrics for run in tracking.find_runs("tags.`dvc.exp_name` != ''")}
+    assert evaluated == {"first": True, "second": False}
+    assert version.run_id not in evaluated
 
 
 def test_without_a_store_there_are_no_versions_and_none_is_made(

@@ -1,0 +1,74 @@
+"""DVC's queue of experiments, run to its end, and the processes that it leaves, ended."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from project import Project, clean_environment
+
+# A line of `dvc queue status`: task, name, time of creation, state
+TASK = re.compile(r"^([0-9a-f]{7})\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
+
+
+def run_queue(project: Project, workers: int = 2, seconds: float = 1800) -> None:
+    """Run all queued experiments, `workers` at a time; raises with DVC's logs if one fails or time is up."""
+    try:
+        start(project, workers)
+        deadline = time.monotonic() + seconds
+        while {"Queued", "Running"} & set((states := queue_states(project)).values()):
+            assert time.monotonic() < deadline, queue_logs(project, states)
+            time.sleep(6)  # each question keeps a core busy for two seconds
+        assert set(states.values()) == {"Success"}, queue_logs(project, states)
+    finally:
+        stop_queue(project)
+
+
+def start(project: Project, workers: int) -> None:
+    """Start the workers. They keep the output they are given open: read through a pipe, it would end when they do."""
+    log = project.root.parent / "queue.log"
+    with log.open("w") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "queue", "start", "-j", str(workers)],
+            cwd=project.root, env=clean_environment(project.root.parent),
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    assert done.returncode == 0, log.read_text()
+
+
+def queue_states(project: Project) -> dict[str, str]:
+    """State by task: Queued, Running, Success or Failed."""
+    return dict(TASK.findall(project.dvc("queue", "status").stdout))
+
+
+def queue_logs(project: Project, states: dict[str, str]) -> str:
+    """What the experiments that did not succeed have printed."""
+    texts = []
+    for task, state in states.items():
+        if state != "Success":
+            logs = project.dvc("queue", "logs", task, check=False)
+            texts.append(f"{task} {state}\n{logs.stdout}{logs.stderr}")
+    return "\n".join(texts)
+
+
+def stop_queue(project: Project) -> None:
+    """End the workers, who else wait ten seconds for more to do, and what a failed test has left running."""
+    project.dvc("queue", "stop", "--kill", check=False)
+    _, alive = psutil.wait_procs(processes_in(project.root), timeout=15)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """The processes that run in a folder or below it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(folder):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
