@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from classifier.errors import PipelineError
-from classifier.files import EXPORT, LOCK, PARAMS, TEST_METRICS, TRAIN_METRICS, WEIGHTS, hash_bytes, hash_file, md5s_in
+from classifier.files import EXPORT, LOCK, PARAMS, WEIGHTS, hash_bytes, hash_file, md5s_in
 from classifier.registry import Version, find_versions
-from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, read_at
+from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, metrics_at, read_at
 from classifier.storage import YES, Storage
 from classifier.tracking import CHANGED_TAG, COMMIT_TAG, EXPERIMENT_TAG, PATCH, WEIGHTS_TAG, Run, artifact, find_runs
 
@@ -168,9 +168,7 @@ def _of_commit(commit: str, lineage: Lineage, storage: Storage, run: Run | None 
     if found:
         lineage.experiment = f"{found.name}, on {found.baseline[:12]}"
     lineage.parameters = yaml.safe_load(read_at(commit, PARAMS) or b"") or {}
-    for path in (TRAIN_METRICS, TEST_METRICS):
-        for key, value in json.loads(read_at(commit, path) or b"{}").items():
-            lineage.metrics[f"{path.stem} {key}"] = value
+    lineage.metrics = metrics_at(commit)
     md5s = md5s_in(lock)
     lineage.outputs = _outputs(md5s, storage)
 

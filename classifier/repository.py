@@ -1,10 +1,14 @@
 """The Git repository: its root, what a revision holds, and DVC's experiments, which are commits under refs/exps."""
 
+import json
 import os
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from classifier.files import LOCK, TEST_METRICS, TRAIN_METRICS
 
 
 def repository_root() -> Path:
@@ -57,6 +61,12 @@ def changes(*paths: str) -> tuple[list[str], bytes]:
         return names.decode(errors="replace").split("\0")[:-1], git_bytes(*arguments, "--", *paths, env=environment)
 
 
+def metrics_at(commit: str) -> dict[str, Any]:
+    """The figures of the metrics files in a commit, by key; those on test begin with `test `."""
+    train, test = (json.loads(read_at(commit, path) or b"{}") for path in (TRAIN_METRICS, TEST_METRICS))
+    return dict(train) | {f"test {key}": value for key, value in test.items()}
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A DVC experiment: a commit on top of its baseline."""
@@ -81,7 +91,7 @@ def experiments() -> list[Experiment]:
 def commits_holding(md5: str) -> list[str]:
     """The commits, experiments among them, that changed dvc.lock and hold an md5 in it, the oldest first."""
     listed = git("log", "--exclude=refs/exps/exec/*", "--all", "--reverse", "--format=%H", "--", "dvc.lock")
-    return [commit for commit in listed.split() if md5.encode() in (read_at(commit, Path("dvc.lock")) or b"")]
+    return [commit for commit in listed.split() if md5.encode() in (read_at(commit, LOCK) or b"")]
 
 
 def is_ancestor(commit: str, other: str) -> bool:

@@ -4,7 +4,6 @@ The seed draws the validation split, the first weights and the order of the imag
 queue, so it is kept, tracked and can be compared like any other.
 """
 
-import json
 import re
 import subprocess
 import sys
@@ -17,9 +16,9 @@ from tqdm import tqdm
 
 from classifier.charts import save_spread
 from classifier.errors import PipelineError
-from classifier.files import TEST_METRICS, TRAIN_METRICS, atomic
+from classifier.files import atomic
 from classifier.params import load_params
-from classifier.repository import experiments, read_at
+from classifier.repository import experiments, metrics_at
 
 # A line of `dvc queue status`: task, name, time of creation, state
 TASK = re.compile(r"^[0-9a-f]{7}\s+(\S+)\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
@@ -40,7 +39,8 @@ def run_seeds(count: int, settings: list[str], workers: int, folder: Path) -> pd
     failed = _wait(names)
     commits = {experiment.name: experiment.commit for experiment in experiments()}
     rows = [
-        {"seed": seed, "experiment": name} | _metrics(commits[name])
+        {"seed": seed, "experiment": name}
+        | {key: value for key, value in metrics_at(commits[name]).items() if isinstance(value, int | float)}
         for seed, name in zip(seeds, names, strict=True)
         if name not in failed
     ]
@@ -80,16 +80,6 @@ def _wait(names: list[str]) -> list[str]:
             if len(ended) == len(names):
                 return [name for name in names if states[name] == "Failed"]
             time.sleep(POLL_SECONDS)
-
-
-def _metrics(commit: str) -> dict[str, float]:
-    """The single numbers of an experiment's metrics files."""
-    return {
-        f"{path.stem} {key}": value
-        for path in (TRAIN_METRICS, TEST_METRICS)
-        for key, value in json.loads(read_at(commit, path) or b"{}").items()
-        if not isinstance(value, list)
-    }
 
 
 def _dvc(*arguments: str) -> str:
