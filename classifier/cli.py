@@ -16,6 +16,8 @@ from classifier.params import load_params
 
 REPORTS = Path("reports")  # what is written about the outputs; Git ignores it
 
+REGISTER = "dvc repro --force --single-item export"
+
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
 
@@ -72,16 +74,15 @@ def promote(
 ) -> None:
     """Make a registered version the champion if it is more accurate than the present one on the same test data."""
     from classifier.lineage import trace
-    from classifier.registry import find_versions, promote
+    from classifier.registry import find_version, promote
 
     if target.isdecimal():
-        name = load_params().registered_model
-        versions = [version for version in find_versions(f"name = '{name}'") if version.number == int(target)]
+        version = find_version(load_params().registered_model, target)
     else:
-        versions = trace(_from_caller(context, target)).versions
-    if not versions:
-        raise PipelineError(f"{target}: no version of it is registered here; `dvc repro` exports and registers")
-    print(promote(versions[0], force))
+        version = next(iter(trace(_from_caller(context, target)).versions), None)
+    if version is None:
+        raise PipelineError(f"{target}: not registered here; to register the model in models/: \n{REGISTER}")
+    print(promote(version, force))
 
 
 @app.command()

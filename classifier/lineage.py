@@ -11,21 +11,31 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from classifier.errors import PipelineError
 from classifier.files import EXPORT, LOCK, PARAMS, WEIGHTS, hash_bytes, hash_file, md5s_in
+from classifier.params import Params, read_yaml
 from classifier.registry import Version, find_versions
 from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, metrics_at, read_at
 from classifier.storage import YES, Storage
-from classifier.tracking import CHANGED_TAG, COMMIT_TAG, EXPERIMENT_TAG, PATCH, WEIGHTS_TAG, Run, artifact, find_runs
+from classifier.tracking import (
+    CHANGED_TAG,
+    COMMIT_TAG,
+    EXPERIMENT_TAG,
+    MD5_TAGS,
+    PATCH,
+    WEIGHTS_TAG,
+    Run,
+    artifact,
+    find_runs,
+)
 
 MANIFEST = "manifest.json"
 LISTED = 3  # runs and versions; --json gives all
-FORMATS = ("pth", "pt2", "onnx")
-TRACKED_MD5S = {"data/images.zip": "md5.images", "data/annotations": "md5.annotations", str(WEIGHTS): WEIGHTS_TAG}
+FORMATS = get_args(get_args(Params.model_fields["export_formats"].annotation)[0])
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,8 @@ def trace(target: str) -> Lineage:
     with Storage() as storage:
         if Path(target).is_file():
             return _of_file(Path(target), storage)
-        if re.fullmatch("[0-9a-f]{32}", target) and (runs := find_runs(f"attributes.run_id = '{target}'")):
-            return _of_run(runs[0], Lineage(f"MLflow run {target}"), storage)
+        if run := _run_called(target):
+            return _of_run(run, Lineage(f"MLflow run {target}"), storage)
         if found := [experiment.commit for experiment in experiments() if experiment.name == target]:
             lineage = Lineage(f"DVC experiment {target}")
             if len(found) > 1:
@@ -83,6 +93,11 @@ def trace(target: str) -> Lineage:
     )
 
 
+def _run_called(run_id: str) -> Run | None:
+    known = find_runs(f"attributes.run_id = '{run_id}'") if re.fullmatch("[0-9a-f]{32}", run_id) else []
+    return known[0] if known else None
+
+
 def _of_file(path: Path, storage: Storage) -> Lineage:
     """By the SHA-256, which the registry has of exported files, or the md5, which runs and dvc.lock have."""
     md5, sha256 = hash_file(path), hash_file(path, "sha256")
@@ -95,7 +110,11 @@ def _of_file(path: Path, storage: Storage) -> Lineage:
         if not runs:
             lineage.unknown.append(f"run {run_id} of {lineage.versions[0]}: deleted, or in another store")
     if runs:
-        return _of_run(runs[0], lineage, storage, md5)
+        _of_run(runs[0], lineage, storage, md5)
+        known = {*lineage.exported.values(), *(output.md5 for output in lineage.outputs)}
+        if lineage.commit and not known & {md5, sha256}:
+            lineage.unknown.append("this file itself: the commit has its weights, but exported other bytes of them")
+        return lineage
     holding = commits_holding(md5) or [
         commit for commit in commits_holding(str(EXPORT)) if md5 in _exported_md5s(commit, storage)
     ]
@@ -121,7 +140,7 @@ def _of_run(run: Run, lineage: Lineage, storage: Storage, md5: str = "") -> Line
     lineage.experiment = run.tags.get(EXPERIMENT_TAG)
     lineage.parameters = dict(run.parameters)
     lineage.metrics = dict(run.metrics)
-    tracked = {path: run.tags[tag] for path, tag in TRACKED_MD5S.items() if tag in run.tags}
+    tracked = {str(path): run.tags[tag] for path, tag in MD5_TAGS.items() if tag in run.tags}
     lineage.outputs = _outputs(tracked, storage)
     _add_tracked(lineage, [run], storage)
     lineage.unknown.append(
@@ -141,7 +160,7 @@ def _commit_of_run(run: Run, weights: str, md5: str, storage: Storage) -> str | 
     """
     holding = commits_holding(weights)
     base, changed = run.tags.get(COMMIT_TAG, ""), CHANGED_TAG in run.tags
-    if base and not changed and md5s_in(_lock_at(base)).get(str(WEIGHTS)) == weights:
+    if base and not changed and md5s_in(_yaml_at(base, LOCK)).get(str(WEIGHTS)) == weights:
         holding.append(base)  # it may hold the lock of an earlier commit
     named = {found.commit for found in experiments() if found.name == run.tags.get(EXPERIMENT_TAG)}
 
@@ -159,7 +178,7 @@ def _commit_of_run(run: Run, weights: str, md5: str, storage: Storage) -> str | 
 
 def _of_commit(commit: str, lineage: Lineage, storage: Storage, run: Run | None = None) -> Lineage:
     """By dvc.lock and params.yaml of the commit, which name everything; the runs are found by the weights."""
-    lock = _lock_at(commit)
+    lock = _yaml_at(commit, LOCK)
     if not lock:
         raise PipelineError(f"commit {commit[:12]} has no dvc.lock: the pipeline had not run there; name a later one")
     lineage.commit = commit
@@ -167,7 +186,7 @@ def _of_commit(commit: str, lineage: Lineage, storage: Storage, run: Run | None 
     found = {experiment.commit: experiment for experiment in experiments()}.get(commit)
     if found:
         lineage.experiment = f"{found.name}, on {found.baseline[:12]}"
-    lineage.parameters = yaml.safe_load(read_at(commit, PARAMS) or b"") or {}
+    lineage.parameters = _yaml_at(commit, PARAMS)
     lineage.metrics = metrics_at(commit)
     md5s = md5s_in(lock)
     lineage.outputs = _outputs(md5s, storage)
@@ -188,27 +207,34 @@ def _of_commit(commit: str, lineage: Lineage, storage: Storage, run: Run | None 
 
 
 def stale(lock: dict[str, Any], read: Callable[[Path], bytes | None]) -> list[str]:
-    """What `read` gives other content for than dvc.lock was made with: code, and keys of params.yaml."""
+    """What `read` gives other content for than dvc.lock was made with: code, and keys of params.yaml.
+
+    lock: dvc.lock as `read_yaml` reads it.
+    """
     made = set(md5s_in(lock))
     differing = []
     for path, md5 in md5s_in(lock, "deps").items():
         content = None if md5.endswith(".dir") or path in made else read(Path(path))
         if content is not None and hash_bytes(content) != md5:
             differing.append(path)
-    parameters = yaml.safe_load(read(PARAMS) or b"") or {}
+    parameters = read_yaml(read(PARAMS) or b"") or {}
     locked = {
         k: v for stage in lock["stages"].values() for k, v in stage.get("params", {}).get(str(PARAMS), {}).items()
     }
-    return differing + [f"{key} in {PARAMS}" for key, value in locked.items() if str(parameters.get(key)) != str(value)]
+    return differing + [f"{key} in {PARAMS}" for key, value in locked.items() if parameters.get(key) != value]
 
 
-def _lock_at(commit: str) -> dict[str, Any]:
-    return yaml.safe_load(read_at(commit, LOCK) or b"") or {}
+def _yaml_at(commit: str, path: Path) -> dict[str, Any]:
+    """A YAML file of a commit; nothing if it has none. Raises PipelineError if it is none, as after a bad merge."""
+    try:
+        return dict(read_yaml(read_at(commit, path) or b"") or {})
+    except (yaml.YAMLError, ValueError) as error:
+        raise PipelineError(f"{path} of commit {commit[:12]}: not readable as YAML: {str(error).split()[0]}") from None
 
 
 def _exported_md5s(commit: str, storage: Storage) -> set[str]:
     """The md5 of every exported file of a commit, as far as the cache or the remote still knows them."""
-    return set((storage.files(md5s_in(_lock_at(commit)).get(str(EXPORT), "")) or {}).values())
+    return set((storage.files(md5s_in(_yaml_at(commit, LOCK)).get(str(EXPORT), "")) or {}).values())
 
 
 def _outputs(md5s: dict[str, str], storage: Storage) -> list[Output]:
@@ -272,12 +298,32 @@ def _add_commands_of_run(lineage: Lineage, run: Run) -> None:
             lineage.unknown.append(
                 f"the code: it differed from the commit in {changed}, and the run has no patch of it"
             )
+        elif differing := _other_parameters(run, base):
+            lineage.unknown.append(
+                f"the commands: the commit has other values of {', '.join(differing)}, and the run has no patch of them"
+            )
         else:
             lineage.commands = [f"git switch --detach {base[:12]}", "dvc repro"]
 
 
+def _other_parameters(run: Run, commit: str) -> list[str]:
+    """The keys that a run logged other values of than a commit has."""
+    committed = {key: _spelt(value) for key, value in _yaml_at(commit, PARAMS).items()}
+    return [key for key, value in run.parameters.items() if committed.get(key) != _spelt(_value(value))]
+
+
+def _value(logged: str) -> Any:
+    """A parameter that MLflow has as text."""
+    try:
+        return read_yaml(logged)
+    except yaml.YAMLError:
+        return logged
+
+
 def patch_of(run_id: str) -> bytes:
     """What the code of a run had that its commit has not. Raises PipelineError if the run has no patch."""
+    if _run_called(run_id) is None:
+        raise PipelineError(f"{run_id}: not the id of an MLflow run of this store; --patch needs one")
     with artifact(run_id, PATCH) as path:
         if path is None:
             raise PipelineError(f"{run_id}: this run has no {PATCH}: its code was that of the commit, or it is unknown")

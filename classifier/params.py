@@ -109,13 +109,18 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(content: str | bytes) -> Any:
+    """What params.yaml or dvc.lock holds, unchecked. Raises yaml.YAMLError, or ValueError, if it is not YAML."""
+    return yaml.load(content, Loader=_Loader)  # noqa: S506, a SafeLoader
+
+
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check the parameters.
 
     Raises PipelineError with one line for each key at fault: the key, its value and what is allowed.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506, a SafeLoader
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PipelineError(f"{path}: missing; run from the folder that holds dvc.yaml") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-01

@@ -16,6 +16,7 @@ from classifier.metrics import mcnemar
 from classifier.tracking import TEST_SET_TAG, artifact, find_runs, open_store, store_errors
 
 CHAMPION = "champion"
+ABSENT = "RESOURCE_DOES_NOT_EXIST"  # as opposed to a store that cannot be asked
 NOISE = 0.05  # a difference that noise alone makes more often than this is not told apart from noise
 
 
@@ -67,10 +68,27 @@ def find_champion(name: str) -> Version | None:
     """The version of a registered model that has the alias, if one has."""
     if not open_store():
         return None
-    try:
-        return _version(MlflowClient().get_model_version_by_alias(name, CHAMPION))
-    except MlflowException:
+    with store_errors():
+        try:
+            number = MlflowClient().get_registered_model(name).aliases.get(CHAMPION)
+        except MlflowException as error:
+            if error.error_code != ABSENT:
+                raise
+            return None
+    return find_version(name, number) if number else None
+
+
+def find_version(name: str, number: str) -> Version | None:
+    """A version by its number, if there is one."""
+    if not open_store():
         return None
+    with store_errors():
+        try:
+            return _version(MlflowClient().get_model_version(name, number))
+        except MlflowException as error:
+            if error.error_code != ABSENT:
+                raise
+            return None
 
 
 def promote(candidate: Version, force: bool = False) -> str:
@@ -87,7 +105,14 @@ def promote(candidate: Version, force: bool = False) -> str:
     elif champion.number == candidate.number:
         return f"{candidate} is the champion already: accuracy {new.accuracy:.4f}"
     else:
-        text = _compared(candidate, new, champion, Evaluation.of(champion), force)
+        try:
+            old = Evaluation.of(champion)
+        except PipelineError as gone:
+            if not force:
+                raise
+            text = f"{gone}\n{candidate} is the champion by force: accuracy {new.accuracy:.4f}"
+        else:
+            text = _compared(candidate, new, champion, old, force)
     with store_errors():
         MlflowClient().set_registered_model_alias(candidate.name, CHAMPION, str(candidate.number))
     return text
@@ -111,7 +136,10 @@ class Evaluation:
         test_set = runs[0].tags.get(TEST_SET_TAG) if runs else None
         with artifact(version.run_id, "plots/confusion.csv") as path:
             if test_set is None or path is None:
-                raise PipelineError(f"{version}: its run {version.run_id} holds no evaluation; `dvc repro` evaluates")
+                raise PipelineError(
+                    f"{version}: its run {version.run_id} holds no evaluation; to log one:\n"
+                    "dvc repro --force --single-item evaluate"
+                )
             answers = pd.read_csv(path, dtype=str, keep_default_na=False)
         return cls(test_set, answers.actual == answers.predicted)
 

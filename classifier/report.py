@@ -19,7 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from classifier import files
 from classifier.charts import curves
 from classifier.errors import PipelineError
-from classifier.params import load_params
+from classifier.lineage import stale
+from classifier.params import load_params, read_yaml
 from classifier.repository import changes, commit_of, experiments, git, read_at
 
 CONFUSION = files.PLOTS / "confusion.csv"
@@ -47,7 +48,7 @@ METRICS = (
 )
 
 
-class State(NamedTuple):
+class Revision(NamedTuple):
     """A commit. metrics: the numbers of its metrics files; params: its params.yaml; notes: which of them it lacks."""
 
     hash: str
@@ -90,6 +91,7 @@ def write_report(target: Path, against: str | None, lineage: str) -> None:
         name=params["experiment"],
         commit=head,
         changed=changes()[0],
+        stale=_stale(),
         baseline=baseline,
         rows=[_row(metric, test | train, baseline.metrics if baseline else {}) for metric in METRICS],
         parameters=_differing(params, baseline.params) if baseline and baseline.params else None,
@@ -118,7 +120,7 @@ def _read(path: Path, parse: Callable[[Path], Any]) -> Any:
     """What `parse` makes of an output. Raises PipelineError if it is missing or not as a stage writes it."""
     try:
         return parse(files.existing(path))
-    except (ValueError, KeyError, TypeError) as error:  # those of pandas and json are ValueErrors
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:  # those of pandas and json are ValueErrors
         reason = " ".join(str(error).split())
         raise PipelineError(f"{path}: not as the pipeline writes it ({reason}); `dvc repro` makes it anew") from None
 
@@ -137,6 +139,17 @@ def _table(path: Path, **columns: type) -> pd.DataFrame:
     options: dict[str, Any] = {"usecols": list(columns), "dtype": columns, "na_values": empty, "keep_default_na": False}
     table: pd.DataFrame = _read(path, lambda path: pd.read_csv(path, **options))
     return table
+
+
+def _stale() -> list[str]:
+    """Code and parameters here that are not what the outputs were made with."""
+    if not files.LOCK.exists():
+        return []
+    found: list[str] = _read(
+        files.LOCK,
+        lambda lock: stale(read_yaml(lock.read_bytes()), lambda path: path.read_bytes() if path.is_file() else None),
+    )
+    return found
 
 
 def _check_same_run(
@@ -180,7 +193,7 @@ def _picture(name: str) -> str:
 # ---- the comparison
 
 
-def _state(revision: str) -> State | None:
+def _state(revision: str) -> Revision | None:
     """What a revision or a DVC experiment holds, or None if nothing is called so."""
     commit = commit_of(revision)
     named = {} if commit else {experiment.name: experiment.commit for experiment in experiments()}
@@ -199,10 +212,10 @@ def _state(revision: str) -> State | None:
     if named:
         subject = f"experiment {revision}"  # DVC's own says no more than a hash
     metrics = found[files.TEST_METRICS] | found[files.TRAIN_METRICS]
-    return State(commit, subject, date, metrics, found[files.PARAMS], notes)
+    return Revision(commit, subject, date, metrics, found[files.PARAMS], notes)
 
 
-def _baseline(against: str | None, head: State | None, metrics: dict[str, Any]) -> State | None:
+def _baseline(against: str | None, head: Revision | None, metrics: dict[str, Any]) -> Revision | None:
     """The state to compare with, or None if there is none."""
     if against is None:
         return head if head and head.metrics != metrics else _state("HEAD~1")

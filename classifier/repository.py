@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from classifier.errors import PipelineError
 from classifier.files import LOCK, TEST_METRICS, TRAIN_METRICS
 
 
@@ -47,24 +49,43 @@ def read_at(commit: str, path: Path) -> bytes | None:
 def changes(*paths: str) -> tuple[list[str], bytes]:
     """What differs between the commit and the files here, new ones included: their names, and a patch for `git apply`.
 
-    paths: Git's pathspecs, which limit it. Nothing differs where there is no commit. An index of its own is used: the
-    user's stays as it is, and it may take a file that changed within a second, as in DVC's copies, for unchanged.
+    paths: Git's pathspecs, which limit it. Names are relative to this folder, and files that Git ignores and
+    repositories within this one are left out. Nothing differs where there is no commit. An index and an object store of
+    its own are used: the user's stay as they are, and an index may take a file that changed within a second, as in
+    DVC's copies, for unchanged. Raises PipelineError if git cannot read a file.
     """
     if not commit_of("HEAD"):
         return [], b""
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        git_bytes("read-tree", "HEAD", env=environment)
-        git_bytes("add", "--all", env=environment)
-        arguments = ("diff", "--cached", "--no-renames", "--no-ext-diff", "--binary", "HEAD")
-        names = git_bytes(*arguments, "--name-only", "-z", "--", *paths, env=environment)
-        return names.decode(errors="replace").split("\0")[:-1], git_bytes(*arguments, "--", *paths, env=environment)
+        objects = Path(git("rev-parse", "--git-path", "objects")).absolute()
+        environment = os.environ | {
+            "GIT_INDEX_FILE": str(Path(folder) / "index"),
+            "GIT_OBJECT_DIRECTORY": folder,
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(objects),
+        }
+        new = git_bytes("ls-files", "--others", "--exclude-standard", "-z").split(b"\0")
+        files = b"\0".join(name for name in new if name and not name.endswith(b"/"))
+        for arguments, given in (
+            (["read-tree", "HEAD"], b""),
+            (["add", "--update", "."], b""),
+            (["update-index", "--add", "-z", "--stdin"], files),
+        ):
+            done = subprocess.run(["git", *arguments], env=environment, input=given, capture_output=True)
+            if done.returncode != 0:
+                reason = done.stderr.decode(errors="replace").strip()
+                raise PipelineError(f"what differs from the commit cannot be told: git {arguments[0]}: {reason}")
+        diff = ("diff", "--cached", "--relative", "--no-renames", "--no-ext-diff", "--binary", "HEAD")
+        names = git_bytes(*diff, "--name-only", "-z", "--", *paths, env=environment)
+        return names.decode(errors="replace").split("\0")[:-1], git_bytes(*diff, "--", *paths, env=environment)
 
 
 def metrics_at(commit: str) -> dict[str, Any]:
-    """The figures of the metrics files in a commit, by key; those on test begin with `test `."""
-    train, test = (json.loads(read_at(commit, path) or b"{}") for path in (TRAIN_METRICS, TEST_METRICS))
-    return dict(train) | {f"test {key}": value for key, value in test.items()}
+    """The figures of the metrics files that a commit has, by key; those on test begin with `test `."""
+    figures: dict[str, Any] = {}
+    for path, prefix in ((TRAIN_METRICS, ""), (TEST_METRICS, "test ")):
+        with suppress(ValueError, AttributeError):  # not JSON, or no object
+            figures |= {f"{prefix}{key}": value for key, value in json.loads(read_at(commit, path) or b"").items()}
+    return figures
 
 
 @dataclass(frozen=True)
@@ -90,7 +111,8 @@ def experiments() -> list[Experiment]:
 
 def commits_holding(md5: str) -> list[str]:
     """The commits, experiments among them, that changed dvc.lock and hold an md5 in it, the oldest first."""
-    listed = git("log", "--exclude=refs/exps/exec/*", "--all", "--reverse", "--format=%H", "--", "dvc.lock")
+    excluded = [f"--exclude=refs/{kind}" for kind in ("stash", "exps/stash", "exps/celery/*", "exps/exec/*")]
+    listed = git("log", *excluded, "--all", "--full-history", "--reverse", "--format=%H", "--", LOCK.as_posix())
     return [commit for commit in listed.split() if md5.encode() in (read_at(commit, LOCK) or b"")]
 
 

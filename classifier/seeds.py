@@ -22,6 +22,7 @@ from classifier.repository import experiments, metrics_at
 
 # A line of `dvc queue status`: task, name, time of creation, state
 TASK = re.compile(r"^[0-9a-f]{7}\s+(\S+)\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
+NO_WORKER = "Worker status: 0 active"
 POLL_SECONDS = 10  # asking costs DVC more than a second of a core
 
 
@@ -64,21 +65,30 @@ def _queue(seeds: list[int], settings: list[str]) -> list[str]:
         command += ["--set-param", setting]
     names = re.findall(r"Queued experiment '([^']+)'", _dvc(*command))
     if len(names) != len(seeds):
-        raise PipelineError(
-            f"DVC queued {len(names)} experiments for {len(seeds)} seeds; `dvc queue status` lists them"
-        )
+        _dvc("queue", "remove", *names)
+        raise PipelineError(f"{len(names)} experiments for {len(seeds)} seeds: a parameter has one value here, no list")
     return names
 
 
 def _wait(names: list[str]) -> list[str]:
-    """Wait until none of the experiments is queued or running; the names of those that failed."""
+    """Wait until none of the experiments is queued or running; the names of those that failed.
+
+    Raises PipelineError if nobody works at them any more.
+    """
+    idle = 0
     with tqdm(total=len(names), desc="seeds", unit="seed", disable=None) as progress:
         while True:
-            states = dict(TASK.findall(_dvc("queue", "status")))
+            status = _dvc("queue", "status")
+            states = dict(TASK.findall(status))
             ended = [name for name in names if states.get(name) in ("Success", "Failed")]
             progress.update(len(ended) - progress.n)
             if len(ended) == len(names):
                 return [name for name in names if states[name] == "Failed"]
+            idle = idle + 1 if NO_WORKER in status else 0
+            if idle > 2 or not set(names) <= states.keys():
+                raise PipelineError(
+                    "the queue was stopped or emptied; `dvc queue status` lists what is left, `dvc queue start` goes on"
+                )
             time.sleep(POLL_SECONDS)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 YES, NO, IN_PART = "yes", "no", "in part"
@@ -16,6 +15,7 @@ class Storage:
 
     def __init__(self) -> None:
         self._repo = Repo()
+        self._remote_fault = "none"
         self._trees: dict[str, dict[str, str] | None] = {}
 
     def __enter__(self) -> "Storage":
@@ -31,8 +31,8 @@ class Storage:
             return None
         try:
             return self._repo.cloud.get_remote_odb(command="lineage")
-        except DvcException as error:  # such as a missing package for this kind of remote
-            self._remote_fault = str(error)
+        except Exception as error:  # as where the package for this kind of remote is missing
+            self._remote_fault = f"cannot be asked: {_first_line(error)}"
             return None
 
     def in_cache(self, md5: str) -> str:
@@ -42,11 +42,11 @@ class Storage:
     def in_remote(self, md5: str) -> str:
         """As `in_cache`, of the remote; "none" where there is no remote, else why it cannot be asked."""
         if self.remote is None:
-            return getattr(self, "_remote_fault", "none")
+            return self._remote_fault
         try:
             return self._held(self.remote, md5)
         except Exception as error:  # whatever the client of this kind of remote raises
-            return f"cannot be asked: {' '.join(str(error).split())[:100]}"
+            return f"cannot be asked: {_first_line(error)}"
 
     def files(self, md5: str) -> dict[str, str] | None:
         """The md5 of every file of a folder by its name in it, or None if neither cache nor remote has the list."""
@@ -75,3 +75,7 @@ class Storage:
             if set(store.oids_exist(list(wanted))) != wanted:
                 return IN_PART
         return YES
+
+
+def _first_line(error: Exception) -> str:
+    return f"{str(error) or type(error).__name__}".splitlines()[0][:100]

@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ COMMIT_TAG = "mlflow.source.git.commit"
 CHANGED_TAG = "git.changed_files"
 EXPERIMENT_TAG = "dvc.exp_name"
 TEST_SET_TAG = "md5.test_set"
+MD5_TAGS = {IMAGES: "md5.images", ANNOTATIONS: "md5.annotations", WEIGHTS: WEIGHTS_TAG}
 PATCH = "code.patch"
 LARGEST_PATCH = 10_000_000  # bytes
 
@@ -104,10 +105,10 @@ def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     mlflow.log_metrics(dict(metrics), step=step)
 
 
-def is_evaluated() -> bool:
-    """Whether the open run has the results of an evaluation."""
+def is_evaluated(test_set: str) -> bool:
+    """Whether the open run has the results of an evaluation on the images and labels with this md5."""
     run = mlflow.active_run()
-    return run is not None and TEST_SET_TAG in mlflow.get_run(run.info.run_id).data.tags
+    return run is not None and mlflow.get_run(run.info.run_id).data.tags.get(TEST_SET_TAG) == test_set
 
 
 def log_evaluation(test_set: str) -> None:
@@ -174,10 +175,10 @@ def find_runs(filter_string: str = "") -> list[Run]:
 def artifact(run_id: str, path: str) -> Iterator[Path | None]:
     """A local copy of an artifact of a run, for as long as the block lasts; None if the run has none of that name."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            yield Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path, dst_path=folder))
-        except (MlflowException, OSError):
-            yield None
+        found = None
+        with suppress(MlflowException, OSError):
+            found = Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path, dst_path=folder))
+        yield found
 
 
 def open_store() -> bool:
@@ -271,9 +272,7 @@ def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
         COMMIT_TAG: git("rev-parse", "HEAD"),
         EXPERIMENT_TAG: os.environ.get("DVC_EXP_NAME", ""),
         "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
-        "md5.images": md5s.get(str(IMAGES), ""),
-        "md5.annotations": md5s.get(str(ANNOTATIONS), ""),
-    }
+    } | {MD5_TAGS[path]: md5s.get(str(path), "") for path in (IMAGES, ANNOTATIONS)}
     return {key: value for key, value in tags.items() if value} | {
         key: str(value) for key, value in environment.items()
     }

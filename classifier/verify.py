@@ -5,7 +5,6 @@ The clone has an empty cache and none of the user's settings, so nothing is rest
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from typing import Any
 import yaml
 
 from classifier.errors import PipelineError
-from classifier.files import ENVIRONMENT, IMAGES, LOCK, TEST_METRICS, TRAIN_METRICS, hash_path, md5s_in
+from classifier.files import ENVIRONMENT, EXPORT, IMAGES, LOCK, PLOTS, TEST_METRICS, TRAIN_METRICS, hash_path, md5s_in
 from classifier.lineage import stale
+from classifier.params import read_yaml
 from classifier.repository import changes, commit_of, git
 
 IDENTICAL, WITHIN, DRIFTED = "bit-identical", "within tolerance", "DRIFTED"
@@ -31,6 +31,7 @@ IDENTICAL, WITHIN, DRIFTED = "bit-identical", "within tolerance", "DRIFTED"
 LOSS_TOLERANCE, ACCURACY_TOLERANCE = 1e-4, 0.002
 
 METRICS = (TRAIN_METRICS, TEST_METRICS)
+DRAWN = (str(PLOTS), str(EXPORT))  # by packages whose versions are not recorded
 LISTED = 3
 
 
@@ -68,7 +69,10 @@ class State:
         """Read dvc.lock and metrics/ of a checkout. Raises PipelineError if one of them is missing or broken."""
         md5s = md5s_in(_lock(folder))
         metrics = {f"{path.stem} {key}": number for path in METRICS for key, number in _numbers(folder / path).items()}
-        return cls(md5s, metrics, *_json(folder / ENVIRONMENT))
+        match _json(folder / ENVIRONMENT):
+            case [{"threads": int()} as environment]:
+                return cls(md5s, metrics, environment)
+        raise PipelineError(f"{ENVIRONMENT}: not a list of one record; `dvc repro` makes it anew")
 
 
 def verify(revision: str | None = None) -> Verification:
@@ -80,12 +84,11 @@ def verify(revision: str | None = None) -> Verification:
     or if the rebuild fails.
     """
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        clone = Path(folder) / "clone"
-        _make_clone(clone, revision)
+        clone = _make_clone(Path(folder) / "clone", revision)
         recorded = State.of(clone)
         broken = _not_as_locked(recorded.md5s, clone if revision else Path())
         made_by_other = stale(_lock(clone), lambda path: _content(clone / path))
-        _rebuild(clone, recorded.environment["threads"])
+        _rebuild(clone, Path(folder), recorded.environment["threads"])
         rebuilt = State.of(clone)
         verdicts = compare(recorded, rebuilt)
         for path in broken:
@@ -102,7 +105,8 @@ def compare(recorded: State, rebuilt: State) -> dict[str, Verdict]:
     """A verdict on every output, by path.
 
     Data must be the same bytes. What is learnt may have other bytes in another environment; the metrics say whether it
-    is as good: losses within LOSS_TOLERANCE, accuracies within ACCURACY_TOLERANCE, the kept epoch the same.
+    is as good: losses within LOSS_TOLERANCE, accuracies within ACCURACY_TOLERANCE, the kept epoch the same. In the
+    same environment it must be the same bytes.
     """
     moved = {
         key: abs(rebuilt.metrics.get(key, float("nan")) - value)
@@ -122,6 +126,8 @@ def compare(recorded: State, rebuilt: State) -> dict[str, Verdict]:
             verdict = Verdict(path, WITHIN, "another environment")
         elif path.startswith("data/"):
             verdict = Verdict(path, DRIFTED, "other data")
+        elif recorded.environment == rebuilt.environment and path not in DRAWN:
+            verdict = Verdict(path, DRIFTED, "other bytes in the same environment")
         elif of_this:
             worst = max(of_this, key=lambda key: of_this[key] / (_tolerance(key) or 1e-9))
             reason = f"{worst} by {of_this[worst]:.2g}, {_tolerance(worst):.2g} allowed"
@@ -138,34 +144,41 @@ def _tolerance(key: str) -> float:
     return LOSS_TOLERANCE if "loss" in key else ACCURACY_TOLERANCE
 
 
-def _make_clone(clone: Path, revision: str | None) -> None:
-    """A clone of the revision, or of HEAD with the changes that are not committed."""
+def _make_clone(clone: Path, revision: str | None) -> Path:
+    """Clone the revision, or HEAD with the changes that are not committed; the folder in the clone that is this one."""
     commit = commit_of(revision or "HEAD")
     if commit is None:
-        raise PipelineError(
-            f"{revision}: no such commit" if revision else "verify needs a Git repository with a commit"
-        )
+        raise PipelineError(f"{revision}: no such commit" if revision else "there is no commit here to verify")
+    project = clone / git("rev-parse", "--show-prefix")
     # Shared objects: also commits that no branch holds, as those of DVC's experiments, are there.
-    git("clone", "--quiet", "--shared", "--no-checkout", git("rev-parse", "--show-toplevel"), str(clone))
-    git("-C", str(clone), "checkout", "--quiet", "--detach", commit)
-    for name in changes(".")[0] if revision is None else []:
-        if Path(name).exists():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(name, clone / name)
-        else:
-            (clone / name).unlink()
+    _git("clone", "--quiet", "--shared", "--no-checkout", git("rev-parse", "--show-toplevel"), str(clone))
+    _git("-C", str(clone), "checkout", "--quiet", "--detach", commit)
+    if revision is None and (patch := changes(".")[1]):
+        _git("-C", str(project), "apply", "--whitespace=nowarn", "-", given=patch)
+    return project
 
 
-def _rebuild(clone: Path, threads: int) -> None:
-    """Run all stages in the clone; what they print goes to standard error, as progress."""
-    settings = ("DVC_", "MLFLOW_", "PYTHONPATH", "CLASSIFIER_")
-    env = {key: value for key, value in os.environ.items() if not key.startswith(settings)}
+def _git(*arguments: str, given: bytes = b"") -> None:
+    """Run git. Raises PipelineError with what it says if it fails."""
+    done = subprocess.run(["git", *arguments], input=given, env=_without("GIT_"), capture_output=True)
+    if done.returncode != 0:
+        raise PipelineError(f"the clone cannot be made: {done.stderr.decode(errors='replace').strip()}")
+
+
+def _without(*prefixes: str) -> dict[str, str]:
+    """The environment without variables such as GIT_DIR, which a hook has and which names the user's repository."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(prefixes)}
+
+
+def _rebuild(clone: Path, folder: Path, threads: int) -> None:
+    """Run all stages in the clone; what they print goes to standard error, as progress. Settings lie in `folder`."""
+    env = _without("GIT_", "DVC_", "MLFLOW_", "PYTHONPATH", "CLASSIFIER_")
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env["CLASSIFIER_THREADS"] = str(threads)
     for kind in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DVC_SITE_CACHE_DIR"):
-        env[kind] = str(clone.parent / kind.lower())
+        env[kind] = str(folder / kind.lower())
     # Wherever the committed configuration says that the cache is
-    (clone / ".dvc/config.local").write_text(f"[cache]\n    dir = {clone.parent / 'cache'}\n")
+    (clone / ".dvc/config.local").write_text(f"[cache]\n    dir = {folder / 'cache'}\n")
     command = [sys.executable, "-m", "dvc", "repro", "--force"]
     with subprocess.Popen(command, cwd=clone, env=env, stdout=sys.stderr, start_new_session=True) as process:
         try:
@@ -199,7 +212,12 @@ def _lock(folder: Path) -> dict[str, Any]:
     content = _content(folder / LOCK)
     if content is None:
         raise PipelineError(f"{LOCK}: missing, so there is nothing to compare with; `dvc repro`, then commit it")
-    return dict(yaml.safe_load(content))
+    try:
+        lock = dict(read_yaml(content))
+        md5s_in(lock)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError):
+        raise PipelineError(f"{LOCK}: not as DVC writes it; if it has merge conflicts, `dvc repro` mends it") from None
+    return lock
 
 
 def _content(path: Path) -> bytes | None:
@@ -219,8 +237,11 @@ def _json(path: Path) -> Any:
 
 def _numbers(path: Path) -> dict[str, float]:
     """The numbers of a metrics file by key, those of a list by key and place."""
-    return {
-        f"{key}{f'[{place}]' if isinstance(value, list) else ''}": float(number)
-        for key, value in _json(path).items()
-        for place, number in enumerate(value if isinstance(value, list) else [value])
-    }
+    try:
+        return {
+            f"{key}{f'[{place}]' if isinstance(value, list) else ''}": float(number)
+            for key, value in _json(path).items()
+            for place, number in enumerate(value if isinstance(value, list) else [value])
+        }
+    except (AttributeError, TypeError, ValueError):
+        raise PipelineError(f"{path.parent.name}/{path.name}: not numbers by name; `dvc repro` makes it anew") from None

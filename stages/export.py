@@ -44,8 +44,8 @@ def main() -> None:
         files.write_json(folder / "manifest.json", manifest(params, models, list(pixels.shape[1:]), names))
 
     with tracking.run_of_weights(params, environment(device)), tempfile.TemporaryDirectory() as folder:
-        if not tracking.is_evaluated():  # DVC had the evaluation of these weights in its run cache
-            tracking.log_evaluation(test_set.md5())
+        if not tracking.is_evaluated(tested := test_set.md5()):  # DVC had the evaluation in its run cache
+            tracking.log_evaluation(tested)
         tracking.log_files(files.EXPORT / "manifest.json")
         onnx = files.EXPORT / "model.onnx"
         if not onnx.exists():  # not among the formats asked for, but what the registered model computes with

@@ -235,6 +235,7 @@ def test_the_text_has_the_whole_chain(history: History) -> None:
 def test_the_command_names_files_from_the_folder_it_is_called_in(history: History, tmp_path: Path) -> None:
     (history.project.root / ".venv").symlink_to(sys.prefix)  # as `make env` makes it
     shutil.copy(history.project.root / "models/export/model.onnx", tmp_path / "copy.onnx")
+    (tmp_path / "json.py").write_text("raise SystemExit('a stranger was run')")
     done = subprocess.run(
         [history.project.root / ".venv/bin/classifier", "lineage", "copy.onnx"],
         cwd=tmp_path, env=clean_environment(tmp_path), capture_output=True, text=True,

@@ -128,6 +128,31 @@ def test_a_version_that_is_not_better_leaves_the_champion(export: Callable[..., 
     assert promote(candidate, force=True).endswith("Not better, but champion by force now.")
 
 
+def test_a_champion_whose_run_is_gone_is_replaced_by_force_only(export: Callable[..., Version]) -> None:
+    champion = export(range(60))
+    promote(champion)
+    MlflowClient().delete_run(champion.run_id)
+    candidate = export(range(70))
+    with pytest.raises(PipelineError, match=f"{champion}: its run {champion.run_id} holds no evaluation"):
+        promote(candidate)
+    assert "champion by force" in promote(candidate, force=True)
+
+
+@pytest.mark.slow
+def test_a_store_that_cannot_be_asked_is_not_one_without_a_champion(
+    export: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = export(range(60))
+    before = mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    try:
+        with pytest.raises(PipelineError, match=r"the MLflow store http://127.0.0.1:9 cannot be used"):
+            find_champion(version.name)
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
 def test_versions_tested_on_other_images_are_not_compared(export: Callable[..., Version]) -> None:
     promote(export(range(60)))
     candidate = export(range(90), test_set="another")
@@ -155,9 +180,9 @@ def test_results_go_to_the_run_of_their_own_experiment_where_several_have_the_sa
             Path("models/model_weights.pth").write_bytes(weights)
     monkeypatch.setenv("DVC_EXP_NAME", "first")
     with tracking.run_of_weights(load_params(), {"device": "cpu"}):
-        assert not tracking.is_evaluated()
+        assert not tracking.is_evaluated("one")
         tracking.log_evaluation("one")
-        assert tracking.is_evaluated()
+        assert tracking.is_evaluated("one")
     evaluated = {run.name: "test_accuracy" in run.metrics for run in tracking.find_runs("tags.`dvc.exp_name` != ''")}
     assert evaluated == {"first": True, "second": False}
     assert version.run_id not in evaluated
@@ -223,6 +248,7 @@ def test_images_it_cannot_take_are_told(champion: Any, images: object, complaint
         champion.predict(images)
 
 
+@pytest.mark.slow
 def test_the_champion_loads_in_a_process_without_the_project_and_without_torch(
     export: Callable[..., Version], repository: Path
 ) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from project import Project
 
 from classifier.errors import PipelineError
+from classifier.files import hash_file
 from classifier.report import write_report
 
 NAMES = ["T-shirt/top", "Trouser", "Ankle boot"]
@@ -116,6 +117,18 @@ def test_the_worst_confusions_come_first_and_right_answers_not_at_all(project: P
     path.write_text(path.read_text().replace("Trouser,Trouser\n" * 3, "Trouser,Ankle boot\n" * 3, 1))
     write_json(project.root / "metrics/test.json", {"accuracy": 19 / 24, "loss": 0.5, "accuracy_ci95": [0.6, 0.9]})
     assert "Of its class Trouser Ankle boot 3 37.50% T-shirt/top Ankle boot 2 25.00% Scores" in words(report())
+
+
+def test_outputs_that_other_code_or_parameters_made_are_told(project: Project) -> None:
+    assert "were made with" not in words(report())
+    code = hash_file(project.root / "stages/train.py")
+    lock = {"deps": [{"path": "stages/train.py", "md5": code}], "params": {"params.yaml": {"lr": 0.0005}}}
+    (project.root / "dvc.lock").write_text(json.dumps({"stages": {"train": lock}}))
+    project.set_params(lr="5e-4")  # which is the same
+    assert "were made with" not in words(report())
+    (project.root / "stages/train.py").write_text("changed")
+    project.set_params(lr="6e-4")
+    assert "outputs were made with other content of stages/train.py, lr in params.yaml;" in words(report())
 
 
 def test_changed_metrics_are_compared_with_head(project: Project) -> None:

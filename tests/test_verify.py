@@ -1,5 +1,6 @@
 """A rebuild in a clean clone tells what is the same to the bit, what is as good, and what has drifted."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from project import Project, clean_environment, small_project
 
 from classifier.archive import write_zip
+from classifier.errors import PipelineError
 from classifier.verify import DRIFTED, IDENTICAL, WITHIN, State, compare
 
 RECORDED = State(
@@ -22,6 +24,7 @@ RECORDED = State(
         "metrics/train.json": "4d",
         "metrics/test.json": "5e",
         "metrics/environment.json": "6f",
+        "models/export": "7a",
     },
     metrics={
         "train epoch[0]": 3.0, "train val_loss[0]": 0.5, "test accuracy[0]": 0.7, "test accuracy_ci95[1]": 0.72,
@@ -32,9 +35,14 @@ RECORDED = State(
 
 
 def rebuilt(*changed: str, **metrics: float) -> State:
-    """The recorded state with other md5s of some outputs and other numbers of some metrics."""
+    """A state in another environment, with other md5s of some outputs and other numbers of some metrics."""
     numbers = {key.replace("__", " ") + "[0]": value for key, value in metrics.items()}
-    return replace(RECORDED, md5s=RECORDED.md5s | dict.fromkeys(changed, "ff"), metrics=RECORDED.metrics | numbers)
+    return replace(
+        RECORDED,
+        md5s=RECORDED.md5s | dict.fromkeys(changed, "ff"),
+        metrics=RECORDED.metrics | numbers,
+        environment={"threads": 1},
+    )
 
 
 def verdicts(state: State) -> dict[str, str]:
@@ -43,6 +51,12 @@ def verdicts(state: State) -> dict[str, str]:
 
 def test_the_same_bytes_are_identical() -> None:
     assert set(verdicts(RECORDED).values()) == {IDENTICAL}
+
+
+def test_in_the_same_environment_weights_and_metrics_must_be_the_same_bytes() -> None:
+    changed = ("models/model_weights.pth", "metrics/epochs.csv", "metrics/train.json", "models/export")
+    found = verdicts(replace(rebuilt(*changed), environment=RECORDED.environment))
+    assert [found[path] for path in changed] == [DRIFTED, DRIFTED, DRIFTED, WITHIN]
 
 
 def test_data_must_be_the_same_bytes() -> None:
@@ -148,18 +162,44 @@ def test_one_changed_image_and_a_changed_training_loop_are_drift(reproduced: Pro
 
 @pytest.mark.slow
 def test_a_rebuild_that_fails_says_in_which_stage(clone: Project) -> None:
+    """Also in a Git hook, whose GIT_DIR names the user's repository: that stays as it is."""
     (clone.root / "classifier/sources/small.py").write_text("raise SystemExit('no data today')\n")
-    done = run_verify(clone)
+    command = (sys.executable, "-m", "classifier", "verify")
+    done = clone.run(*command, check=False, GIT_DIR=str(clone.root / ".git"))
+    assert clone.run("git", "branch", "--show-current").stdout == "main\n"
     assert done.returncode == 1
     assert "no data today" in done.stderr
     assert done.stderr.splitlines()[-1] == "the rebuild failed: the lines above say in which stage, and why"
 
 
+@pytest.mark.slow
 def test_without_results_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
     project = small_project(tmp_path)
     done = run_verify(project)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "dvc.lock: missing, so there is nothing to compare with; `dvc repro`, then commit it\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("dvc.lock", "<<<<<<< HEAD\nstages: {}\n", "dvc.lock: not as DVC writes it; if it has merge conflicts, "),
+        ("dvc.lock", "", "dvc.lock: not as DVC writes it"),
+        ("metrics/environment.json", "[]", "metrics/environment.json: not a list of one record"),
+        ("metrics/test.json", "[1]", "metrics/test.json: not numbers by name"),
+        ("metrics/test.json", "{", "metrics/test.json: not JSON: "),
+    ],
+)
+def test_broken_records_are_named(tmp_path: Path, name: str, content: str, complaint: str) -> None:
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "dvc.lock").write_text("stages: {}\n")
+    for metrics in ("train", "test"):
+        (tmp_path / f"metrics/{metrics}.json").write_text("{}")
+    (tmp_path / "metrics/environment.json").write_text('[{"threads": 2}]')
+    State.of(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PipelineError, match=re.escape(complaint)):
+        State.of(tmp_path)
 
 
 @pytest.mark.slow
