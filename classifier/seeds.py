@@ -22,6 +22,8 @@ from classifier.repository import experiments, metrics_at
 
 # A line of `dvc queue status`: task, name, time of creation, state
 TASK = re.compile(r"^[0-9a-f]{7}\s+(\S+)\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
+# key=value with a value that DVC does not take for several, as it does 1,2 or choice(1,2)
+ONE_VALUE = re.compile(r"[\w.]+=(\[.*\]|[^,()]*)")
 NO_WORKER = "Worker status: 0 active"
 POLL_SECONDS = 10  # asking costs DVC more than a second of a core
 
@@ -62,11 +64,14 @@ def _queue(seeds: list[int], settings: list[str]) -> list[str]:
     """Queue an experiment for each seed; the names that DVC gave them, in order."""
     command = ["exp", "run", "--queue", "--set-param", f"seed={','.join(map(str, seeds))}"]
     for setting in settings:
+        if not ONE_VALUE.fullmatch(setting):
+            raise PipelineError(f"{setting}: not one key=value; seeds are run of one recipe at a time")
         command += ["--set-param", setting]
     names = re.findall(r"Queued experiment '([^']+)'", _dvc(*command))
     if len(names) != len(seeds):
-        _dvc("queue", "remove", *names)
-        raise PipelineError(f"{len(names)} experiments for {len(seeds)} seeds: a parameter has one value here, no list")
+        raise PipelineError(
+            f"DVC queued {len(names)} experiments for {len(seeds)} seeds; `dvc queue status` lists them"
+        )
     return names
 
 

@@ -108,16 +108,18 @@ def compare(recorded: State, rebuilt: State) -> dict[str, Verdict]:
     is as good: losses within LOSS_TOLERANCE, accuracies within ACCURACY_TOLERANCE, the kept epoch the same. In the
     same environment it must be the same bytes.
     """
+    same = recorded.environment == rebuilt.environment
     moved = {
         key: abs(rebuilt.metrics.get(key, float("nan")) - value)
         for key, value in recorded.metrics.items()
         if rebuilt.metrics.get(key) != value
     }
-    beyond = {key: difference for key, difference in moved.items() if not difference <= _tolerance(key)}
+    allowed = {key: 0.0 if same else _tolerance(key) for key in moved}
+    beyond = {key for key in moved if not moved[key] <= allowed[key]}
     verdicts = {}
     for path in recorded.md5s | rebuilt.md5s:
         before, after = recorded.md5s.get(path), rebuilt.md5s.get(path)
-        of_this = {key: moved[key] for key in moved if Path(path) in METRICS and key.startswith(Path(path).stem)}
+        of_this = [key for key in moved if Path(path) in METRICS and key.startswith(Path(path).stem)]
         if before == after:
             verdict = Verdict(path, IDENTICAL)
         elif before is None or after is None:
@@ -126,12 +128,12 @@ def compare(recorded: State, rebuilt: State) -> dict[str, Verdict]:
             verdict = Verdict(path, WITHIN, "another environment")
         elif path.startswith("data/"):
             verdict = Verdict(path, DRIFTED, "other data")
-        elif recorded.environment == rebuilt.environment and path not in DRAWN:
-            verdict = Verdict(path, DRIFTED, "other bytes in the same environment")
         elif of_this:
-            worst = max(of_this, key=lambda key: of_this[key] / (_tolerance(key) or 1e-9))
-            reason = f"{worst} by {of_this[worst]:.2g}, {_tolerance(worst):.2g} allowed"
-            verdict = Verdict(path, DRIFTED if beyond.keys() & of_this.keys() else WITHIN, reason)
+            worst = max(of_this, key=lambda key: moved[key] / (allowed[key] or 1e-9))
+            reason = f"{worst} by {moved[worst]:.2g}, {allowed[worst]:.2g} allowed"
+            verdict = Verdict(path, DRIFTED if beyond.intersection(of_this) else WITHIN, reason)
+        elif same and path not in DRAWN:
+            verdict = Verdict(path, DRIFTED, "other bytes in the same environment")
         else:
             verdict = Verdict(path, DRIFTED if beyond else WITHIN, "other bytes, judged by the metrics")
         verdicts[path] = verdict

@@ -24,6 +24,8 @@ from classifier.exchange import write
 from classifier.params import load_params
 from classifier.registry import Version, find_champion, find_versions, promote
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ["circle", "square", "<b>&</b>"]
 IMAGES = 100
 NAME = "shapes-"
@@ -138,7 +140,6 @@ def test_a_champion_whose_run_is_gone_is_replaced_by_force_only(export: Callable
     assert "champion by force" in promote(candidate, force=True)
 
 
-@pytest.mark.slow
 def test_a_store_that_cannot_be_asked_is_not_one_without_a_champion(
     export: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,7 +249,6 @@ def test_images_it_cannot_take_are_told(champion: Any, images: object, complaint
         champion.predict(images)
 
 
-@pytest.mark.slow
 def test_the_champion_loads_in_a_process_without_the_project_and_without_torch(
     export: Callable[..., Version], repository: Path
 ) -> None:

@@ -54,14 +54,8 @@ def test_seeds_that_fail_are_named_and_the_way_to_their_logs(project: Project) -
     assert (project.root / "reports/seeds.csv").read_bytes() == before
 
 
-def test_a_list_of_values_is_refused_and_leaves_nothing_in_the_queue(project: Project) -> None:
-    code, _, complaint = run_seeds(project, "-n", "2", "-S", "lr=0.1,0.2", check=False)
-    assert code == 1
-    assert "4 experiments for 2 seeds" in complaint
-    assert "Queued" not in project.dvc("queue", "status").stdout
-
-
-def test_a_key_that_does_not_exist_is_told_before_anything_runs(project: Project) -> None:
-    code, printed, complaint = run_seeds(project, "-n", "2", "-S", "no such thing", check=False)
+@pytest.mark.parametrize("setting", ["lr=0.1,0.2", "lr=choice(0.1,0.2)", "no such thing"])
+def test_what_is_not_one_value_is_refused_before_anything_is_queued(project: Project, setting: str) -> None:
+    code, printed, complaint = run_seeds(project, "-n", "2", "-S", setting, check=False)
     assert (code, printed) == (1, "")
-    assert "no such thing" in complaint
+    assert complaint == f"{setting}: not one key=value; seeds are run of one recipe at a time\n"

@@ -91,6 +91,7 @@ def test_a_store_and_an_experiment_named_in_the_environment_win(project: Project
     assert len(runs_in(store, "mine")) == 1
 
 
+@pytest.mark.slow
 def test_a_run_whose_training_fails_is_marked_so(project: Project) -> None:
     done = project.run(sys.executable, "-c", LOG_ONE_RUN, "fail", check=False)
     assert (done.returncode, done.stderr) == (1, "as when the loss is not finite\n")

@@ -154,7 +154,7 @@ def test_one_changed_image_and_a_changed_training_loop_are_drift(reproduced: Pro
     )
     assert rows["dvc.lock"] == "DRIFTED: was made with other content of classifier/training.py"
     assert rows["metrics/train.json"].startswith("DRIFTED: train ")
-    assert rows["models/model_weights.pth"] == "DRIFTED: other bytes, judged by the metrics"
+    assert rows["models/model_weights.pth"] == "DRIFTED: other bytes in the same environment"
     assert rows["data/annotations"] == IDENTICAL
     assert done.stderr.splitlines()[-1].startswith(tuple("123456789"))
     assert "outputs drifted: " in done.stderr.splitlines()[-1]
