@@ -16,8 +16,6 @@ from classifier.params import load_params
 
 REPORTS = Path("reports")  # what is written about the outputs; Git ignores it
 
-REGISTER = "dvc repro --force --single-item export"
-
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
 
@@ -81,7 +79,9 @@ def promote(
     else:
         version = next(iter(trace(_from_caller(context, target)).versions), None)
     if version is None:
-        raise PipelineError(f"{target}: not registered here; to register the model in models/: \n{REGISTER}")
+        raise PipelineError(
+            f"{target}: not registered here; to register the model in models/:\ndvc repro --force --single-item export"
+        )
     print(promote(version, force))
 
 

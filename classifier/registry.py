@@ -132,16 +132,15 @@ class Evaluation:
     @classmethod
     def of(cls, version: Version) -> "Evaluation":
         """Read from the run of a version. Raises PipelineError if it was not evaluated."""
-        runs = find_runs(f"attributes.run_id = '{version.run_id}'")
-        test_set = runs[0].tags.get(TEST_SET_TAG) if runs else None
-        with artifact(version.run_id, "plots/confusion.csv") as path:
-            if test_set is None or path is None:
-                raise PipelineError(
-                    f"{version}: its run {version.run_id} holds no evaluation; to log one:\n"
-                    "dvc repro --force --single-item evaluate"
-                )
-            answers = pd.read_csv(path, dtype=str, keep_default_na=False)
-        return cls(test_set, answers.actual == answers.predicted)
+        for run in find_runs(f"attributes.run_id = '{version.run_id}' and tags.`{TEST_SET_TAG}` != ''"):
+            with artifact(run.run_id, "plots/confusion.csv") as path:
+                if path:
+                    answers = pd.read_csv(path, dtype=str, keep_default_na=False)
+                    return cls(run.tags[TEST_SET_TAG], answers.actual == answers.predicted)
+        raise PipelineError(
+            f"{version}: its run {version.run_id} holds no evaluation; to log one:\n"
+            "dvc repro --force --single-item evaluate"
+        )
 
 
 def _compared(candidate: Version, new: Evaluation, champion: Version, old: Evaluation, force: bool) -> str:

@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from filelock import FileLock
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from classifier.errors import PipelineError, run_main
 from classifier.files import (
@@ -173,12 +174,16 @@ def find_runs(filter_string: str = "") -> list[Run]:
 
 @contextmanager
 def artifact(run_id: str, path: str) -> Iterator[Path | None]:
-    """A local copy of an artifact of a run, for as long as the block lasts; None if the run has none of that name."""
+    """A local copy of an artifact of a run, for as long as the block lasts; None if the run has none of that name.
+
+    Raises PipelineError if the store cannot be asked.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        found = None
-        with suppress(MlflowException, OSError):
-            found = Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path, dst_path=folder))
-        yield found
+        with store_errors():
+            client = MlflowClient()
+            listed = client.list_artifacts(run_id, str(Path(path).parent) if "/" in path else None)
+            found = client.download_artifacts(run_id, path, folder) if path in [file.path for file in listed] else None
+        yield Path(found) if found else None
 
 
 def open_store() -> bool:

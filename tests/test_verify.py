@@ -161,6 +161,19 @@ def test_one_changed_image_and_a_changed_training_loop_are_drift(reproduced: Pro
 
 
 @pytest.mark.slow
+def test_in_another_environment_the_results_are_within_tolerance_and_what_differs_is_told(clone: Project) -> None:
+    """As on another processor: torch's kernels without vector instructions, which sum in another order."""
+    command = (sys.executable, "-m", "classifier", "verify")
+    done = clone.run(*command, check=False, ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert rows["models/model_weights.pth"] == f"{WITHIN}: other bytes, judged by the metrics"
+    assert rows["data/images.zip"] == IDENTICAL
+    assert rows["environment:"].startswith("cpu_capability: recorded ")
+    assert rows["environment:"].endswith(", here DEFAULT")
+
+
+@pytest.mark.slow
 def test_a_rebuild_that_fails_says_in_which_stage(clone: Project) -> None:
     """Also in a Git hook, whose GIT_DIR names the user's repository: that stays as it is."""
     (clone.root / "classifier/sources/small.py").write_text("raise SystemExit('no data today')\n")
