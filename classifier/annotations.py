@@ -1,89 +1,198 @@
-"""From labelled images to annotations: the checks, the validation split, and the CSV files."""
+"""The CSV tables between the stages, and of users: read with every faulty row named, and written.
 
-import hashlib
-from collections import defaultdict
-from pathlib import Path
+A table is UTF-8, with or without a byte-order mark; lines may end in LF, CR LF or CR. A row number is the one that a
+spreadsheet shows: the first row is 1, a header and blank lines count. Blank lines are passed over.
+"""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from classifier.errors import PipelineError
-from classifier.sources import LabelledImages
+from classifier.files import existing
+
+LISTED_FAULTS = 20
+CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what the codec's surrogateescape makes of such bytes
+LONGEST_NAME = 1000
+# A name that cannot be taken as it is: with a part that is empty, `.` or `..`, or a control character, or too long
+UNUSUAL = re.compile(rf"(^|/)\.{{0,2}}(/|$)|{CONTROL.pattern}|.{{{LONGEST_NAME + 1}}}")
 
 
-class Duplicates(NamedTuple):
-    """Pairs of images with the same pixels: within the training data, within the test data, across the two."""
+class Annotations(NamedTuple):
+    """files: N names; labels: (N,) int64; rows: the N numbers of the rows they stand in."""
 
-    train: int
-    test: int
-    across: int
-
-
-def check_split(split: str, data: LabelledImages, classes: int, train: LabelledImages) -> None:
-    """Raise PipelineError unless every image has a label in 0..classes-1 and the shape of the first training image."""
-    if len(data.images) != len(data.labels):
-        raise PipelineError(f"{split}: {len(data.images)} images, but {len(data.labels)} labels")
-    if len(data.images) == 0:
-        raise PipelineError(f"{split}: no images")
-    wrong = np.flatnonzero((data.labels < 0) | (data.labels >= classes))
-    if wrong.size:
-        rows = ", ".join(f"{row} (label {data.labels[row]})" for row in wrong[:20])
-        raise PipelineError(f"{split}: {wrong.size} labels are not in 0..{classes - 1}: images {rows}")
-    shape = train.images[0].shape
-    for index, image in enumerate(data.images):
-        if image.shape != shape:
-            raise PipelineError(
-                f"{split}: image {index} has shape {image.shape}, not {shape}; images must have one shape"
-            )
+    files: list[str]
+    labels: np.ndarray
+    rows: list[int]
 
 
-def check_classes(labels: np.ndarray, names: list[str]) -> None:
-    """Raise PipelineError if a class has no training image: it could not be learnt."""
-    absent = sorted(set(range(len(names))) - set(labels.tolist()))
-    if absent:
-        raise PipelineError(f"train: no image of class {', '.join(f'{label} ({names[label]})' for label in absent)}")
+def read_annotations(path: Path, *, classes: int | None = None) -> Annotations:
+    """Read a CSV of two columns, file name in the image folder and label, with or without a header.
 
-
-def count_duplicates(train: LabelledImages, test: LabelledImages) -> Duplicates:
-    """Count the pairs of images whose shape and pixels are the same."""
-    seen: dict[bytes, list[int]] = defaultdict(lambda: [0, 0])
-    for split, data in enumerate((train, test)):
-        for image in data.images:
-            seen[hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()][split] += 1
-    return Duplicates(
-        train=sum(n * (n - 1) // 2 for n, _ in seen.values()),
-        test=sum(n * (n - 1) // 2 for _, n in seen.values()),
-        across=sum(n * m for n, m in seen.values()),
-    )
-
-
-def hold_out(labels: np.ndarray, val_size: int | float, seed: int) -> np.ndarray:
-    """Choose the validation images: a mask over the training images, stratified by class.
-
-    labels: (N,) int64. val_size: a count of images, or a fraction of N.
-    Returns (N,) bool, True for validation. Raises PipelineError if that cannot be stratified, or would leave
-    no training image of a class; a rare class may be missing from the validation images.
+    The first row is a header if its second value starts with a letter. A label is a whole number from 0 on, below
+    `classes` if that is given. A file name is relative to the image folder, does not leave it, has no control
+    characters, and stands in one row; `./a//b.png` is read as `a/b.png`. A header without rows is a table of no
+    images. Raises PipelineError, with all rows at fault, if anything else is in the file.
     """
-    count = round(val_size * len(labels)) if isinstance(val_size, float) else val_size
-    held_out = np.zeros(len(labels), bool)
-    if val_size and count == 0:
-        raise PipelineError(f"val_size: {val_size} of {len(labels)} images is none; 0 holds out none")
-    if count == 0:
-        return held_out
+    files: list[str] = []
+    labels: list[int] = []
+    rows: list[int] = []
+    faults: list[tuple[int, str]] = []
+    seen: dict[str, tuple[int, int | None]] = {}
+    known: dict[str, int | None] = {}
+    is_first = True
+    for row, values in _rows(path):
+        if isinstance(values, str):
+            faults.append((row, values))
+        elif len(values) != 2:
+            faults.append((row, f"columns: {len(values)} instead of two, the file name and the label"))
+        elif is_first and re.match(r"[^\W\d]", values[1].strip()):
+            pass
+        else:
+            text = values[1]
+            if text not in known:
+                known[text] = _number(text, classes)
+            label = known[text]
+            if label is None:
+                faults.append((row, f"label {_shown(text)} is not {_expected(classes)}"))
+            name = values[0]
+            if UNUSUAL.search(name) or os.name == "nt":
+                if fault := _name_fault(name):
+                    faults.append((row, fault))
+                    continue
+                name = str(PurePosixPath(name))
+            if name in seen:
+                first_row, first_label = seen[name]
+                if None in (label, first_label) or label == first_label:
+                    faults.append((row, f"{name} is also in row {first_row}"))
+                else:
+                    faults.append((row, f"{name} has label {label}, but label {first_label} in row {first_row}"))
+            elif label is not None:
+                files.append(name)
+                labels.append(label)
+                rows.append(row)
+            seen.setdefault(name, (row, label))
+        is_first = False
+    if faults:
+        raise faulty_rows(path, faults)
+    return Annotations(files, np.array(labels, np.int64), rows)
 
-    from sklearn.model_selection import train_test_split  # a second of import, not needed for val_size 0
 
-    try:
-        _, chosen = train_test_split(np.arange(len(labels)), test_size=count, random_state=seed, stratify=labels)
-    except ValueError as error:  # fewer images than classes, or a class with a single image
-        raise PipelineError(f"val_size: {val_size} images cannot be held out of {len(labels)}: {error}") from None
-    held_out[chosen] = True
-    if lost := sorted(set(labels.tolist()) - set(labels[~held_out].tolist())):
-        raise PipelineError(f"val_size: {val_size} images of {len(labels)} leave no training image of class {lost}")
-    return held_out
+def class_names(folder: Path) -> list[str]:
+    """The names in <folder>/classes.csv, by label.
+
+    Its header is label,name; its n rows have the labels 0 to n - 1 and the names each once, in any order. Raises
+    PipelineError, with all rows at fault, if not, or if there is no row.
+    """
+    path = folder / "classes.csv"
+    (_, header), *rows = _rows(path)
+    if header != ["label", "name"]:
+        raise PipelineError(f"{path}, row 1: not the header label,name")
+    if not rows:
+        raise PipelineError(f"{path}: has no class")
+    faults: list[tuple[int, str]] = []
+    names: dict[int, str] = {}
+    seen: dict[str, int] = {}
+    for row, values in rows:
+        if isinstance(values, str):
+            faults.append((row, values))
+            continue
+        if len(values) != 2:
+            faults.append((row, f"columns: {len(values)} instead of two, the label and the name"))
+            continue
+        label, name = _number(values[0], len(rows)), values[1]
+        if label is None:
+            faults.append((row, f"label {_shown(values[0])} is not {_expected(len(rows))}"))
+        if not name.strip() or CONTROL.search(name):
+            faults.append((row, f"{_shown(name)} is no name of a class"))
+        for value in [f"name {_shown(name)}"] if label is None else [f"label {label}", f"name {_shown(name)}"]:
+            if seen.setdefault(value, row) != row:
+                faults.append((row, f"{value} is also in row {seen[value]}"))
+        names[-1 if label is None else label] = name
+    if faults:
+        raise faulty_rows(path, faults)
+    return [names[label] for label in range(len(rows))]
 
 
-def write_csv(path: Path, columns: dict[str, object]) -> None:
+def faulty_rows(path: Path, faults: Sequence[tuple[int, str]]) -> PipelineError:
+    """The error that lists faults of a table by row: the first twenty and their count."""
+    if len(faults) == 1:
+        return PipelineError(f"{path}, row {faults[0][0]}: {faults[0][1]}")
+    listed = "".join(f"\n  row {row}: {fault}" for row, fault in faults[:LISTED_FAULTS])
+    which = f", the first {LISTED_FAULTS}" if len(faults) > LISTED_FAULTS else ""
+    return PipelineError(f"{path}: {len(faults)} faults{which}:{listed}")
+
+
+def write_csv(path: Path, columns: Mapping[str, Sequence[object] | np.ndarray]) -> None:
     """Write columns of equal length with a header and Unix line ends."""
-    pd.DataFrame(columns).to_csv(path, index=False, lineterminator="\n")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows(zip(*columns.values(), strict=True))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+    """Number and values of each row that is not blank, or number and fault of one that is not CSV in UTF-8.
+
+    Raises PipelineError if the file is missing, unreadable or empty.
+    """
+    try:
+        if not existing(path).is_file():
+            raise PipelineError(f"{path}: not a file")
+        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise PipelineError(f"{path}: not readable: {error.strerror}") from None
+    if not text.strip("\r\n"):
+        raise PipelineError(f"{path}: empty, without even a header")
+    table = csv.reader(io.StringIO(text, newline=""), strict=True)
+    is_utf8 = NOT_UTF8.search(text) is None
+    row = 0
+    while True:
+        row += 1
+        try:
+            values = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:  # a quote that never ends, text behind one, a value beyond csv.field_size_limit()
+            yield row, f"not CSV: {error}"
+            continue
+        if not is_utf8 and NOT_UTF8.search("".join(values)):
+            yield row, "not UTF-8"
+        elif values:
+            yield row, values
+
+
+def _number(text: str, below: int | None) -> int | None:
+    """The number that a text of at most 18 digits is, or None if it is none or not below the limit."""
+    digits = text.strip()
+    if not re.fullmatch(r"[0-9]{1,18}", digits):  # 18 digits fit into int64
+        return None
+    return int(digits) if below is None or int(digits) < below else None
+
+
+def _expected(classes: int | None) -> str:
+    return "a whole number of at most 18 digits, 0 or more" if classes is None else f"one of 0..{classes - 1}"
+
+
+def _name_fault(name: str) -> str | None:
+    if not name:
+        return "no file name"
+    if len(name) > LONGEST_NAME:
+        return f"file name {_shown(name)} has more than {LONGEST_NAME} characters"
+    if CONTROL.search(name):
+        return f"file name {_shown(name)} has control characters"
+    if name.startswith("/") or ".." in name.split("/") or (os.name == "nt" and re.search(r"[\\:]", name)):
+        return f"file name {_shown(name)} leads out of the image folder"
+    return f"file name {_shown(name)} is the image folder itself" if str(PurePosixPath(name)) == "." else None
+
+
+def _shown(text: str) -> str:
+    """A text from a file in a message: quoted, escaped, and not too long."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -4,8 +4,9 @@ One zip of stored members instead of 70,000 files: DVC's cost grows with the num
 """
 
 import os
+import stat
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,36 +14,80 @@ from classifier.errors import PipelineError
 
 # The earliest date that a zip can hold; a real one would make the bytes differ from run to run.
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+LARGEST_FILE = 256 * 2**20  # bytes of one unpacked file; checked before it is read
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # Python unpacks the others without a limit
 
 
 class Images:
     """The files of an image folder, or of a zip of one, by name.
 
     A zip is opened once in each process, because processes that share an open file share its position.
+    Raises PipelineError if the path is missing, or neither a folder nor a zip.
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.exists():
+        if not os.path.exists(path):  # noqa: PTH110, pathlib raises an error for folders that may not be entered
             raise PipelineError(f"{path}: no such image folder or zip; `dvc repro` makes data/images.zip")
         self.path = path
         self._is_folder = path.is_dir()
         self._zips: dict[int, zipfile.ZipFile] = {}
+        if self._is_folder:
+            self._root = os.path.join(os.path.realpath(path), "")  # noqa: PTH118, with the separator at its end
+        elif not path.is_file():
+            raise PipelineError(f"{path}: neither a folder nor a zip")
+        else:
+            names = Counter(self._zip().namelist())
+            self._repeated = {name for name, count in names.items() if count > 1}
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file. Raises PipelineError if it is missing or its checksum is wrong."""
+        """The bytes of one file of at most LARGEST_FILE bytes.
+
+        In a folder it must be a regular file; symbolic links are followed as long as they do not lead out of it. In a
+        zip it must be there once, not encrypted, no symbolic link, and stored or deflated, with the right checksum.
+        Raises PipelineError, naming the file, if not.
+        """
         try:
-            if self._is_folder:
-                return (self.path / name).read_bytes()
-            return self._zip().read(name)
+            return self._read_file(name) if self._is_folder else self._read_member(name)
         except (KeyError, FileNotFoundError):
-            raise PipelineError(f"{self.path}: has no file {name}, which the annotations name") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:  # RuntimeError: encrypted
-            raise PipelineError(f"{self.path}: {name} is not readable: {error}") from None
+            raise PipelineError(f"{name} is missing in {self.path}") from None
+        except Exception as error:  # hostile archives make zipfile raise anything
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            raise PipelineError(f"{name} in {self.path} is not readable: {reason}") from None
+
+    def _read_file(self, name: str) -> bytes:
+        path = Path(os.path.realpath(self.path / name, strict=True))
+        if not f"{path}".startswith(self._root):
+            raise ValueError("it leads out of the image folder")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise ValueError("it is not a regular file")
+        _check_size(status.st_size)
+        return path.read_bytes()
+
+    def _read_member(self, name: str) -> bytes:
+        archive = self._zip()
+        member = archive.getinfo(name)
+        if name in self._repeated:
+            raise ValueError("it is there more than once")
+        if member.is_dir() or stat.S_ISLNK(member.external_attr >> 16):
+            raise ValueError("it is a folder or a symbolic link")
+        if member.compress_type not in COMPRESSIONS:
+            raise ValueError("it is neither stored nor deflated; zip it anew")
+        _check_size(member.file_size)
+        with archive.open(member) as file:
+            content = file.read(member.file_size)  # with a limit: it may unpack to more than it declares
+        if len(content) != member.file_size:
+            raise ValueError(f"cut off after {len(content)} of {member.file_size} bytes")
+        return content
 
     def _zip(self) -> zipfile.ZipFile:
         process = os.getpid()
         if process not in self._zips:
-            self._zips[process] = zipfile.ZipFile(self.path)
+            try:
+                self._zips[process] = zipfile.ZipFile(self.path)
+            except Exception as error:  # hostile archives make zipfile raise anything
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise PipelineError(f"{self.path}: not readable as a zip: {reason}") from None
         return self._zips[process]
 
     def __getstate__(self) -> dict[str, Path]:
@@ -50,6 +95,11 @@ class Images:
 
     def __setstate__(self, state: dict[str, Path]) -> None:
         self.__init__(state["path"])  # type: ignore[misc]
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST_FILE:
+        raise ValueError(f"its {size:,} bytes are more than {LARGEST_FILE:,}")
 
 
 def write_zip(path: Path, files: Iterable[tuple[str, bytes]]) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ import typer
 
 from classifier.errors import PipelineError, run_main
 from classifier.files import WEIGHTS, existing
+from classifier.journal import journals
 from classifier.params import load_params
 
 REPORTS = Path("reports")  # what is written about the outputs; Git ignores it
@@ -20,8 +20,19 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 
 
 @app.callback()
-def classifier() -> None:
+def classifier(context: typer.Context) -> None:
     """Trace, verify and promote the models of this repository."""
+    if context.invoked_subcommand != "sync" and journals():
+        _send_journals()
+
+
+@app.command()
+def sync() -> None:
+    """Send MLflow what stages had to tell it while it was away. Exits with 1 if something is left."""
+    waiting = len(journals())
+    if faults := _send_journals():
+        raise PipelineError(f"{faults} of {waiting} journals are not sent")
+    print(f"{waiting} journals were waiting; nothing is left to send" if waiting else "Nothing is waiting to be sent")
 
 
 @app.command()
@@ -123,6 +134,16 @@ def report(
     print(f"Written: {target}")
 
 
+def _send_journals() -> int:
+    """Send what stages had to tell MLflow while it was away; print what is in the way, and return in how many cases."""
+    from classifier.sync import send_to_every_store
+
+    faults = send_to_every_store()
+    for folder, fault in faults.items():
+        print(f"{folder}: not sent: {fault}", file=sys.stderr)
+    return len(faults)
+
+
 def _from_caller(context: typer.Context, target: str) -> str:
     """A file is named from the folder in which the command was called."""
     file = Path(context.obj) / target
@@ -133,5 +154,4 @@ def main() -> None:
     """Run the command in the repository that this code belongs to, wherever it is called."""
     called_in = Path.cwd()
     os.chdir(Path(__file__).parent.parent)
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # typer would exit with 1
     run_main(lambda: app(prog_name="classifier", obj=called_in))

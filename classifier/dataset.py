@@ -6,37 +6,35 @@ order, the same batches, the same numbers.
 """
 
 import hashlib
-import io
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from classifier.annotations import faulty_rows, read_annotations
 from classifier.archive import Images
+from classifier.decoding import decode_image
 from classifier.errors import PipelineError
-from classifier.files import existing
-from classifier.png import decode_stored_png
 from classifier.transforms import accept_tensors, augment, to_float
-
-LISTED_FAULTS = 20
 
 
 class CustomImageDataset(Dataset[tuple[Any, Any]]):
     """Images of a folder, or of a zip of one, with the labels that a CSV gives them.
 
-    annotations_file: CSV of two columns, file name in `img_dir` and label (a whole number, 0 or more), with or
-        without a header row.
+    annotations_file: CSV of two columns, file name in `img_dir` and label, as `read_annotations` takes it.
     transform: called with each image, a uint8 tensor (C, H, W); torchvision's ToTensor works too.
     target_transform: called with each label, an int; `targets` calls it with all labels, (N,) int64.
-    Raises PipelineError, naming file and rows, if the annotations cannot be used.
+    classes: the number of classes, if labels beyond them are to be refused.
+    What becomes of an image is said at `decode_image`, which files are read at `Images.read`.
+    Raises PipelineError, naming file and rows, if the annotations cannot be used; and so do its methods for images.
     """
 
     def __init__(
@@ -45,8 +43,12 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         img_dir: str | Path,
         transform: Callable[[Tensor], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
+        *,
+        classes: int | None = None,
     ) -> None:
-        self.files, self.labels = read_annotations(Path(annotations_file))
+        self.annotations = Path(annotations_file)
+        self.files, labels, self.rows = read_annotations(self.annotations, classes=classes)
+        self.labels = torch.from_numpy(labels)
         self.images = Images(Path(img_dir))
         self.transform: Any = accept_tensors(transform) if transform else None
         self.target_transform = target_transform
@@ -62,24 +64,28 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         )
 
     def decode(self, index: int) -> Tensor:
-        """Pixels of one image as uint8 (C, H, W). Raises PipelineError, naming the file, if it is not an image."""
-        content = self.images.read(self.files[index])
-        pixels = decode_stored_png(content)
-        if pixels is None:
-            try:
-                with Image.open(io.BytesIO(content)) as image:
-                    if image.mode.startswith(("I", "F")):  # Pillow would cut them off at 255
-                        raise ValueError("its pixels have more than 8 bits; convert it to 8 bits")
-                    pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise PipelineError(f"{self.images.path}: {self.files[index]} is not a usable image: {error}") from None
-            pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+        """Pixels of one image as uint8 (C, H, W). Raises PipelineError, naming file and row, if that is not usable."""
+        return self.decode_as(None, index)
+
+    def decode_as(self, shape: tuple[int, int, int] | None, index: int) -> Tensor:
+        """Pixels of one image, which must have the shape. Raises PipelineError, naming file and row, if not."""
+        with self._naming_row(index):
+            return self._decode(index, shape)
+
+    def _decode(self, index: int, shape: tuple[int, int, int] | None) -> Tensor:
+        """Pixels of one image. Raises PipelineError that does not name the row."""
+        name = f"{self.files[index]} in {self.images.path}"
+        pixels = decode_image(self.images.read(self.files[index]), name)
+        if shape and pixels.shape != shape:
+            raise PipelineError(
+                f"{name} is {pixels.shape} (channels, height, width), but the first usable image is {shape}; "
+                "images must have one shape"
+            )
+        return torch.from_numpy(pixels)
 
     def pixels(self, indices: Iterable[int]) -> Tensor:
         """Pixels of some of the images, (n, C, H, W) float32 in [0, 1]; n may be 0."""
-        images = [self.decode(int(index)) for index in indices]
-        return to_float(torch.stack(images) if images else torch.empty((0, *self.image_shape())))
+        return to_float(self._decode_some([int(index) for index in indices]))
 
     def targets(self) -> Tensor:
         """All labels, (N,) int64, or what the target transform makes of them."""
@@ -88,77 +94,55 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
     def md5(self) -> str:
         """Digest of the images' bytes and labels, in order: of what the data set is, whatever its files are called."""
         digest = hashlib.md5(usedforsecurity=False)
-        for file, label in zip(self.files, self.labels.tolist(), strict=True):
-            content = self.images.read(file)
+        for index, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
+            with self._naming_row(index):
+                content = self.images.read(file)
             digest.update(f"{label} {len(content)} ".encode())
             digest.update(content)
         return digest.hexdigest()
 
+    @contextmanager
+    def _naming_row(self, index: int) -> Iterator[None]:
+        """A PipelineError of the block, about one image, is raised anew with the row that names the image."""
+        try:
+            yield
+        except PipelineError as error:
+            raise faulty_rows(self.annotations, [(self.rows[index], str(error))]) from None
+
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the first image, which all the others must share. Raises PipelineError if there is none."""
-        if not self.files:
-            raise PipelineError(f"{self.images.path}: the annotations name none of its images")
-        channels, height, width = self.decode(0).shape
-        return channels, height, width
+        """(C, H, W) of the first usable image, which all must share. Raises PipelineError if there is none."""
+        faults = []
+        for index, row in enumerate(self.rows):
+            try:
+                channels, height, width = self._decode(index, None).shape
+            except PipelineError as error:
+                faults.append((row, str(error)))
+            else:
+                return channels, height, width
+        if faults:
+            raise faulty_rows(self.annotations, faults)
+        raise PipelineError(f"{self.annotations}: names no image")
 
     def decode_all(self) -> Tensor:
         """Pixels of all images as one uint8 tensor (N, C, H, W), with a progress bar."""
+        return self._decode_some(range(len(self)), disable=None)
+
+    def _decode_some(self, indices: Sequence[int], disable: bool | None = True) -> Tensor:
+        """Pixels of some of the images, uint8 (n, C, H, W). Raises PipelineError that lists all that are not usable.
+
+        disable: True for no progress bar, None for one on terminals.
+        """
         shape = self.image_shape()
-        pixels = torch.empty((len(self), *shape), dtype=torch.uint8)
-        for index in tqdm(range(len(self)), desc="decoding", unit="image", disable=None):
-            pixels[index] = self.decode_as(shape, index)
+        pixels = torch.empty((len(indices), *shape), dtype=torch.uint8)
+        faults = []
+        for place, index in enumerate(tqdm(indices, desc="decoding", unit="image", disable=disable)):
+            try:
+                pixels[place] = self._decode(index, shape)
+            except PipelineError as error:
+                faults.append((self.rows[index], str(error)))
+        if faults:
+            raise faulty_rows(self.annotations, faults)
         return pixels
-
-    def decode_as(self, shape: tuple[int, int, int], index: int) -> Tensor:
-        """Pixels of one image, which must have the shape of the first. Raises PipelineError, naming both, if not."""
-        image = self.decode(index)
-        if image.shape != shape:
-            raise PipelineError(
-                f"{self.images.path}: {self.files[index]} is {tuple(image.shape)} (channels, height, width), "
-                f"but {self.files[0]} is {shape}; images must have one shape"
-            )
-        return image
-
-
-def read_annotations(path: Path) -> tuple[list[str], Tensor]:
-    """File names and labels (N,) int64 of an annotations CSV.
-
-    The first row is a header if its second value is not a number. Raises PipelineError with the rows at fault.
-    """
-    if not path.exists():
-        raise PipelineError(f"{path}: missing; `dvc repro` makes it")
-    try:
-        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except pd.errors.EmptyDataError:
-        return [], torch.empty(0, dtype=torch.int64)
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{path}: not a CSV in UTF-8: {error}") from None
-    if table.shape[1] != 2:
-        raise PipelineError(f"{path}: {table.shape[1]} columns instead of two, the file name and the label")
-    table[1] = table[1].str.strip()
-    first = str(table.iloc[0, 1])
-    has_header = first != "" and not first.lstrip("-").isdigit()
-    rows = table.iloc[1:] if has_header else table
-    wrong = rows[~rows[1].str.fullmatch(r"[0-9]{1,18}")]
-    if len(wrong):
-        named = "; ".join(
-            f"row {row}: {label!r}" for row, label in zip(wrong.index + 1, wrong[1].head(LISTED_FAULTS), strict=False)
-        )
-        raise PipelineError(f"{path}: {len(wrong)} labels are not whole numbers, 0 or more: {named}")
-    return rows[0].tolist(), torch.from_numpy(rows[1].to_numpy(dtype=np.int64))
-
-
-def class_names(folder: Path) -> list[str]:
-    """The names in <folder>/classes.csv, by label. Raises PipelineError unless it has label,name for 0, 1, ..."""
-    path = existing(folder / "classes.csv")
-    try:
-        table = pd.read_csv(path, dtype={"name": str}, keep_default_na=False)
-        names = dict(zip(table["label"].tolist(), table["name"].tolist(), strict=True))
-    except (KeyError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise PipelineError(f"{path}: not a CSV with the columns label and name: {error}") from None
-    if sorted(names, key=str) != sorted(range(len(table)), key=str):
-        raise PipelineError(f"{path}: the labels are not 0 to {len(table) - 1}, each once")
-    return [names[label] for label in range(len(table))]
 
 
 def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
@@ -209,19 +193,21 @@ class Batches:
         """The number of batches in an epoch; the last one may be smaller."""
         return -(-self.image_count // self.batch_size)
 
-    def epoch(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, in an order and with augmentations that are functions of (seed, epoch)."""
-        order = epoch_order(self.image_count, self.seed, epoch, self.shuffle)
-        generator = _generator(self.seed, epoch, 1)
+    def epoch(self, epoch: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from number `first` on, each a function of (seed, epoch, number) alone."""
+        order = epoch_order(self.image_count, self.seed, epoch, self.shuffle)[first * self.batch_size :]
         on_device = order.to(self.device)
-        for index, pixels in zip(on_device.split(self.batch_size), self._pixels(order, on_device), strict=True):
+        indices = on_device.split(self.batch_size) if len(order) else ()
+        for number, (index, pixels) in enumerate(zip(indices, self._pixels(order, on_device), strict=True), first):
             images = to_float(pixels)
             if self.augmentations:
-                images = augment(images, self.augmentations, generator)
+                images = augment(images, self.augmentations, _generator(self.seed, epoch, 1, number))
             yield images, self.targets[index]
 
     def _pixels(self, order: Tensor, on_device: Tensor) -> Iterator[Tensor]:
         """uint8 pixels of each batch, from memory or from the worker processes."""
+        if len(order) == 0:
+            return
         if self.pixels is not None:
             for index in on_device.split(self.batch_size):
                 yield self.pixels[index]
@@ -231,6 +217,7 @@ class Batches:
             batch_sampler=[part.tolist() for part in order.split(self.batch_size)],
             num_workers=self.workers,
             collate_fn=_stack,
+            worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # or it would draw from the global one, which dropout draws from
         )
         for pixels in loader:
@@ -257,6 +244,12 @@ class _Pixels(Dataset[Tensor | PipelineError]):
             return self.dataset.decode_as(self.shape, index)
         except PipelineError as error:
             return error
+
+
+def _leave_signals(_: int) -> None:
+    """A signal to the whole process group, as Ctrl-C is, is answered by the main process, which then ends these."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stack(images: list[Tensor | PipelineError]) -> Tensor | PipelineError:

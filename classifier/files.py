@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from classifier.errors import PipelineError
 
 PARAMS = Path("params.yaml")
+PIPELINE = Path("dvc.yaml")
 LOCK = Path("dvc.lock")
 RAW = Path("data/raw")
 IMAGES = Path("data/images.zip")
@@ -27,6 +31,14 @@ CLASS_METRICS = Path("metrics/classes.csv")
 PLOTS = Path("metrics/plots")
 
 
+def repository_root() -> Path:
+    """The main checkout, also when DVC runs an experiment in a temporary copy of it."""
+    if root := os.environ.get("DVC_ROOT"):
+        return Path(root)
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Give a path to write to that becomes `path` when the block ends without an error.
@@ -35,13 +47,27 @@ def atomic(path: Path) -> Iterator[Path]:
     because torch.save and torch.export.save put the file's name into its bytes. Until the block has
     ended, `path` is what it was before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
+    with temporary_folder(path) as folder:
+        temporary = folder / path.name
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            path.replace(Path(folder) / "old")  # a folder cannot be replaced while it has files
+            path.replace(folder / "old")  # a folder cannot be replaced while it has files
         temporary.replace(path)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Give a folder beside `path`, on the same file system, for as long as the block lasts.
+
+    What a killed process has left of such folders for this path is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):
+        process = left.name.removeprefix(f".{path.name}.").split(".")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent) as folder:
+        yield Path(folder)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -60,6 +86,17 @@ def existing(path: Path) -> Path:
     if not path.exists():
         raise PipelineError(f"{path}: missing; `dvc repro` makes it, `dvc pull` or `dvc checkout` bring it back")
     return path
+
+
+def verified(path: Path) -> Path:
+    """Give an output of an earlier stage back if it is what dvc.lock says. Raises PipelineError if it was changed."""
+    recorded = locked_md5s().get(str(path))
+    if recorded and hash_path(existing(path)) != recorded:
+        raise PipelineError(
+            f"{path}: changed since the stage that wrote it; `dvc checkout {path}` brings back what was written, "
+            "`dvc repro` makes it again"
+        )
+    return existing(path)
 
 
 def hash_file(path: Path, algorithm: str = "md5") -> str:

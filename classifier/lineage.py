@@ -21,17 +21,8 @@ from classifier.params import Params, read_yaml
 from classifier.registry import Version, find_versions
 from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, metrics_at, read_at
 from classifier.storage import YES, Storage
-from classifier.tracking import (
-    CHANGED_TAG,
-    COMMIT_TAG,
-    EXPERIMENT_TAG,
-    MD5_TAGS,
-    PATCH,
-    WEIGHTS_TAG,
-    Run,
-    artifact,
-    find_runs,
-)
+from classifier.store import Run, artifact, find_runs
+from classifier.tracking import CHANGED_TAG, COMMIT_TAG, EXPERIMENT_TAG, MD5_TAGS, PATCH, WEIGHTS_TAG
 
 MANIFEST = "manifest.json"
 LISTED = 3  # runs and versions; --json gives all

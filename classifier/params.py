@@ -6,6 +6,7 @@
 import difflib
 import math
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,6 +89,7 @@ class Params(BaseModel):
         min_length=1, description="a list of at least one of pth, pt2, onnx"
     )
 
+    checkpoint_steps: Count = Field(description="a whole number above 0")
     workers: int = Field(ge=0, description="a whole number, 0 or more")
     memory_limit_gib: float = Field(gt=0, description="a number above 0")
     experiment: Text = Field(description="a name")
@@ -95,7 +97,7 @@ class Params(BaseModel):
 
 
 # They change no result: no stage tracks them, and they are not part of what made a model.
-UNTRACKED = frozenset({"workers", "memory_limit_gib", "experiment", "registered_model"})
+UNTRACKED = frozenset({"checkpoint_steps", "workers", "memory_limit_gib", "experiment", "registered_model"})
 
 
 class _Loader(yaml.SafeLoader):
@@ -111,7 +113,12 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(content: str | bytes) -> Any:
     """What params.yaml or dvc.lock holds, unchecked. Raises yaml.YAMLError, or ValueError, if it is not YAML."""
-    return yaml.load(content, Loader=_Loader)  # noqa: S506, a SafeLoader
+    try:
+        return yaml.load(content, Loader=_Loader)  # noqa: S506, a SafeLoader
+    except (yaml.YAMLError, ValueError):
+        raise
+    except Exception as error:  # PyYAML's own, of `!!bool x`, `!!int ''`, or lists in lists without end
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def load_params(path: Path = PARAMS) -> Params:
@@ -160,13 +167,18 @@ def _complaint(key: str, content: dict[str, Any], error: ValidationError) -> str
     return f"{key}: {_shown(content[key])} is not {allowed}"
 
 
+_SHORT = reprlib.Repr()  # a few lines of YAML can hold gigabytes: lists of the same lists
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+
+
 def _shown(value: Any) -> str:
     return (
         "nothing"
         if value is None
         else str(value)
         if isinstance(value, float) and not math.isfinite(value)
-        else repr(value)
+        else _SHORT.repr(value)
     )
 
 

@@ -7,6 +7,8 @@ import numpy as np
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_TYPES = {0: 1, 2: 3}  # PNG's number for grey and RGB: channels
+END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk, of no bytes, with its checksum
+LARGEST_BLOCK = 0xFFFF  # bytes that a block of stored data can hold
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -23,35 +25,40 @@ def encode_png(image: np.ndarray) -> bytes:
     pixels = rows.tobytes()
 
     deflated = bytearray(b"\x78\x01")
-    for start in range(0, len(pixels), 0xFFFF):  # a stored block holds at most 65,535 bytes
-        block = pixels[start : start + 0xFFFF]
-        last = start + 0xFFFF >= len(pixels)
+    for start in range(0, len(pixels), LARGEST_BLOCK):
+        block = pixels[start : start + LARGEST_BLOCK]
+        last = start + LARGEST_BLOCK >= len(pixels)
         deflated += struct.pack("<BHH", last, len(block), len(block) ^ 0xFFFF) + block
     deflated += struct.pack(">I", zlib.adler32(pixels))
 
     header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-    return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", bytes(deflated)) + _chunk(b"IEND", b"")
+    return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", bytes(deflated)) + END
 
 
 def decode_stored_png(content: bytes) -> np.ndarray | None:
     """Pixels (C, H, W) uint8 of a PNG that `encode_png` wrote, or None for any other file.
 
-    It spares most of the time that a decoder for every kind of image takes.
+    It spares most of the time that a decoder for every kind of image takes. No more memory is taken than the size of
+    the file warrants, whatever its header claims.
     """
-    if content[:8] != SIGNATURE or content[12:16] != b"IHDR" or content[37:41] != b"IDAT":
+    if content[:16] != SIGNATURE + b"\0\0\0\x0dIHDR" or content[37:41] != b"IDAT":
         return None
     width, height, depth, colour, *methods = struct.unpack_from(">IIBBBBB", content, 16)
     if depth != 8 or colour not in COLOUR_TYPES or methods != [0, 0, 0]:
         return None
-    (length,) = struct.unpack_from(">I", content, 33)
-    if content[41 + length + 8 : 41 + length + 12] != b"IEND":
-        return None
     channels = COLOUR_TYPES[colour]
+    size = height * (1 + width * channels)
+    length = 2 + size + 5 * -(-size // LARGEST_BLOCK) + 4  # as deflated by encode_png
+    if width == 0 or height == 0 or len(content) != 41 + length + 4 + len(END) or not content.endswith(END):
+        return None
+    if content[33:37] != struct.pack(">I", length):
+        return None
+    inflater = zlib.decompressobj()
     try:
-        pixels = np.frombuffer(zlib.decompress(content[41 : 41 + length]), np.uint8)
+        pixels = np.frombuffer(inflater.decompress(content[41 : 41 + length], size + 1), np.uint8)
     except zlib.error:
         return None
-    if pixels.size != height * (1 + width * channels):
+    if pixels.size != size or not inflater.eof or inflater.unused_data:
         return None
     rows = pixels.reshape(height, 1 + width * channels)
     if rows[:, 0].any():  # a row filter that encode_png does not use

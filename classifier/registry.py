@@ -1,5 +1,7 @@
 """MLflow's model registry: a version for each export, and the alias `champion` on the best of them."""
 
+import io
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +15,11 @@ from mlflow.tracking import MlflowClient
 from classifier.errors import PipelineError
 from classifier.files import read_json
 from classifier.metrics import mcnemar
-from classifier.tracking import TEST_SET_TAG, artifact, find_runs, open_store, store_errors
+from classifier.store import artifact, find_runs, open_store, store_errors
+from classifier.tracking import TEST_SET_TAG
 
 CHAMPION = "champion"
+EXPORT_TAG = "export"
 ABSENT = "RESOURCE_DOES_NOT_EXIST"  # as opposed to a store that cannot be asked
 NOISE = 0.05  # a difference that noise alone makes more often than this is not told apart from noise
 
@@ -33,24 +37,27 @@ class Version:
         return f"{self.name} version {self.number}"
 
 
-def register(registered_model: str, onnx: Path, manifest: Path) -> None:
-    """Log the exported network to the open run and register it as a new version of `registered_model`.
+def register(run_id: str, registered_model: str, onnx: Path, manifest: Path, export: str) -> None:
+    """Log the exported network to a run and register it as a new version of `registered_model`.
 
     The version gives class names and probabilities for images: classifier/serving.py says how. The SHA-256 of each
     file in the manifest becomes a tag, by which `find_versions` finds the version of a file.
+    export: a name for this export; it is registered once.
     """
-    packages = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
-    logged = mlflow.pyfunc.log_model(
-        name="model",
-        python_model=str(Path(__file__).with_name("serving.py")),
-        artifacts={"model": str(onnx), "manifest": str(manifest)},
-        pip_requirements=[f"{package}=={version(package)}" for package in packages],  # finding them out takes seconds
-        registered_model_name=registered_model,
-    )
     client = MlflowClient()
-    for name, file in read_json(manifest)["files"].items():
-        number = str(logged.registered_model_version)
-        client.set_model_version_tag(registered_model, number, f"sha256.{name}", file["sha256"])
+    if client.search_model_versions(f"name = '{registered_model}' and tags.`{EXPORT_TAG}` = '{export}'"):
+        return
+    packages = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
+    with mlflow.start_run(run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("serving.py")),
+            artifacts={"model": str(onnx), "manifest": str(manifest)},
+            pip_requirements=[f"{package}=={version(package)}" for package in packages],  # finding out takes seconds
+        )
+    hashes = {f"sha256.{name}": file["sha256"] for name, file in read_json(manifest)["files"].items()}
+    with redirect_stderr(io.StringIO()):  # on which it tells that it was done
+        mlflow.register_model(logged.model_uri, registered_model, tags=hashes | {EXPORT_TAG: export})
 
 
 def find_versions(filter_string: str) -> list[Version]:

@@ -13,14 +13,6 @@ from classifier.errors import PipelineError
 from classifier.files import LOCK, TEST_METRICS, TRAIN_METRICS
 
 
-def repository_root() -> Path:
-    """The main checkout, also when DVC runs an experiment in a temporary copy of it."""
-    if root := os.environ.get("DVC_ROOT"):
-        return Path(root)
-    here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
-
-
 def git(*arguments: str) -> str:
     """What git answers, or nothing where there is no git, no repository or no such thing."""
     return git_bytes(*arguments).decode(errors="replace").strip()

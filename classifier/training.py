@@ -1,12 +1,16 @@
 """The training loop, the test loop, prediction, optimisers and schedules."""
 
 import math
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from time import perf_counter
+from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -18,55 +22,150 @@ Precision = Literal["float32", "bfloat16"]
 REPORT_EVERY = 100  # batches, as in the tutorial
 
 
+@dataclass
+class TrainState:
+    """All that training goes on from: with the same data and parameters, the same state leads to the same weights."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    epoch: int = 0  # epochs that are done
+    batch: int = 0  # batches of the epoch under way that are done
+    seconds: float = 0.0  # that they took
+    loss_sum: float = 0.0  # of theirs
+    last: tuple[float, float] = (math.nan, math.nan)  # the lr and the loss of the batch before
+    history: list[dict[str, float]] = field(default_factory=list)  # the figures of each epoch
+    kept: dict[str, float] = field(default_factory=dict)  # those of the epoch whose weights are kept
+    weights: dict[str, Tensor] = field(default_factory=dict)  # the weights kept, on the CPU
+    unread: list[tuple[int, float, Tensor]] = field(default_factory=list)  # batch, lr, loss: see read_losses
+
+    def read_losses(self) -> None:
+        """Take the losses that are still on the device into the sum.
+
+        Raises PipelineError for the first that is not finite, or whose batch has met weights that are not.
+        """
+        for batch, lr, tensor in self.unread:
+            loss = tensor.item()
+            if not math.isfinite(loss):
+                if broken := self._broken_weights():
+                    self._diverged(f"batch {batch}: the gradient of {broken} is not finite", *self.last)
+                self._diverged(f"batch {batch + 1}: the loss is {loss}", lr, self.last[1])
+            self.loss_sum += loss
+            self.last = (lr, loss)
+        self.unread.clear()
+
+    def end_epoch(self, figures: dict[str, float], keep: bool) -> None:
+        """Note an epoch's figures, keep the weights that it ended with if they are better, and turn to the next."""
+        self.history.append({"epoch": self.epoch + 1} | figures)
+        if keep:
+            self.kept = self.history[-1]
+            self.weights = {name: tensor.cpu().clone() for name, tensor in self.network.state_dict().items()}
+        self.epoch, self.batch, self.seconds, self.loss_sum = self.epoch + 1, 0, 0.0, 0.0
+
+    def check_weights(self) -> None:
+        """Raise PipelineError if the last update has made a weight infinite: a gradient can be where no loss is."""
+        if broken := self._broken_weights():
+            self._diverged(f"batch {self.batch}: the gradient of {broken} is not finite", *self.last)
+
+    def content(self) -> dict[str, Any]:
+        """Everything, the random number generators' states included, as tensors and plain Python values."""
+        self.read_losses()
+        parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
+        return parts | {name: getattr(self, name) for name in PLAIN} | {"random": _random_states()}
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Take over what `content` gave."""
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(content[name])
+        for name in PLAIN:
+            setattr(self, name, content[name])
+        _set_random_states(content["random"])
+
+    def _broken_weights(self) -> str | None:
+        return next((name for name, weights in self.network.named_parameters() if not weights.isfinite().all()), None)
+
+    def _diverged(self, what: str, lr: float, last_loss: float) -> NoReturn:
+        best = f"; the best weights so far are of epoch {self.kept['epoch']:.0f}" if self.kept else ""
+        raise PipelineError(
+            f"epoch {self.epoch + 1}, {what} at lr {lr:g}, the last finite loss was {last_loss:.6g}{best}\n"
+            "Lower lr, or look at the images of this batch."
+        )
+
+
+STATEFUL = ("network", "optimizer", "scheduler")
+PLAIN = [spec.name for spec in fields(TrainState) if spec.name not in (*STATEFUL, "unread")]
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002, libraries use the global generator
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state_all(states["cuda"])
+    if states["mps"] is not None:
+        torch.mps.set_rng_state(states["mps"])
+
+
 def train_loop(
     batches: Batches,
-    network: nn.Module,
+    state: TrainState,
     loss_fn: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     *,
-    epoch: int,
     accumulate_steps: int,
     precision: Precision,
+    after_update: Callable[[], None] | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Train for one epoch; return the mean of the batches' losses.
+    """Train to the end of the state's epoch; return the mean of the batches' losses.
 
-    epoch: decides the order of the images, see Batches.
     accumulate_steps: so many batches make one update, the same as that of one batch with all their images.
+    after_update: called after each update, when the state is one to go on from.
     report: called every REPORT_EVERY batches with the images seen so far and the loss of the current batch,
         which the progress bar shows too.
-    Raises PipelineError if the loss is not finite, at the next report or at the end of the epoch, or if the
-    weights are not at the end of the epoch: a gradient can be infinite where the loss is not.
+    Raises PipelineError at the step whose loss or gradient is not finite; on an accelerator, which would have to be
+    waited for in every step, at the next report. The state's kept weights stay.
     """
+    network, optimizer = state.network, state.optimizer
     network.train()
-    seen = 0
-    loss_sum = torch.zeros((), device=batches.device)
     group_size = accumulate_steps * batches.batch_size
-    with tqdm(total=batches.image_count, desc=f"epoch {epoch + 1}", unit="image", disable=None) as bar:
-        for number, (pixels, targets) in enumerate(batches.epoch(epoch)):
+    started = perf_counter() - state.seconds
+    with tqdm(total=batches.image_count, desc=f"epoch {state.epoch + 1}", unit="image", disable=None) as bar:
+        for number, (pixels, targets) in enumerate(batches.epoch(state.epoch, state.batch), state.batch):
             images_in_group = min(group_size, batches.image_count - number // accumulate_steps * group_size)
             with _autocast(batches.device, precision):
                 loss = loss_fn(network(pixels), targets)
+            state.unread.append((number, optimizer.param_groups[0]["lr"], loss.detach()))
+            if batches.device.type == "cpu" or number % REPORT_EVERY == 0:
+                state.read_losses()
             (loss * (len(pixels) / images_in_group) if accumulate_steps > 1 else loss).backward()
-            if (number + 1) % accumulate_steps == 0 or number + 1 == len(batches):
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-            seen += len(pixels)
-            loss_sum += loss.detach()
-            if number % REPORT_EVERY == 0:  # .item() waits for an accelerator, so not in every step
-                current = _finite(loss.item(), epoch, seen)
-                bar.set_postfix(loss=f"{current:.4f}", refresh=False)
+            if number % REPORT_EVERY == 0:
+                seen = number * batches.batch_size + len(pixels)
+                bar.set_postfix(loss=f"{state.last[1]:.4f}", refresh=False)
                 bar.update(seen - bar.n)
                 if report:
-                    report(seen, current)
-        bar.update(seen - bar.n)
-    mean_loss = _finite(loss_sum.item() / len(batches), epoch, seen)
-    for name, parameter in network.named_parameters():
-        if not parameter.isfinite().all():
-            raise PipelineError(f"epoch {epoch + 1}: weights of {name} are not finite any more; lower lr")
-    return mean_loss
+                    report(seen, state.last[1])
+            if (number + 1) % accumulate_steps == 0 or number + 1 == len(batches):
+                optimizer.step()
+                state.scheduler.step()
+                optimizer.zero_grad()
+                state.batch, state.seconds = number + 1, perf_counter() - started
+                if after_update:
+                    after_update()
+        bar.update(batches.image_count - bar.n)
+    state.read_losses()
+    state.check_weights()
+    return state.loss_sum / len(batches)
 
 
 def test_loop(batches: Batches, network: nn.Module, precision: Precision) -> tuple[float, float]:
@@ -199,12 +298,3 @@ def load_weights(network: nn.Module, path: Path, device: torch.device) -> None:
 
 def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def _finite(loss: float, epoch: int, seen: int) -> float:
-    if not math.isfinite(loss):
-        raise PipelineError(
-            f"epoch {epoch + 1}: the loss is {loss} after {seen:,} images; lower lr, or look at the last good "
-            "epoch's figures"
-        )
-    return loss

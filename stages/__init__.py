@@ -1,12 +1,27 @@
 """The five stages of dvc.yaml, one script each. They meet only through files.
 
-This file is read before a stage's own imports, so what must be set before torch is loaded is set here. It may
-decide the speed, never a result: no stage depends on it.
+This file is read before a stage's own imports, so what must be set before torch is loaded is set here, and what must
+work while the imports go on. It may decide the speed, never a result: no stage depends on it.
 """
 
 import os
+import signal
+import threading
+import time
 
 # How long torch's threads wait actively for one another (GNU OpenMP; about 0.1 ms). By default they do so for
 # milliseconds: two trainings at once on the same cores, as with `dvc queue start -j 2`, then hold each other up so much
 # that both take many times as long as one after the other. One alone is as fast with this as by default.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
+def _end_with_dvc() -> None:
+    """End this stage, as SIGTERM does, when DVC is gone: nobody would take its outputs, and the next one may start."""
+    dvc = os.getppid()
+    while os.getppid() == dvc:
+        time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if "DVC_STAGE" in os.environ:
+    threading.Thread(target=_end_with_dvc, daemon=True).start()

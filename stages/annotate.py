@@ -9,19 +9,20 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from classifier.annotations import check_classes, check_split, count_duplicates, hold_out, write_csv
+from classifier.annotations import write_csv
 from classifier.archive import write_zip
 from classifier.errors import run_main
-from classifier.files import ANNOTATIONS, IMAGES, RAW, atomic, existing
+from classifier.files import ANNOTATIONS, IMAGES, RAW, atomic, verified
 from classifier.params import load_params
 from classifier.png import encode_png
 from classifier.sources import LabelledImages, load_source
+from classifier.splits import check_classes, check_split, count_duplicates, hold_out
 
 
 def main() -> None:
     params = load_params()
     source = load_source(params.source)
-    splits: dict[str, LabelledImages] = source.read(existing(RAW))
+    splits: dict[str, LabelledImages] = source.read(verified(RAW))
     names = source.class_names(RAW)
 
     train, test = splits["train"], splits["test"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from classifier.errors import PipelineError, run_main
 from classifier.files import RAW
+from classifier.interrupts import Interrupted
 from classifier.params import load_params
 from classifier.sources import load_source
 
@@ -21,8 +22,9 @@ def main() -> None:
         load_source(params.source).fetch(RAW, Path(params.data_path))
     except PipelineError as error:
         raise PipelineError(f"{error}\n{WAY_BACK}") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(WAY_BACK) from None
+    except Interrupted as interrupt:
+        interrupt.add_note(WAY_BACK)
+        raise
     for file in sorted(RAW.rglob("*")):
         if file.is_file():
             print(f"{file}  {file.stat().st_size:,} bytes")

@@ -12,13 +12,15 @@ import pandas as pd
 from scipy.special import softmax
 from torch import nn
 
-from classifier import files, plots, tracking
-from classifier.dataset import Batches, CustomImageDataset, class_names
+from classifier import files, plots
+from classifier.annotations import class_names
+from classifier.dataset import Batches, CustomImageDataset
 from classifier.device import environment, seed_everything, select_device, set_threads
 from classifier.errors import run_main
 from classifier.metrics import class_scores, most_confident_mistakes, wilson_interval
 from classifier.networks import build_network
 from classifier.params import load_params
+from classifier.tracking import Tracker
 from classifier.training import load_weights, predict, saliency, score
 
 SAMPLES = (3, 3)  # rows and columns of the picture; the tutorial's grid
@@ -28,14 +30,16 @@ SALIENCIES = 8  # images
 
 def main() -> None:
     params = load_params()
+    tracker = Tracker()
     device = select_device(params.device)
     set_threads(params.threads)
     seed_everything(params.seed)
 
-    names = class_names(files.ANNOTATIONS)
-    test_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", files.IMAGES)
+    names = class_names(files.verified(files.ANNOTATIONS))
+    images = files.verified(files.IMAGES)
+    test_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", images, classes=len(names))
     network = build_network(params.network, test_set.image_shape(), len(names)).to(device)
-    load_weights(network, files.WEIGHTS, device)
+    load_weights(network, files.verified(files.WEIGHTS), device)
     batches = Batches(
         test_set, params.batch_size, device, memory_limit_gib=params.memory_limit_gib, workers=params.workers
     )
@@ -54,8 +58,8 @@ def main() -> None:
         draw(folder, network, test_set, logits.numpy(), names, params.seed)
     files.write_json(files.TEST_METRICS, {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [low, high]})
 
-    with tracking.run_of_weights(params, environment(device)):
-        tracking.log_evaluation(test_set.md5())
+    with tracker.weights(params, environment(device)):
+        tracker.log_evaluation(test_set.md5())
 
 
 def draw(

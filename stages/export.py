@@ -10,13 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from classifier import files, registry, tracking
-from classifier.dataset import CustomImageDataset, class_names
+from classifier import files
+from classifier.annotations import class_names
+from classifier.dataset import CustomImageDataset
 from classifier.device import environment, seed_everything, select_device, set_threads
 from classifier.errors import run_main
 from classifier.exchange import check_files, write
 from classifier.networks import build_network
 from classifier.params import UNTRACKED, Params, load_params
+from classifier.tracking import Tracker
 from classifier.training import load_weights
 
 CHECKED_IMAGES = 256
@@ -24,14 +26,16 @@ CHECKED_IMAGES = 256
 
 def main() -> None:
     params = load_params()
+    tracker = Tracker()
     device = select_device("cpu")  # the files are for any machine
     set_threads(params.threads)
     seed_everything(params.seed)
 
-    names = class_names(files.ANNOTATIONS)
-    test_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", files.IMAGES)
+    names = class_names(files.verified(files.ANNOTATIONS))
+    images = files.verified(files.IMAGES)
+    test_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", images, classes=len(names))
     network = build_network(params.network, test_set.image_shape(), len(names))
-    load_weights(network, files.WEIGHTS, device)
+    load_weights(network, files.verified(files.WEIGHTS), device)
     pixels = test_set.pixels(range(min(CHECKED_IMAGES, len(test_set))))
 
     with files.atomic(files.EXPORT) as folder:
@@ -43,15 +47,14 @@ def main() -> None:
             print(f"{name}: logits within {difference:.1e} of the trained network's on {len(pixels)} test images")
         files.write_json(folder / "manifest.json", manifest(params, models, list(pixels.shape[1:]), names))
 
-    with tracking.run_of_weights(params, environment(device)), tempfile.TemporaryDirectory() as folder:
-        if not tracking.is_evaluated(tested := test_set.md5()):  # DVC had the evaluation in its run cache
-            tracking.log_evaluation(tested)
-        tracking.log_files(files.EXPORT / "manifest.json")
+    with tracker.weights(params, environment(device)), tempfile.TemporaryDirectory() as folder:
+        tracker.log_evaluation(test_set.md5(), if_missing=True)  # where DVC had the evaluation in its run cache
+        tracker.log_files(files.EXPORT / "manifest.json")
         onnx = files.EXPORT / "model.onnx"
         if not onnx.exists():  # not among the formats asked for, but what the registered model computes with
             onnx = Path(folder) / "model.onnx"
             write(network, pixels[:2], onnx)
-        registry.register(params.registered_model, onnx, files.EXPORT / "manifest.json")
+        tracker.register(params.registered_model, onnx, files.EXPORT / "manifest.json")
 
 
 def manifest(params: Params, models: list[Path], image_shape: list[int], names: list[str]) -> dict[str, Any]:

@@ -2,34 +2,50 @@
 
 Reads   data/images.zip, data/annotations/
 Writes  models/model_weights.pth, metrics/train.json, metrics/epochs.csv, metrics/environment.json
-Keeps   with validation images, the weights of the epoch with the best validation accuracy; else the last ones
+Keeps   with validation images, the weights of the epoch with the best validation accuracy; else the last ones;
+        and until it has written them, checkpoints from which a killed training goes on to the same bytes
 """
 
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from classifier import files, tracking
-from classifier.dataset import Batches, CustomImageDataset, class_names
+from classifier import files
+from classifier.annotations import class_names
+from classifier.checkpoint import Checkpoints, checkpoints, makings
+from classifier.dataset import Batches, CustomImageDataset
 from classifier.device import environment, refuse_several_processes, seed_everything, select_device, set_threads
 from classifier.errors import run_main
+from classifier.interrupts import held_back
 from classifier.networks import build_network
 from classifier.params import Params, load_params
-from classifier.training import build_optimizer, build_scheduler, describe, freeze, load_weights, test_loop, train_loop
+from classifier.tracking import Tracker
+from classifier.training import (
+    TrainState,
+    build_optimizer,
+    build_scheduler,
+    describe,
+    freeze,
+    load_weights,
+    test_loop,
+    train_loop,
+)
 from classifier.transforms import one_hot
+
+LONGEST_STEP = 3  # seconds that a signal waits for the next place to stop at
 
 
 def main() -> None:
     params = load_params()
     refuse_several_processes()
+    tracker = Tracker()
     device = select_device(params.device)
     set_threads(params.threads)
 
-    names = class_names(files.ANNOTATIONS)
+    names = class_names(files.verified(files.ANNOTATIONS))
     train_batches, val_batches, selects = load_batches(params, device, classes=len(names))
 
     seed_everything(params.seed)  # just before the weights are drawn, as in the tutorial
@@ -40,46 +56,59 @@ def main() -> None:
     print(describe(network), flush=True)
     optimizer = build_optimizer(params.optimizer, trainable, params.lr, params.momentum, params.weight_decay)
     updates = params.epochs * -(-len(train_batches) // params.accumulate_steps)
-    scheduler = build_scheduler(params.schedule, optimizer, updates)
+    state = TrainState(network, optimizer, build_scheduler(params.schedule, optimizer, updates))
     loss_fn = nn.CrossEntropyLoss(label_smoothing=params.label_smoothing)
 
-    history: list[dict[str, float]] = []
-    kept: dict[str, float] = {}
-    weights: dict[str, Tensor] = {}
     recorded = environment(device)
-    with tracking.training_run(params, recorded):
-        for epoch in range(params.epochs):
-            started = perf_counter()
-            train_loss = train_loop(
-                train_batches,
-                network,
-                loss_fn,
-                optimizer,
-                scheduler,
-                epoch=epoch,
-                accumulate_steps=params.accumulate_steps,
-                precision=params.precision,
-            )
-            images_per_second = train_batches.image_count / (perf_counter() - started)
-            val_loss, val_accuracy = test_loop(val_batches, network, params.precision)
-            print(
-                f"Epoch {epoch + 1}: Accuracy: {val_accuracy:.1%}, Avg loss: {val_loss:.6f}, "
-                f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s",
-                flush=True,
-            )
-            figures = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
-            history.append({"epoch": epoch + 1} | figures)
-            tracking.log_metrics(figures | {"images_per_second": images_per_second}, step=epoch + 1)
-            if not selects or not kept or val_accuracy > kept["val_accuracy"]:
-                kept = history[-1]
-                weights = {name: tensor.cpu().clone() for name, tensor in network.state_dict().items()}
+    with (
+        checkpoints(makings("train", params.model_dump(), recorded)) as saved,
+        tracker.training(params, recorded, saved.name, saved.started),
+    ):
+        resume(state, saved)
+        with held_back(LONGEST_STEP) as held:
+
+            def after_update() -> None:
+                steps = -(-state.batch // params.accumulate_steps)
+                if held.number or steps % params.checkpoint_steps == 0 or state.batch == len(train_batches):
+                    saved.save(state.epoch, state.batch, state.content())
+                    held.release()
+
+            while state.epoch < params.epochs:
+                train_loss = train_loop(
+                    train_batches,
+                    state,
+                    loss_fn,
+                    accumulate_steps=params.accumulate_steps,
+                    precision=params.precision,
+                    after_update=after_update,
+                )
+                images_per_second = train_batches.image_count / state.seconds
+                val_loss, val_accuracy = test_loop(val_batches, network, params.precision)
+                print(
+                    f"Epoch {state.epoch + 1}: Accuracy: {val_accuracy:.1%}, Avg loss: {val_loss:.6f}, "
+                    f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s",
+                    flush=True,
+                )
+                figures = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
+                better = not selects or not state.kept or val_accuracy > state.kept["val_accuracy"]
+                state.end_epoch(figures, keep=better)
+                tracker.log_metrics(figures | {"images_per_second": images_per_second}, step=state.epoch)
 
         with files.atomic(files.WEIGHTS) as path, path.open("wb") as file:
-            torch.save(weights, file)
+            torch.save(state.weights, file)
         with files.atomic(files.EPOCHS) as path:
-            pd.DataFrame(history).to_csv(path, index=False, lineterminator="\n")
-        files.write_json(files.TRAIN_METRICS, kept)
+            pd.DataFrame(state.history).to_csv(path, index=False, lineterminator="\n")
+        files.write_json(files.TRAIN_METRICS, state.kept)
         files.write_json(files.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
+
+
+def resume(state: TrainState, saved: Checkpoints) -> None:
+    """Go on where this training was killed, if it was."""
+    if content := saved.load():
+        state.restore(content)
+        print(f"Going on in epoch {state.epoch + 1} after batch {state.batch}", flush=True)
+    elif other := saved.given_up():
+        print(f"Starting anew, not from the checkpoint of a training that was given up: {other}", flush=True)
 
 
 def load_batches(params: Params, device: torch.device, classes: int) -> tuple[Batches, Batches, bool]:
@@ -88,11 +117,12 @@ def load_batches(params: Params, device: torch.device, classes: int) -> tuple[Ba
     Without validation images there is nothing to select by, and the figures are the tutorial's: on test.
     """
     encode = partial(one_hot, classes=classes) if params.target_transform == "one_hot" else None
-    train_set = CustomImageDataset(files.ANNOTATIONS / "train.csv", files.IMAGES, target_transform=encode)
-    val_set = CustomImageDataset(files.ANNOTATIONS / "val.csv", files.IMAGES)
+    images = files.verified(files.IMAGES)
+    train_set = CustomImageDataset(files.ANNOTATIONS / "train.csv", images, target_transform=encode, classes=classes)
+    val_set = CustomImageDataset(files.ANNOTATIONS / "val.csv", images, classes=classes)
     selects = len(val_set) > 0
     if not selects:
-        val_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", files.IMAGES)
+        val_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", images, classes=classes)
     batches = partial(
         Batches,
         batch_size=params.batch_size,

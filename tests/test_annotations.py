@@ -1,130 +1,257 @@
-"""Checks of labelled images, the validation split, and the counts of the real data."""
+"""The CSV tables as users write them: read with every faulty row named, and written."""
 
+import os
+import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from classifier.annotations import check_classes, check_split, count_duplicates, hold_out, write_csv
+from classifier.annotations import Annotations, class_names, read_annotations, write_csv
 from classifier.errors import PipelineError
-from classifier.sources import LabelledImages, fashion_mnist
-
-BALANCED = np.repeat(np.arange(10), 30)
-SKEWED = np.repeat(np.arange(3), [100, 50, 10])
 
 
-def labelled(count: int, seed: int = 0) -> LabelledImages:
-    generator = np.random.default_rng(seed)
-    return LabelledImages(generator.integers(0, 256, (count, 4, 4), dtype=np.uint8), np.arange(count) % 10)
+def read(folder: Path, content: str | bytes, classes: int | None = None) -> Annotations:
+    (folder / "labels.csv").write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_annotations(folder / "labels.csv", classes=classes)
 
 
-@pytest.mark.parametrize(("val_size", "count"), [(50, 50), (0.2, 60), (0.1, 30), (0, 0), (0.0, 0), (290, 290)])
-def test_val_size_is_a_count_or_a_fraction(val_size: int | float, count: int) -> None:
-    held_out = hold_out(BALANCED, val_size, seed=42)
-    assert held_out.dtype == bool
-    assert held_out.shape == BALANCED.shape
-    assert held_out.sum() == count
-    assert set(np.bincount(BALANCED[held_out], minlength=10)) == {count // 10}
+def complaints(folder: Path, content: str | bytes, classes: int | None = None) -> list[str]:
+    """The faults that are listed, each with its row."""
+    with pytest.raises(PipelineError) as caught:
+        read(folder, content, classes)
+    title, *lines = str(caught.value).splitlines()
+    path = folder / "labels.csv"
+    if not lines:
+        assert title.startswith(f"{path}, row ")
+        return [title.removeprefix(f"{path}, ")]
+    assert title.startswith(f"{path}: {len(lines)} faults:")
+    return [line.removeprefix("  ") for line in lines]
 
 
-def test_split_keeps_the_shares_of_the_classes() -> None:
-    assert np.bincount(SKEWED[hold_out(SKEWED, 0.2, seed=1)]).tolist() == [20, 10, 2]
-
-
-def test_split_is_a_function_of_the_seed() -> None:
-    first, again, other = (hold_out(BALANCED, 50, seed) for seed in (1, 1, 2))
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-
-
-def test_split_is_pinned() -> None:
-    """Another version of scikit-learn that drew other images would change everyone's validation figures."""
-    assert np.flatnonzero(hold_out(BALANCED, 10, seed=42)).tolist() == [6, 39, 66, 110, 126, 175, 207, 226, 266, 278]
-
-
-@pytest.mark.parametrize("val_size", [300, 301, 295, 5, 0.01, 0.999])
-def test_impossible_val_size(val_size: int | float) -> None:
-    with pytest.raises(PipelineError, match=f"val_size: {val_size} images"):
-        hold_out(BALANCED, val_size, seed=0)
-
-
-def test_class_with_a_single_image() -> None:
-    with pytest.raises(PipelineError, match="val_size: 5 images cannot be held out of 31"):
-        hold_out(np.array([0] * 30 + [1]), 5, seed=0)
-
-
-def test_split_never_takes_all_training_images_of_a_class() -> None:
-    with pytest.raises(PipelineError, match=r"leave no training image of class \[1\]"):
-        hold_out(np.array([0] * 998 + [1] * 2), 990, seed=0)
-
-
-def test_duplicates_are_counted_in_pairs() -> None:
-    a, b, c, d = labelled(4).images
-    train = LabelledImages(np.stack([a, b, a, a, c]), np.zeros(5, np.int64))
-    test = LabelledImages(np.stack([a, b, b, d]), np.ones(4, np.int64))
-    # a thrice in train: 3 pairs; b twice in test: 1; across: a 3 x 1, b 1 x 2
-    assert count_duplicates(train, test) == (3, 1, 5)
-    assert count_duplicates(labelled(50, seed=1), labelled(50, seed=2)) == (0, 0, 0)
-
-
-def test_same_bytes_in_another_shape_are_no_duplicate() -> None:
-    image = np.zeros((4, 6), np.uint8)
-    data = [LabelledImages([image.reshape(shape)], np.zeros(1, np.int64)) for shape in ((4, 6), (6, 4))]
-    assert count_duplicates(*data) == (0, 0, 0)
-
-
-def test_right_split_passes() -> None:
-    check_split("train", labelled(20), classes=10, train=labelled(20))
-    check_split("test", labelled(3), classes=10, train=labelled(20))
-    check_classes(labelled(20).labels, fashion_mnist.CLASS_NAMES)
+# What is taken
 
 
 @pytest.mark.parametrize(
-    ("data", "complaint"),
+    "text",
     [
-        (LabelledImages(labelled(5).images, np.arange(4)), "train: 5 images, but 4 labels"),
-        (LabelledImages([], np.arange(0)), "train: no images"),
-        (labelled(5)._replace(labels=np.array([0, 1, 10, 3, -1])), r"2 labels .* 0\.\.9: images 2 \(label 10\), 4 \(l"),
-        (labelled(50)._replace(labels=np.full(50, 77)), "train: 50 labels are not in 0..9"),
+        "a.png,3\nb.png,0\n",
+        "file,label\na.png,3\nb.png,0\n",
+        "a.png,3\r\nb.png,0",
+        "file,label\ra.png,3\rb.png,0\r",
+        "\ufefffile,label\na.png,3\nb.png,0\n",
+        "\ufeffa.png,3\nb.png,0\n",
+        "a.png, 3\nb.png, 0 \n",
+        '"a.png","3"\n"b.png","0"\n',
+        "\nfile,label\n\n\r\na.png,3\n\nb.png,000\n\n",
+        "./a.png,3\n.//b.png,0\n",
+    ],
+    ids=[
+        "no header",
+        "header",
+        "Windows",
+        "old Mac",
+        "byte-order mark",
+        "mark, no header",
+        "spaces",
+        "quotes",
+        "blank lines",
+        "dots",
+    ],
+)
+def test_ways_to_write_a_table(tmp_path: Path, text: str) -> None:
+    files, labels, rows = read(tmp_path, text, classes=4)
+    assert files == ["a.png", "b.png"]
+    assert labels.tolist() == [3, 0]
+    assert labels.dtype == np.int64
+    assert len(rows) == 2
+
+
+def test_rows_are_numbered_as_in_a_spreadsheet(tmp_path: Path) -> None:
+    """A header and blank lines count."""
+    assert read(tmp_path, "a,1\nb,2\n").rows == [1, 2]
+    assert read(tmp_path, "file,label\r\na,1\r\n\r\nb,2\r\n").rows == [2, 4]
+
+
+def test_names_are_taken_literally(tmp_path: Path) -> None:
+    names = ["NA", "007", "a,b", 'a "b"', "null", " c ", "..d", "e..", "grün/ä.png", "#1", "=1+1"]
+    write_csv(tmp_path / "labels.csv", {"file": names, "label": range(len(names))})
+    assert read_annotations(tmp_path / "labels.csv").files == names
+
+
+@pytest.mark.skipif(os.name == "nt", reason="these lead out of a folder there")
+def test_backslashes_and_colons_are_letters_but_on_windows(tmp_path: Path) -> None:
+    assert read(tmp_path, "..\\a.png,1\nC:\\b.png,2\n").files == ["..\\a.png", "C:\\b.png"]
+
+
+@pytest.mark.parametrize("text", ["file,label\n", "file,label", "\ufefffile,label\r\n\r\n"])
+def test_a_header_alone_is_a_table_of_no_images(tmp_path: Path, text: str) -> None:
+    files, labels, rows = read(tmp_path, text)
+    assert not files
+    assert not rows
+    assert not len(labels)
+    assert labels.dtype == np.int64
+
+
+def test_sixty_thousand_rows_are_read_in_a_moment(tmp_path: Path) -> None:
+    write_csv(tmp_path / "labels.csv", {"file": [f"{n:05}.png" for n in range(60_000)], "label": [7] * 60_000})
+    begin = time.process_time()
+    assert len(read_annotations(tmp_path / "labels.csv", classes=10).files) == 60_000
+    assert time.process_time() - begin < 0.3
+
+
+# What is not
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("a.png,\n", "row 1: label '' is not a whole number of at most 18 digits, 0 or more"),
+        ("a.png,-1\n", "row 1: label '-1' is not a whole number"),
+        ("f,l\na.png,boot\n", "row 2: label 'boot' is not a whole number"),
+        ("a.png,1.5\n", r"row 1: label '1\.5' is not a whole number"),
+        ("a.png,٣\n", "row 1: label '٣' is not a whole number"),
+        ("a.png,1_0\n", "row 1: label '1_0' is not a whole number"),
+        ("a.png,1\0\n", r"row 1: label '1\\x00' is not a whole number"),
+        (f"a.png,{10**18}\n", "row 1: label '1000000000000000000' is not a whole number of at most 18 digits"),
+        (f"a.png,{'9' * 10_000}\n", "row 1: label '9{57}...' is not a whole number"),
+        ("a.png;1\n", "row 1: columns: 1 instead of two, the file name and the label"),
+        ("a.png,1\nb.png\n", "row 2: columns: 1 instead of two"),
+        ("f,l\na.png,1,extra\n", "row 2: columns: 3 instead of two"),
+        ("a.png,1\n  \n", "row 2: columns: 1 instead of two"),
+        ("a.png,1\n,2\n", "row 2: no file name"),
+        ('a.png,1\n"b.png,1\nc.png,1\n', "row 2: not CSV: unexpected end of data"),
+        ('a.png,1\n"b"c.png,1\n', "row 2: not CSV: ',' expected after '\"'"),
+        (f"f,l\n{'x' * 200_000},1\n", r"row 2: not CSV: field larger than field limit \(131072\)"),
+        (f"{'x' * 2000},1\n", r"row 1: file name 'x{57}\.\.\.' has more than 1000 characters"),
+        ("f,l\n/etc/passwd,1\n", "row 2: file name '/etc/passwd' leads out of the image folder"),
+        ("../a.png,1\n", r"row 1: file name '\.\./a\.png' leads out of the image folder"),
+        ("a/../b.png,1\n", "row 1: .* leads out"),
+        ("a/..,1\n", "row 1: .* leads out"),
+        (".,1\n", r"row 1: file name '\.' is the image folder itself"),
+        ("./,1\n", "row 1: .* is the image folder itself"),
+        ("a\0.png,1\n", r"row 1: file name 'a\\x00\.png' has control characters"),
+        ('"a\nb.png",1\n', r"row 1: file name 'a\\nb\.png' has control characters"),
+        ("\x1b[31mred.png,1\n", r"row 1: file name '\\x1b\[31mred\.png' has control characters"),
+        ("a.png,1\nb.png,1\na.png,1\n", r"row 3: a\.png is also in row 1"),
+        ("f,l\na.png,1\na.png,0\n", r"row 3: a\.png has label 0, but label 1 in row 2"),
+        ("a.png,1\n./a.png,1\n", r"row 2: a\.png is also in row 1"),
+        (b"a.png,1\nb\xe4.png,1\n", "row 2: not UTF-8"),
+        (b"a.png,1\xff\n", "row 1: not UTF-8"),
+        (b"\xed\xa0\x80.png,1\n", "row 1: not UTF-8"),
+    ],
+    ids=str,
+)
+def test_fault_is_one_line_that_names_file_and_row(tmp_path: Path, text: str | bytes, fault: str) -> None:
+    (complaint,) = complaints(tmp_path, text)
+    assert re.match(fault, complaint), complaint
+    assert len(complaint) < 200
+
+
+@pytest.mark.parametrize("classes", [1, 10, 1000])
+def test_label_beyond_the_classes(tmp_path: Path, classes: int) -> None:
+    assert read(tmp_path, f"a,{classes - 1}\n", classes).labels.tolist() == [classes - 1]
+    (complaint,) = complaints(tmp_path, f"f,l\na,{classes}\n", classes)
+    assert complaint == f"row 2: label '{classes}' is not one of 0..{classes - 1}"
+
+
+def test_faults_of_all_kinds_are_listed_together_in_the_order_of_their_rows(tmp_path: Path) -> None:
+    text = b'file,label\n../a,1\nb,boot\n\nc,1,2\n"d"e,1\nf\xff,1\ng,1\ng,x\n,y\nh,1\n'
+    assert [complaint.split(": ")[:2] for complaint in complaints(tmp_path, text, classes=2)] == [
+        ["row 2", "file name '../a' leads out of the image folder"],
+        ["row 3", "label 'boot' is not one of 0..1"],
+        ["row 5", "columns"],
+        ["row 6", "not CSV"],
+        ["row 7", "not UTF-8"],
+        ["row 9", "label 'x' is not one of 0..1"],
+        ["row 9", "g is also in row 8"],
+        ["row 10", "label 'y' is not one of 0..1"],
+        ["row 10", "no file name"],
+    ]
+
+
+def test_at_most_twenty_faults_are_listed_and_all_counted(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"labels\.csv: 100 faults, the first 20:\n  row 2: ") as caught:
+        read(tmp_path, "file,label\n" + "".join(f"{n}.png,x\n" for n in range(100)))
+    assert str(caught.value).count("\n  row ") == 20
+
+
+def test_another_encoding_is_named(tmp_path: Path) -> None:
+    assert complaints(tmp_path, "a.png,1\n".encode("utf-16"))[0] == "row 1: not UTF-8"
+    assert complaints(tmp_path, "f,l\ngrün.png,1\na,1\nä,2\n".encode("latin-1")) == [
+        "row 2: not UTF-8",
+        "row 4: not UTF-8",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n\r\n", b"\xef\xbb\xbf"], ids=repr)
+def test_a_file_without_a_row_is_an_error(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(PipelineError, match=r"labels\.csv: empty, without even a header"):
+        read(tmp_path, content)
+
+
+def test_missing_file_and_folder_and_pipe(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"none\.csv: missing"):
+        read_annotations(tmp_path / "none.csv")
+    with pytest.raises(PipelineError, match=": not a file"):
+        read_annotations(tmp_path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.csv")
+        with pytest.raises(PipelineError, match=r"pipe\.csv: not a file"):
+            read_annotations(tmp_path / "pipe.csv")
+
+
+# The names of the classes
+
+
+def names(folder: Path, content: str | bytes) -> list[str]:
+    (folder / "classes.csv").write_bytes(content.encode() if isinstance(content, str) else content)
+    return class_names(folder)
+
+
+def test_class_names_are_ordered_by_label(tmp_path: Path) -> None:
+    assert names(tmp_path, "label,name\n1,NA\n0,007\n") == ["007", "NA"]
+    assert names(tmp_path, '\ufefflabel,name\r\n0,"T-shirt, top"\r\n\r\n1, ä \r\n') == ["T-shirt, top", " ä "]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", ": empty, without even a header"),
+        ("label,name\n", ": has no class"),
+        ("name,label\na,0\n", ", row 1: not the header label,name"),
+        ("0,a\n", ", row 1: not the header label,name"),
+        ("label,name\n0,a\n2,b\n", r", row 3: label '2' is not one of 0\.\.1"),
+        ("label,name\n0,a\nx,b\n", r", row 3: label 'x' is not one of 0\.\.1"),
+        ("label,name\n0,a\n0,b\n", ", row 3: label 0 is also in row 2"),
+        ("label,name\n0,a\n1,a\n", ", row 3: name 'a' is also in row 2"),
+        ("label,name\n0,\n", ", row 2: '' is no name"),
+        ('label,name\n0," "\n', ", row 2: ' ' is no name"),
+        ('label,name\n0,"a\nb"\n', r", row 2: 'a\\nb' is no name"),
+        ("label,name\n0,a,b\n", ", row 2: columns: 3 instead of two"),
+        (b"label,name\n0,\xe4\n", ", row 2: not UTF-8"),
+        ('label,name\n0,"a\n', ", row 2: not CSV"),
         (
-            LabelledImages([np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.uint8)], np.zeros(2, np.int64)),
-            r"train: image 1 has shape \(4, 4, 3\), not \(4, 4\); images must have one shape",
+            "label,name\n0,a\n0,a\n9,\n",
+            r": 4 faults:\n  row 3: label 0 .*\n  row 3: name 'a' .*\n  row 4: .*\n  row 4: ",
         ),
     ],
-    ids=["too few labels", "no images", "wrong labels", "all wrong", "shapes"],
+    ids=str,
 )
-def test_wrong_split_is_named(data: LabelledImages, complaint: str) -> None:
-    with pytest.raises(PipelineError, match=complaint):
-        check_split("train", data, classes=10, train=data)
+def test_faulty_class_names(tmp_path: Path, content: str | bytes, complaint: str) -> None:
+    with pytest.raises(PipelineError, match=rf"classes\.csv{complaint}"):
+        names(tmp_path, content)
 
 
-def test_test_images_have_the_shape_of_the_training_images() -> None:
-    other = LabelledImages([np.zeros((4, 6, 3), np.uint8)], np.zeros(1, np.int64))
-    with pytest.raises(PipelineError, match=r"test: image 0 has shape \(4, 6, 3\), not"):
-        check_split("test", other, classes=10, train=labelled(5))
+def test_missing_class_names(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"classes\.csv: missing"):
+        class_names(tmp_path)
 
 
-def test_class_without_images_is_named() -> None:
-    with pytest.raises(PipelineError, match=r"train: no image of class 1 \(boot\), 3 \(hat\)"):
-        check_classes(np.array([0, 2, 2]), ["bag", "boot", "coat", "hat"])
+# Writing
 
 
 def test_csv_has_a_header_unix_line_ends_and_quotes(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", {"file": ["a.png", 'b, "c".png'], "label": np.array([3, 4])})
     assert (tmp_path / "train.csv").read_bytes() == b'file,label\na.png,3\n"b, ""c"".png",4\n'
-
-
-def test_counts_of_fashion_mnist(fashion_mnist_dir: Path) -> None:
-    """The copy published since 31 August 2017 has the ten train/test duplicates of issue 44 replaced."""
-    splits = fashion_mnist.read(fashion_mnist_dir)
-    train, test = splits["train"], splits["test"]
-    for split, data in splits.items():
-        check_split(split, data, classes=10, train=train)
-    assert np.asarray(train.images).shape == (60_000, 28, 28)
-    assert np.asarray(test.images).shape == (10_000, 28, 28)
-    assert np.bincount(train.labels).tolist() == [6000] * 10
-    assert np.bincount(test.labels).tolist() == [1000] * 10
-    held_out = hold_out(train.labels, 5000, seed=42)
-    assert np.bincount(train.labels[held_out]).tolist() == [500] * 10
-    assert np.bincount(train.labels[~held_out]).tolist() == [5500] * 10
-    assert count_duplicates(train, test) == (0, 0, 0)

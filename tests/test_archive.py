@@ -4,8 +4,15 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import re
+import socket
+import stat
+import struct
 import subprocess
 import sys
+import tempfile
+import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -13,7 +20,7 @@ import pytest
 from imports import ROOT
 from torch.utils.data import DataLoader, Dataset
 
-from classifier.archive import Images, write_zip
+from classifier.archive import LARGEST_FILE, Images, write_zip
 from classifier.errors import PipelineError
 
 FILES = {f"train/{index:03d}.png": bytes([index]) * (100 + index) for index in range(40)} | {"grün/ä.png": b"\0" * 9}
@@ -39,7 +46,7 @@ def test_folder_and_zip_read_alike(images: Images) -> None:
 
 
 def test_missing_file_is_named(images: Images) -> None:
-    with pytest.raises(PipelineError, match=r"(images\.zip|folder): has no file train/999\.png"):
+    with pytest.raises(PipelineError, match=r"train/999\.png is missing in .*(images\.zip|folder)"):
         images.read("train/999.png")
 
 
@@ -54,7 +61,7 @@ def test_corrupted_member_is_named(zipped: Path) -> None:
     content[position + 50] ^= 1
     zipped.write_bytes(content)
     images = Images(zipped)
-    with pytest.raises(PipelineError, match=r"images\.zip: train/007\.png is not readable: Bad CRC-32"):
+    with pytest.raises(PipelineError, match=r"train/007\.png in .*images\.zip is not readable: Bad CRC-32"):
         images.read("train/007.png")
     assert images.read("train/008.png") == FILES["train/008.png"]
 
@@ -80,8 +87,8 @@ def test_any_flipped_bit_is_an_error_or_harmless(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04" + bytes(100)], ids=["empty", "text", "cut"])
 def test_not_a_zip(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "photos.zip").write_bytes(content)
-    with pytest.raises(PipelineError, match=r"photos\.zip: a\.png is not readable: File is not a zip file"):
-        Images(tmp_path / "photos.zip").read("a.png")
+    with pytest.raises(PipelineError, match=r"photos\.zip: not readable as a zip: File is not a zip file"):
+        Images(tmp_path / "photos.zip")
 
 
 def test_encrypted_zip_is_refused(zipped: Path) -> None:
@@ -89,7 +96,7 @@ def test_encrypted_zip_is_refused(zipped: Path) -> None:
     for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         content[content.index(signature) + flags] |= 1  # "this member is encrypted", for the first one
     zipped.write_bytes(content)
-    with pytest.raises(PipelineError, match=r"train/000\.png is not readable: .*encrypted"):
+    with pytest.raises(PipelineError, match=r"train/000\.png in .*images\.zip is not readable: .*encrypted"):
         Images(zipped).read("train/000.png")
 
 
@@ -100,6 +107,158 @@ def test_zip_made_elsewhere(tmp_path: Path) -> None:
             archive.writestr(name, content)
     images = Images(tmp_path / "own.zip")
     assert {name: images.read(name) for name in FILES} == FILES
+
+
+def test_zip_cut_short(zipped: Path) -> None:
+    content = zipped.read_bytes()
+    for length in (10, len(content) // 2, len(content) - 1):
+        zipped.write_bytes(content[:length])
+        with pytest.raises(PipelineError, match=r"images\.zip: not readable as a zip"):
+            Images(zipped)
+
+
+def own_zip(path: Path, *members: tuple[zipfile.ZipInfo | str, bytes], compression: int = zipfile.ZIP_STORED) -> Images:
+    with zipfile.ZipFile(path, "w", compression) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # duplicate names
+        for member, content in members:
+            archive.writestr(member, content)
+    return Images(path)
+
+
+def refused(images: Images, name: str, why: str) -> None:
+    with pytest.raises(PipelineError, match=rf"{re.escape(name)} in .* is not readable: {why}"):
+        images.read(name)
+
+
+def test_members_that_are_no_plain_files(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("link.png")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    images = own_zip(tmp_path / "a.zip", (link, b"a.png"), ("sub/", b""), ("a.png", b"1"), ("a.png", b"2"), ("b", b"3"))
+    refused(images, "link.png", "it is a folder or a symbolic link")
+    refused(images, "sub/", "it is a folder or a symbolic link")
+    refused(images, "a.png", "it is there more than once")
+    assert images.read("b") == b"3"
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_rare_compressions_are_refused(tmp_path: Path, compression: int) -> None:
+    images = own_zip(tmp_path / "a.zip", ("a.png", bytes(1000)), compression=compression)
+    refused(images, "a.png", "it is neither stored nor deflated; zip it anew")
+
+
+def test_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    """Whether it declares its size, or declares a small one and unpacks to more."""
+    bomb = bytes(LARGEST_FILE + 1)
+    own_zip(tmp_path / "bomb.zip", ("a.png", bomb), compression=zipfile.ZIP_DEFLATED)
+    content = (tmp_path / "bomb.zip").read_bytes()
+    declared = struct.pack("<I", len(bomb))
+    assert content.count(declared) == 2
+    (tmp_path / "lying.zip").write_bytes(content.replace(declared, struct.pack("<I", 1000)))
+    del bomb
+    tracemalloc.start()
+    try:
+        refused(Images(tmp_path / "bomb.zip"), "a.png", "its 268,435,457 bytes are more than 268,435,456")
+        refused(Images(tmp_path / "lying.zip"), "a.png", "Bad CRC-32")
+        assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_overlapping_members(tmp_path: Path) -> None:
+    """A directory that leads to the same bytes under two names, as bombs that Python cannot tell by size do."""
+    own_zip(tmp_path / "a.zip", ("a.png", b"1" * 50), ("b.png", b"2" * 50))
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    second = content.rindex(b"PK\x01\x02")
+    content[second + 42 : second + 46] = bytes(4)  # where b.png starts: at a.png
+    (tmp_path / "a.zip").write_bytes(content)
+    refused(Images(tmp_path / "a.zip"), "b.png", "File name in directory 'b.png' and header b'a.png' differ")
+
+
+def test_names_that_are_not_utf8_although_they_say_so(tmp_path: Path) -> None:
+    own_zip(tmp_path / "a.zip", ("ä.png", b"1"))
+    content = (tmp_path / "a.zip").read_bytes().replace("ä".encode(), b"\xff\xff")
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(PipelineError, match=r"a\.zip: not readable as a zip: 'utf-8' codec"):
+        Images(tmp_path / "a.zip")
+
+
+# Folders
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/secret.png").write_bytes(b"secret")
+    (tmp_path / "images/sub").mkdir(parents=True)
+    (tmp_path / "images/sub/a.png").write_bytes(b"a")
+    return tmp_path / "images"
+
+
+def test_links_are_followed_inside_the_folder(folder: Path) -> None:
+    (folder / "link.png").symlink_to("sub/a.png")
+    (folder / "linked").symlink_to(folder / "sub", target_is_directory=True)
+    (folder.parent / "other").symlink_to(folder, target_is_directory=True)
+    for images in (Images(folder), Images(folder.parent / "other")):
+        assert images.read("link.png") == images.read("linked/a.png") == b"a"
+
+
+def test_nothing_outside_the_folder_is_read(folder: Path) -> None:
+    (folder / "link.png").symlink_to(folder.parent / "outside/secret.png")
+    (folder / "linked").symlink_to("../outside", target_is_directory=True)
+    (folder.parent / "images-too").mkdir()  # begins like the folder
+    (folder.parent / "images-too/a.png").write_bytes(b"b")
+    absolute = str(folder.parent / "outside/secret.png")
+    for name in ("link.png", "linked/secret.png", "../outside/secret.png", absolute, "../images-too/a.png"):
+        refused(Images(folder), name, "it leads out of the image folder")
+
+
+def test_only_regular_files_are_read(folder: Path) -> None:
+    """A pipe would be waited for, for ever."""
+    os.mkfifo(folder / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "socket.png"))
+    for name in ("pipe.png", "socket.png", "sub"):
+        refused(Images(folder), name, "it is not a regular file")
+    for name in ("sub/a.png/b.png", "x" * 300, "a\0b"):
+        refused(Images(folder), name, "Not a directory|File name too long|embedded null byte")
+    (folder / "loop.png").symlink_to("loop.png")
+    refused(Images(folder), "loop.png", "Too many levels of symbolic links")
+    with pytest.raises(PipelineError, match=r"pipe\.png: neither a folder nor a zip"):
+        Images(folder / "pipe.png")
+
+
+def test_large_file_is_not_read(folder: Path) -> None:
+    with (folder / "large.png").open("wb") as file:
+        file.truncate(1 << 40)  # takes no room on disk
+    refused(Images(folder), "large.png", "its 1,099,511,627,776 bytes are more than 268,435,456")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other permissions there")
+def test_file_without_permission() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "closed").mkdir()
+        for path in (folder / "a.png", folder / "closed/b.zip"):
+            path.touch(0o600)
+        (folder / "closed").chmod(0o700)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        else:
+            (folder / "a.png").chmod(0)
+            (folder / "closed").chmod(0)
+        try:
+            refused(Images(folder), "a.png", "Permission denied")
+            with pytest.raises(PipelineError, match=r"b\.zip: no such image folder or zip"):
+                Images(folder / "closed/b.zip")
+        finally:
+            if user == 0:
+                os.seteuid(user)
+            (folder / "closed").chmod(0o700)
+
+
+# The zip that `annotate` writes
 
 
 def test_zip_bytes_do_not_depend_on_the_process(zipped: Path, tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
-"""The dataset class as the tutorial uses it, annotations as users write them, and batches in their order."""
+"""The dataset class as the tutorial uses it, faults of its images, and batches in their order."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from small_data import write_idx_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,7 +13,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from classifier.archive import write_zip
-from classifier.dataset import Batches, CustomImageDataset, class_names, epoch_order, read_annotations
+from classifier.dataset import Batches, CustomImageDataset, epoch_order
 from classifier.errors import PipelineError
 from classifier.png import encode_png
 from classifier.sources import fashion_mnist
@@ -111,123 +109,6 @@ def test_target_transforms(small: Path) -> None:
     assert torch.equal(dataset.targets(), one_hot(torch.tensor(labels), 10))
 
 
-def test_other_image_formats(tmp_path: Path) -> None:
-    """JPEG, palette, transparent and one-bit pictures become grey or RGB; more than eight bits are refused."""
-    picture = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    shapes = {}
-    for name, mode in [
-        ("a.jpg", "L"),
-        ("b.jpg", "RGB"),
-        ("c.png", "P"),
-        ("d.png", "RGBA"),
-        ("e.png", "1"),
-        ("f.png", "L"),
-    ]:
-        picture.convert(mode).save(tmp_path / name)
-        shapes[name] = (1, 16, 16) if mode == "L" else (3, 16, 16)
-    Image.fromarray(np.full((16, 16), 1000, np.uint16)).save(tmp_path / "deep.png")
-    (tmp_path / "labels.csv").write_text("".join(f"{name},0\n" for name in [*shapes, "deep.png"]))
-    dataset = CustomImageDataset(tmp_path / "labels.csv", tmp_path)
-    assert {name: tuple(dataset.decode(index).shape) for index, name in enumerate(shapes)} == shapes
-    assert np.array_equal(dataset.decode(5)[0], np.asarray(picture))
-    with pytest.raises(PipelineError, match=r"deep\.png is not a usable image: .*more than 8 bits"):
-        dataset.decode(len(shapes))
-
-
-def jpeg_cut_short() -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.zeros((64, 64), np.uint8)).save(file, "JPEG")
-    return file.getvalue()[:200]
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"text", encode_png(np.zeros((9, 9), np.uint8))[:60], jpeg_cut_short()], ids=len
-)
-def test_broken_image_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.png").write_bytes(content)
-    (tmp_path / "labels.csv").write_text("a.png,0\n")
-    with pytest.raises(PipelineError, match=r"a\.png is not a usable image"):
-        CustomImageDataset(tmp_path / "labels.csv", tmp_path).decode(0)
-
-
-# Annotations
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a.png,3\nb.png,0\n",
-        "file,label\na.png,3\nb.png,0\n",
-        "a.png,3\r\nb.png,0",
-        "\ufefffile,label\na.png,3\nb.png,0\n",
-        "a.png, 3\nb.png, 0\n",
-        '"a.png","3"\n"b.png","0"\n',
-    ],
-    ids=["no header", "header", "Windows", "byte-order mark", "spaces", "quotes"],
-)
-def test_first_row_is_kept(tmp_path: Path, text: str) -> None:
-    (tmp_path / "labels.csv").write_text(text, encoding="utf-8", newline="")
-    files, labels = read_annotations(tmp_path / "labels.csv")
-    assert files == ["a.png", "b.png"]
-    assert labels.tolist() == [3, 0]
-    assert labels.dtype == torch.int64
-
-
-def test_names_are_taken_literally(tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_text('NA,1\n007,2\n"a,b",3\nnull,4\n')
-    assert read_annotations(tmp_path / "labels.csv")[0] == ["NA", "007", "a,b", "null"]
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("file,label\na.png,boot\nb.png,1\nc.png,-1\n", "2 labels .*: row 2: 'boot'; row 4: '-1'"),
-        ("a.png,-1\n", "1 labels .*: row 1: '-1'"),
-        ("a.png,\n", "row 1: ''"),
-        ("a.png,1\nb.png\n", "row 2: ''"),
-        ("a.png,1\nb.png,1.5\n", r"row 2: '1\.5'"),
-        ("a.png,99999999999999999999\n", "row 1: '99999999999999999999'"),
-        ("a.png,1,extra\n", "3 columns instead of two"),
-        ("a.png;1\n", "1 columns instead of two"),
-        ("a.png,1\nb.png,1,2,3\n", "not a CSV in UTF-8"),
-        ('a.png,1\n"b.png,1\n', "not a CSV in UTF-8"),
-    ],
-)
-def test_bad_annotations_are_named(tmp_path: Path, text: str, complaint: str) -> None:
-    (tmp_path / "labels.csv").write_text(text)
-    with pytest.raises(PipelineError, match=rf"labels\.csv: .*{complaint}"):
-        read_annotations(tmp_path / "labels.csv")
-
-
-def test_at_most_twenty_rows_are_listed(tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_text("file,label\n" + "a.png,x\n" * 100)
-    with pytest.raises(PipelineError, match="100 labels") as caught:
-        read_annotations(tmp_path / "labels.csv")
-    assert str(caught.value).count("row ") == 20
-
-
-def test_annotations_missing_or_in_another_encoding(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match=r"none\.csv: missing"):
-        read_annotations(tmp_path / "none.csv")
-    (tmp_path / "utf16.csv").write_text("a.png,1\n", encoding="utf-16")
-    with pytest.raises(PipelineError, match=r"utf16\.csv: not a CSV in UTF-8"):
-        read_annotations(tmp_path / "utf16.csv")
-
-
-@pytest.mark.parametrize("text", ["", "file,label\n"], ids=["empty", "header only"])
-def test_no_images(tmp_path: Path, text: str) -> None:
-    (tmp_path / "labels.csv").write_text(text)
-    dataset = CustomImageDataset(tmp_path / "labels.csv", tmp_path)
-    assert len(dataset) == 0
-    with pytest.raises(PipelineError, match="name none of its images"):
-        dataset.decode_all()
-
-
-def test_class_names_are_ordered_by_label(tmp_path: Path) -> None:
-    (tmp_path / "classes.csv").write_text("label,name\n1,NA\n0,007\n")
-    assert class_names(tmp_path) == ["007", "NA"]
-
-
 # Decoding once
 
 
@@ -266,23 +147,82 @@ def test_colour_images_keep_their_channels(tmp_path: Path) -> None:
     assert np.array_equal(pixels[0], image.transpose(2, 0, 1))
 
 
+# Faults
+
+
+GREY = np.zeros((28, 28), np.uint8)
+FAULTY = {  # in place of an image: bytes, and what is wrong with them
+    "shape": (encode_png(GREY[:5]), r"5\.png in .*images\.zip is \(1, 5, 28\) .*usable image is \(1, 28, 28\); .* one"),
+    "colour": (encode_png(np.zeros((28, 28, 3), np.uint8)), r"5\.png in .*images\.zip is \(3, 28, 28\)"),
+    "missing": (None, r"5\.png is missing in .*images\.zip"),
+    "broken": (b"?", r"5\.png in .*images\.zip is not a usable image"),
+}
+
+
+def with_faults(folder: Path, faults: dict[str, bytes | None], count: int = 8) -> CustomImageDataset:
+    """Images 0.png and so on in rows 2 and so on, some of them replaced, or left out."""
+    images = {f"{index}.png": encode_png(GREY) for index in range(count)}
+    (folder / "labels.csv").write_text("file,label\n" + "".join(f"{name},0\n" for name in images))
+    files = {name: content for name, content in (images | faults).items() if content is not None}
+    write_zip(folder / "images.zip", files.items())
+    return CustomImageDataset(folder / "labels.csv", folder / "images.zip")
+
+
 @pytest.mark.parametrize(("limit", "workers"), [(IN_MEMORY, 0), (STREAMED, 0), (STREAMED, 2)])
-@pytest.mark.parametrize("fault", ["shape", "colour", "missing", "broken"])
-def test_fault_is_one_line_that_names_the_image(tmp_path: Path, limit: float, workers: int, fault: str) -> None:
+@pytest.mark.parametrize("fault", FAULTY)
+def test_fault_is_one_line_that_names_row_and_image(tmp_path: Path, limit: float, workers: int, fault: str) -> None:
     """Also when a worker process meets it."""
-    grey, content = np.zeros((28, 28), np.uint8), {"broken": b"?"}
-    content |= {"shape": encode_png(grey[:5]), "colour": encode_png(np.zeros((28, 28, 3), np.uint8))}
-    files = {f"{index}.png": encode_png(grey) for index in range(8)}
-    (tmp_path / "labels.csv").write_text("".join(f"{name},0\n" for name in files))
-    if fault == "missing":
-        del files["5.png"]
-    else:
-        files["5.png"] = content[fault]
-    write_zip(tmp_path / "images.zip", files.items())
-    dataset = CustomImageDataset(tmp_path / "labels.csv", tmp_path / "images.zip")
-    with pytest.raises(PipelineError, match=r"images\.zip: .*5\.png") as caught:
+    content, complaint = FAULTY[fault]
+    dataset = with_faults(tmp_path, {"5.png": content})
+    with pytest.raises(PipelineError, match=rf"labels\.csv, row 7: {complaint}") as caught:
         list(Batches(dataset, 4, CPU, memory_limit_gib=limit, workers=workers).epoch())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first", ["0.png", "1.png"])
+def test_all_faulty_images_are_listed_at_once(tmp_path: Path, first: str) -> None:
+    """Also if the first image, which tells the shape, is one of them."""
+    faults = {first: b"?", "3.png": FAULTY["shape"][0], "4.png": None, "6.png": FAULTY["colour"][0]}
+    dataset = with_faults(tmp_path, faults)
+    for decode in (dataset.decode_all, lambda: dataset.pixels(range(8))):
+        with pytest.raises(PipelineError, match=r"labels\.csv: 4 faults:\n") as caught:
+            decode()
+        lines = str(caught.value).splitlines()[1:]
+        assert [line.split(" in ")[0] for line in lines] == [
+            f"  row {int(first[0]) + 2}: {first}",
+            "  row 5: 3.png",
+            "  row 6: 4.png is missing",
+            "  row 8: 6.png",
+        ]
+
+
+@pytest.mark.parametrize("content", [b"", FAULTY["shape"][0]], ids=["all", "all but one"])
+def test_twenty_faulty_images_are_listed_and_all_counted(tmp_path: Path, content: bytes) -> None:
+    dataset = with_faults(tmp_path, {f"{index}.png": content for index in range(0 if content == b"" else 1, 101)}, 101)
+    with pytest.raises(PipelineError, match=r"labels\.csv: 10[01] faults, the first 20:\n") as caught:
+        dataset.decode_all()
+    assert str(caught.value).count("\n  row ") == 20
+
+
+def test_single_images_and_the_digest_name_the_row_too(tmp_path: Path) -> None:
+    dataset = with_faults(tmp_path, {"5.png": None})
+    for use in (lambda: dataset[5], lambda: dataset.decode(5), dataset.md5):
+        with pytest.raises(PipelineError, match=r"labels\.csv, row 7: 5\.png is missing in"):
+            use()
+
+
+def test_label_beyond_the_classes_is_refused(small: Path) -> None:
+    CustomImageDataset(small / "labels.csv", small / "images.zip", classes=10)
+    with pytest.raises(PipelineError, match=r"labels\.csv: \d+ faults.*:\n  row \d+: label '9' is not one of 0\.\.8"):
+        CustomImageDataset(small / "labels.csv", small / "images.zip", classes=9)
+
+
+def test_no_images(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("file,label\n")
+    dataset = CustomImageDataset(tmp_path / "labels.csv", tmp_path)
+    assert len(dataset) == 0
+    with pytest.raises(PipelineError, match=r"labels\.csv: names no image"):
+        dataset.decode_all()
 
 
 # Batches

@@ -183,6 +183,11 @@ def packed(fashion_mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+def bomb() -> bytes:
+    """100 megabytes of zeros, in a hundred kilobytes."""
+    return gzip.compress(bytes(100 * 2**20), 9)
+
+
 BAD_MIRRORS = {  # what it does: why it is left
     "never answers": "stalled, 0 bytes in 5 s",
     "trickles": r"stalled, \d bytes in 5 s",
@@ -191,6 +196,8 @@ BAD_MIRRORS = {  # what it does: why it is left
     "never ends": f"more than {LARGEST_BYTES} bytes",
     "cuts off": r"cut off after \d+ of \d+ bytes",
     "gives a page": "is truncated or not gzip: Not a gzipped file",
+    "gives another of the files": r"has the wrong content, 60008 bytes with md5 9018921c3c673c538a1fc5bad174d6f9",
+    "gives a bomb": f"unpacks to more than {LARGEST_BYTES} bytes",
     "gives other data": "has the wrong content, 5 bytes with md5 2bda2998d9b0ee197da142a0447f6725",
     "has no file": "HTTP Error 404: Not Found",
     "does not speak HTTP": "SSH-2.0-none",
@@ -210,6 +217,8 @@ def left_mirrors(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "never ends": endless,
         "cuts off": saying(head(len(content)) + content[: len(content) // 2]),
         "gives a page": saying(head(len(page)) + page),
+        "gives another of the files": saying(head() + (packed / "train-labels-idx1-ubyte.gz").read_bytes()),
+        "gives a bomb": saying(head() + bomb()),
         "gives other data": saying(head() + gzip.compress(b"wrong")),
         "has no file": saying(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"),
         "does not speak HTTP": saying(b"SSH-2.0-none\r\n"),
@@ -270,7 +279,7 @@ def test_mirror_and_what_an_earlier_download_left(packed: Path, tmp_path: Path) 
     assert done.stdout.splitlines()[0] == f"Fashion-MNIST from {MIRRORS[0]}"
 
 
-@pytest.mark.parametrize("fault", ["wrong", "cut", "missing"])
+@pytest.mark.parametrize("fault", ["wrong", "cut", "missing", "bomb", "endless"])
 def test_wrong_local_folder_is_named_and_left_as_it_is(
     fashion_mnist_dir: Path, packed: Path, tmp_path: Path, fault: str
 ) -> None:
@@ -286,16 +295,23 @@ def test_wrong_local_folder_is_named_and_left_as_it_is(
     elif fault == "cut":
         (own / f"{bad}.gz").write_bytes((packed / f"{bad}.gz").read_bytes()[:1000])
         why = f"{bad}.gz is truncated or not gzip"
+    elif fault == "bomb":
+        (own / f"{bad}.gz").write_bytes(bomb())
+        why = f"{bad}.gz unpacks to more than {LARGEST_BYTES} bytes"
+    elif fault == "endless":
+        with (own / bad).open("wb") as file:
+            file.truncate(1 << 40)  # takes no room on disk
+        why = f"{bad} has {1 << 40} bytes, more than {LARGEST_BYTES}"
     else:
         why = f"there is no {bad} or {bad}.gz in {own}"
-    before = {file.name: file.read_bytes() for file in own.iterdir()}
+    before = {file.name: file.stat().st_mtime_ns for file in own.iterdir()}
     with server(serving(packed)) as way:
         done = download(tmp_path / "run", FASHION_MNIST_DIR=str(own), **(way if fault == "wrong" else refusing()))
     if fault == "wrong":
         done.check_complete()
     assert f"  not used: {why}" in done.stdout
     assert f"\nFashion-MNIST from {MIRRORS[0]}\n" in done.stdout
-    assert {file.name: file.read_bytes() for file in own.iterdir()} == before
+    assert {file.name: file.stat().st_mtime_ns for file in own.iterdir()} == before
 
 
 # When nothing helps
@@ -401,11 +417,11 @@ def test_stalled_debian_is_given_up(tmp_path: Path, answer: Answer) -> None:
 # The files
 
 
-@pytest.mark.parametrize("shape", [(5, 28, 28), (7,), (0,), (2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(5, 28, 28), (7,), (2, 3, 4, 5)])
 def test_read_idx(tmp_path: Path, shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     write_idx(tmp_path / "values", values)
-    assert np.array_equal(read_idx(tmp_path / "values"), values)
+    assert np.array_equal(read_idx(tmp_path / "values", len(shape)), values)
 
 
 def test_read_gives_both_splits(tmp_path: Path) -> None:
@@ -434,13 +450,23 @@ HEADER = struct.pack(">HBBII", 0, 8, 2, 3, 4)
         (HEADER, r"12 bytes do not hold shape \(3, 4\)"),
         (HEADER + bytes(11), r"23 bytes do not hold shape \(3, 4\)"),
         (HEADER + bytes(13), r"25 bytes do not hold shape \(3, 4\)"),
-        (struct.pack(">HBB4I", 0, 8, 4, *[1 << 16] * 4), "20 bytes do not hold"),  # 2^64 wraps round to 0
+        (struct.pack(">HBB2I", 0, 8, 2, *[2**32 - 1] * 2), "12 bytes do not hold shape"),
+        (struct.pack(">HBB2I", 0, 8, 2, 0, 2**32 - 1), "shape .* holds nothing"),
+        (struct.pack(">HBB3I", 0, 8, 3, 1, 1, 1) + b"x", "3 dimensions, not 2"),
+        (b"\0\0\x08\xff" + bytes(4 * 255), "255 dimensions, not 2"),
     ],
 )
 def test_broken_idx_file_is_named(tmp_path: Path, content: bytes, complaint: str) -> None:
     (tmp_path / FIRST).write_bytes(content)
     with pytest.raises(PipelineError, match=rf"{FIRST}: {complaint}.*; run the download stage again"):
-        read_idx(tmp_path / FIRST)
+        read_idx(tmp_path / FIRST, 2)
+
+
+def test_swapped_files_are_named(tmp_path: Path) -> None:
+    write_idx_dataset(tmp_path)
+    shutil.copyfile(tmp_path / "train-labels-idx1-ubyte", tmp_path / FIRST)
+    with pytest.raises(PipelineError, match=f"{FIRST}: 1 dimensions, not 3"):
+        fashion_mnist.read(tmp_path)
 
 
 def test_missing_idx_file_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 import hashlib
 import io
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -85,7 +88,7 @@ def test_other_files_are_left_to_pillow(content: bytes) -> None:
 
 def test_truncated_at_any_byte() -> None:
     content = encode_png(noise((9, 9)))
-    for length in range(len(content) - 8):  # IEND's name is the last thing looked at
+    for length in range(len(content)):
         assert decode_stored_png(content[:length]) is None, length
 
 
@@ -97,3 +100,34 @@ def test_changed_pixels_are_noticed() -> None:
         flipped = bytearray(content)
         flipped[position] ^= 1
         assert decode_stored_png(bytes(flipped)) is None, position
+
+
+def crafted(width: int, height: int, deflated: bytes) -> bytes:
+    """A grey PNG of the size and pixel data as given."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", deflated) + chunk(b"IEND", b"")
+
+
+def test_no_memory_is_taken_on_the_word_of_a_header() -> None:
+    """40,000 x 40,000 pixels in a few kilobytes; and data of the right length that unpacks to a hundred times that."""
+    few = zlib.compress(bytes(10**6), 9)
+    stored = len(encode_png(np.zeros((500, 500), np.uint8))) - len(crafted(0, 0, b""))
+    bomb = zlib.compress(bytes(100 * stored), 9).ljust(stored, b"\0")
+    assert len(bomb) == stored
+    tracemalloc.start()
+    try:
+        assert decode_stored_png(crafted(500, 500, bomb)) is None
+        assert decode_stored_png(crafted(40_000, 40_000, few)) is None
+        assert decode_stored_png(crafted(2**32 - 1, 2**32 - 1, few)) is None
+        assert tracemalloc.get_traced_memory()[1] < 5 * 10**6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 0), (0, 5), (5, 0)])
+def test_no_pixels_are_left_to_pillow(width: int, height: int) -> None:
+    assert decode_stored_png(crafted(width, height, zlib.compress(bytes(height), 0))) is None

@@ -11,7 +11,6 @@ import os
 import shutil
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 import urllib.request
@@ -25,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from classifier.errors import PipelineError
-from classifier.files import atomic, existing, hash_file
+from classifier.files import atomic, existing, hash_file, temporary_folder
 from classifier.sources import LabelledImages
 
 CLASS_NAMES = [
@@ -83,10 +82,10 @@ def fetch(raw: Path, data_path: Path) -> None:
     failures = []
     for place, bring in places:
         print(f"Fashion-MNIST from {place}", flush=True)
-        with tempfile.TemporaryDirectory(prefix=".download.", dir=_made(raw.parent)) as folder:
+        with temporary_folder(raw) as folder:
             try:
-                bring(Path(folder))
-                _verify(Path(folder))
+                bring(folder)
+                _verify(folder)
             except (PlaceFailed, OSError) as error:
                 failures.append(f"  {place}: {error}")
                 print(f"  not used: {error}", flush=True)
@@ -94,7 +93,7 @@ def fetch(raw: Path, data_path: Path) -> None:
             with atomic(raw) as complete:
                 complete.mkdir()
                 for name in FILES:
-                    (Path(folder) / name).replace(complete / name)
+                    (folder / name).replace(complete / name)
             return
     raise PipelineError(
         "Fashion-MNIST could not be had:\n" + "\n".join(failures) + "\n"
@@ -108,34 +107,35 @@ def class_names(raw: Path) -> list[str]:
 
 
 def read(raw: Path) -> dict[str, LabelledImages]:
-    """The splits train and test. Raises PipelineError if a file is not in the IDX format."""
+    """The splits train and test. Raises PipelineError if a file is not in the IDX format, or of another shape."""
     return {
         split: LabelledImages(
-            read_idx(raw / f"{prefix}-images-idx3-ubyte"),
-            read_idx(raw / f"{prefix}-labels-idx1-ubyte").astype(np.int64),
+            read_idx(raw / f"{prefix}-images-idx3-ubyte", dimensions=3),
+            read_idx(raw / f"{prefix}-labels-idx1-ubyte", dimensions=1).astype(np.int64),
         )
         for split, prefix in SPLITS.items()
     }
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """Read a file of unsigned bytes in the IDX format, described at the end of the MNIST page by LeCun et al."""
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """Read a file of unsigned bytes in the IDX format, described at the end of the MNIST page by LeCun et al.
+
+    Raises PipelineError if it is another file, has another number of dimensions, or not the bytes of its shape.
+    """
     content = existing(path).read_bytes()
-    zeros, kind, dimensions = struct.unpack(">HBB", content[:4]) if len(content) >= 4 else (1, 0, 0)
-    if zeros != 0 or kind != 8:
+    if content[:3] != b"\0\0\x08" or len(content) < 4:
         raise PipelineError(f"{path}: not an IDX file of unsigned bytes; run the download stage again")
+    if content[3] != dimensions:
+        raise PipelineError(f"{path}: {content[3]} dimensions, not {dimensions}; run the download stage again")
     start = 4 + 4 * dimensions
     if len(content) < start:
         raise PipelineError(f"{path}: cut off after {len(content)} bytes; run the download stage again")
     shape = struct.unpack(f">{dimensions}I", content[4:start])
+    if 0 in shape:
+        raise PipelineError(f"{path}: shape {shape} holds nothing; run the download stage again")
     if len(content) - start != math.prod(shape):
         raise PipelineError(f"{path}: {len(content)} bytes do not hold shape {shape}; run the download stage again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _verify(folder: Path) -> None:
@@ -147,9 +147,13 @@ def _verify(folder: Path) -> None:
 
 
 def _unpack(packed: Path, target: Path) -> None:
+    """Unpack one file. Raises PlaceFailed if it is no gzip file, or unpacks to more than LARGEST_BYTES."""
     try:
         with gzip.open(packed) as source, target.open("wb") as file:
-            shutil.copyfileobj(source, file)
+            while chunk := source.read(1 << 20):
+                file.write(chunk)
+                if file.tell() > LARGEST_BYTES:
+                    raise PlaceFailed(f"{packed.name} unpacks to more than {LARGEST_BYTES} bytes")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise PlaceFailed(f"{packed.name} is truncated or not gzip: {error}") from None
 
@@ -158,6 +162,8 @@ def _from_folder(source: Path, into: Path) -> None:
     """Copy the files, packed or not, from a folder, which stays as it is."""
     for name in FILES:
         if (source / name).is_file():
+            if (size := (source / name).stat().st_size) > LARGEST_BYTES:
+                raise PlaceFailed(f"{name} has {size} bytes, more than {LARGEST_BYTES}")
             shutil.copyfile(source / name, into / name)
         elif (source / f"{name}.gz").is_file():
             _unpack(source / f"{name}.gz", into / name)
@@ -224,29 +230,30 @@ def _bytes_in(folder: Path) -> int:
 def _from_debian(into: Path) -> None:
     """Unpack Debian's package, without root and without touching the system.
 
-    apt keeps its lists and downloads in a folder of ours; it checks the archive's signature.
+    apt keeps its lists and downloads in a folder of ours, below `into`; it checks the archive's signature.
     """
     if (installed := Path("/") / DEBIAN_FOLDER).is_dir():
         _from_folder(installed, into)
         return
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise PlaceFailed("this system has no apt-get and dpkg-deb")
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        (work / "state/lists/partial").mkdir(parents=True)
-        (work / "cache/archives/partial").mkdir(parents=True)
-        options = ["-q", "-o", f"Dir::State={work}/state", "-o", "Dir::State::status=/dev/null"]
-        options += ["-o", f"Dir::Cache={work}/cache", "-o", "Acquire::Retries=0", "-o", "APT::Sandbox::User="]
-        options += ["-o", f"Acquire::http::Timeout={STALL_SECONDS}", "-o", f"Acquire::https::Timeout={STALL_SECONDS}"]
-        update = _run(["apt-get", "update", *options], work)
-        try:
-            _run(["apt-get", "download", DEBIAN_PACKAGE, *options], work)
-        except PlaceFailed as error:  # `update` succeeds although places failed, because others may do
-            reason = next((f"; {line}" for line in update.splitlines() if "Failed to fetch" in line), "")
-            raise PlaceFailed(f"{error}{reason}") from None
-        package = next(work.glob(f"{DEBIAN_PACKAGE}_*.deb"))
-        _run(["dpkg-deb", "-x", str(package), "unpacked"], work)
-        _from_folder(work / "unpacked" / DEBIAN_FOLDER, into)
+    work = into.resolve() / "debian"  # inside the folder that `fetch` removes
+    (work / "state/lists/partial").mkdir(parents=True)
+    (work / "cache/archives/partial").mkdir(parents=True)
+    options = ["-q", "-o", f"Dir::State={work}/state", "-o", "Dir::State::status=/dev/null"]
+    options += ["-o", f"Dir::Cache={work}/cache", "-o", "Acquire::Retries=0", "-o", "APT::Sandbox::User="]
+    options += ["-o", f"Acquire::http::Timeout={STALL_SECONDS}", "-o", f"Acquire::https::Timeout={STALL_SECONDS}"]
+    update = _run(["apt-get", "update", *options], work)
+    try:
+        _run(["apt-get", "download", DEBIAN_PACKAGE, *options], work)
+    except PlaceFailed as error:  # `update` succeeds although places failed, because others may do
+        reason = next((f"; {line}" for line in update.splitlines() if "Failed to fetch" in line), "")
+        raise PlaceFailed(f"{error}{reason}") from None
+    packages = list(work.glob(f"{DEBIAN_PACKAGE}_*.deb"))
+    if len(packages) != 1:
+        raise PlaceFailed(f"apt-get download left {len(packages)} packages")
+    _run(["dpkg-deb", "-x", str(packages[0]), "unpacked"], work)
+    _from_folder(work / "unpacked" / DEBIAN_FOLDER, into)
 
 
 def _run(command: list[str], folder: Path) -> str:

@@ -1,0 +1,164 @@
+"""Checkpoints of a training that has not ended: what a killed one goes on from, to the same bytes.
+
+They are in .checkpoints/ of the main checkout, a folder for each training, known by all that decides its result: other
+data, code, parameters or machines never go on from them. They go when the training has written its outputs.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from filelock import FileLock, Timeout
+
+from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, repository_root, write_json
+from classifier.params import read_yaml
+
+FOLDER = ".checkpoints"
+RECORD = "training.json"
+KEPT = 2  # of a training: the last, and the one before in case the last is damaged
+KEPT_TRAININGS = 8  # that were given up
+DIGEST_BYTES = 32  # SHA-256, before the content
+# A training that is being ended takes up to five seconds, and its decoding processes as long to notice.
+PATIENCE_SECONDS = 12
+
+
+def makings(stage: str, values: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides a stage's result, by name: the deps and params of its row in dvc.yaml, and the environment."""
+    row = read_yaml(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
+    deps = [re.sub(r"\$\{(\w+)\}", lambda key: str(values[key[1]]), dep) for dep in row["deps"]]
+    parameters = {key: values[key] for key in row["params"]}
+    files = [Path(name) for name in (*deps, parameters.get("weights") or "") if name]
+    return {str(path): hash_path(path) for path in files if path.exists()} | parameters | dict(environment)
+
+
+@contextmanager
+def checkpoints(made_of: Mapping[str, Any]) -> Iterator["Checkpoints"]:
+    """The checkpoints of the training with these makings, for this process alone; they go if the block succeeds.
+
+    If a process has them already, it is waited for as long as one takes to end; then there is a second set.
+    """
+    home = repository_root() / FOLDER
+    home.mkdir(exist_ok=True)
+    key = hash_bytes(json.dumps(made_of, sort_keys=True).encode())
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    while not (claimed := _claim(home, key, time.monotonic() > give_up)):
+        time.sleep(0.2)
+    folder, lock = claimed
+    try:
+        record = folder / RECORD
+        if not _read(record):
+            shutil.rmtree(folder)
+            write_json(record, {"name": uuid4().hex, "started": time.time(), "made_of": dict(made_of)})
+        yield Checkpoints(folder)
+        with FileLock(home / ".lock"):
+            shutil.rmtree(folder)
+            Path(lock.lock_file).unlink()
+    finally:
+        lock.release()
+
+
+def _claim(home: Path, key: str, another: bool) -> tuple[Path, FileLock] | None:
+    """Lock one of a training's folders; if all are taken, make another if that is asked for."""
+    with FileLock(home / ".lock"):
+        here = sorted(home.glob(f"{key}-*/"))
+        for folder in here or [home / f"{key}-1"]:
+            if lock := _lock(folder):
+                folder.mkdir(exist_ok=True)
+                _give_up_old(home)
+                return folder, lock
+        if not another:
+            return None
+        folder = next(path for n in range(1, 1000) if not (path := home / f"{key}-{n}").exists())
+        folder.mkdir()
+        lock = _lock(folder)
+        return (folder, lock) if lock else None
+
+
+def _lock(folder: Path) -> FileLock | None:
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+def _give_up_old(home: Path) -> None:
+    """Remove the oldest of the trainings that nobody works on, all but KEPT_TRAININGS."""
+    for folder in sorted(home.glob("*/"), key=lambda folder: -folder.stat().st_mtime)[KEPT_TRAININGS:]:
+        if lock := _lock(folder):
+            print(f"removed the checkpoints of a training that was given up: {folder}")
+            shutil.rmtree(folder)
+            Path(lock.lock_file).unlink()
+            lock.release()
+
+
+def _read(record: Path) -> dict[str, Any]:
+    """What a folder says of its training; nothing if that is missing or damaged."""
+    try:
+        content = json.loads(record.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and {"name", "started", "made_of"} <= content.keys() else {}
+
+
+class Checkpoints:
+    """The checkpoints of one training, in a folder that this process has locked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        record = _read(folder / RECORD)
+        self.name: str = record["name"]  # of the training, which it keeps when it goes on
+        self.started: float = record["started"]  # seconds since 1970
+        self.made_of: dict[str, Any] = record["made_of"]
+
+    def save(self, epoch: int, batch: int, content: dict[str, Any]) -> None:
+        """Write a checkpoint to disk, and then remove all but the last KEPT."""
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        with atomic(self.folder / f"epoch-{epoch:06}-batch-{batch:09}.pt") as path, path.open("wb") as file:
+            file.write(hashlib.sha256(buffer.getbuffer()).digest())
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        for old in self._files()[:-KEPT]:
+            old.unlink()
+
+    def load(self) -> dict[str, Any] | None:
+        """The last checkpoint that is whole, with its tensors on the CPU; None if there is none."""
+        for path in reversed(self._files()):
+            content = memoryview(path.read_bytes())
+            if hashlib.sha256(content[DIGEST_BYTES:]).digest() == content[:DIGEST_BYTES]:
+                loaded: dict[str, Any] = torch.load(
+                    io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True
+                )
+                return loaded
+            print(f"{path}: damaged, so the checkpoint before it is used", file=sys.stderr)
+            path.unlink()
+        return None
+
+    def given_up(self) -> str | None:
+        """What sets the last training that nobody works on apart from this one; None if there is none."""
+        home = self.folder.parent
+        with FileLock(home / ".lock"):
+            for folder in sorted(home.glob("*/"), key=lambda folder: -folder.stat().st_mtime):
+                if folder != self.folder and (lock := _lock(folder)):
+                    lock.release()
+                    theirs = _read(folder / RECORD).get("made_of", {})
+                    keys = [key for key in {**theirs, **self.made_of} if theirs.get(key) != self.made_of.get(key)]
+                    return ", ".join(f"{key} was {theirs.get(key)} and is {self.made_of.get(key)}" for key in keys)
+        return None
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("epoch-*.pt"))

@@ -1,0 +1,69 @@
+"""SIGINT (Ctrl-C) and SIGTERM: they end a command, at once or where it is safe to stop."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """One of SIGNALS has arrived. The exception's notes are told to the user."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def listen() -> None:
+    """From now on, a signal raises Interrupted in the main thread."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in a job that the shell has put into the background
+            signal.signal(number, _raise)
+
+
+class Held:
+    """What has arrived while signals are held back."""
+
+    def __init__(self, seconds: float) -> None:
+        self.number: int | None = None
+        self.timer = threading.Timer(seconds, self._insist)
+        self.timer.daemon = True
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Remember a signal; a second one, or the same one again when time is up, is no longer held back."""
+        if self.number is not None:
+            _raise(number, frame)
+        self.number = number
+        self.timer.start()
+
+    def release(self) -> None:
+        """Raise Interrupted if a signal has arrived."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    def _insist(self) -> None:
+        os.kill(os.getpid(), self.number or signal.SIGTERM)
+
+
+@contextmanager
+def held_back(seconds: float) -> Iterator[Held]:
+    """Hold signals back, so that what is going on comes to a place where it can stop: for `seconds` at most."""
+    held = Held(seconds)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler == _raise:
+            signal.signal(number, held.receive)
+    try:
+        yield held
+    finally:
+        held.timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    held.release()
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)

@@ -1,0 +1,236 @@
+"""The MLflow store: where it is, how it is made, and what is asked of it.
+
+There is one for the repository, wherever a command runs: DVC's temporary experiments have the main checkout's.
+MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME win when they are set.
+"""
+
+import logging
+import os
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+# Read when mlflow is imported
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# The defaults make one call to a dead server take four minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+
+import mlflow
+from filelock import FileLock
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.tracking import MlflowClient
+
+from classifier.errors import PipelineError, masked, run_main
+from classifier.files import repository_root, temporary_folder
+from classifier.params import load_params
+
+AWAY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}  # MLflow's codes of what passes
+ADDRESS_VARIABLE = "MLFLOW_TRACKING_URI"
+SQLITE_SECONDS = 2  # to wait for a store that another process has locked
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the store knows it."""
+
+    run_id: str
+    name: str
+    experiment_id: str
+    status: str
+    parameters: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def find_runs(filter_string: str = "") -> list[Run]:
+    """The runs of all experiments that MLflow's filter lets through, the newest first; none where there is no store.
+
+    Raises PipelineError if the store cannot be asked.
+    """
+    if not open_store():
+        return []
+    with store_errors():
+        runs = mlflow.search_runs(
+            experiment_ids=[experiment.experiment_id for experiment in mlflow.search_experiments()],
+            filter_string=filter_string,
+            order_by=["attributes.start_time DESC"],
+            output_format="list",
+        )
+    return [
+        Run(
+            run_id=run.info.run_id,
+            name=run.info.run_name,
+            experiment_id=run.info.experiment_id,
+            status=run.info.status,
+            parameters=dict(run.data.params),
+            metrics=dict(run.data.metrics),
+            tags=dict(run.data.tags),
+        )
+        for run in runs
+    ]
+
+
+@contextmanager
+def artifact(run_id: str, path: str) -> Iterator[Path | None]:
+    """A local copy of an artifact of a run, for as long as the block lasts; None if the run has none of that name.
+
+    Raises PipelineError if the store cannot be asked.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with store_errors():
+            client = MlflowClient()
+            listed = client.list_artifacts(run_id, str(Path(path).parent) if "/" in path else None)
+            found = client.download_artifacts(run_id, path, folder) if path in [file.path for file in listed] else None
+        yield Path(found) if found else None
+
+
+def open_store() -> bool:
+    """Point MLflow to the store. False, and nothing is made, where the repository's own is not there yet."""
+    if (database := _own_database()) is None:
+        _use(os.environ[ADDRESS_VARIABLE])
+        return True
+    if not database.exists():
+        return False
+    _use(f"sqlite:///{database}")
+    with store_errors(), FileLock(_lock_file()):
+        _follow_move(database)
+    return True
+
+
+def _use(uri: str) -> None:
+    with address(os.environ.get(ADDRESS_VARIABLE, "")):  # which MLflow sets too
+        mlflow.set_tracking_uri(uri)
+
+
+@contextmanager
+def address(named: str) -> Iterator[None]:
+    """Have another store named in the environment, or none, as long as the block lasts."""
+    before = os.environ.get(ADDRESS_VARIABLE, "")
+    os.environ[ADDRESS_VARIABLE] = named
+    try:
+        yield
+    finally:
+        os.environ[ADDRESS_VARIABLE] = before
+
+
+def _own_database() -> Path | None:
+    """The database of the repository's own store; None if the environment names another store."""
+    return None if os.environ.get(ADDRESS_VARIABLE) else repository_root() / "mlflow.db"
+
+
+def _lock_file() -> Path:
+    return repository_root() / ".mlflow.lock"
+
+
+def connect(experiment: str) -> str:
+    """Make the store and the experiment if they are not there; return the experiment's id.
+
+    Raises PipelineError if the store cannot be written to, or the experiment is deleted.
+    """
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    artifacts = (repository_root() / "mlruns").as_uri()
+    with store_errors():
+        if database := _own_database():
+            with FileLock(_lock_file()):  # two processes that create the database at the same time break it
+                if not database.exists():
+                    _create(database, artifacts)
+        open_store()
+        _check_writable()
+        if found := mlflow.get_experiment_by_name(experiment):
+            if found.lifecycle_stage == "deleted":
+                raise PipelineError(f"experiment: {experiment!r} is deleted in MLflow; restore it or name another")
+            return str(found.experiment_id)
+        try:
+            return mlflow.create_experiment(experiment, artifact_location=None if _has_server() else artifacts)
+        except MlflowException:  # another process was quicker
+            if found := mlflow.get_experiment_by_name(experiment):
+                return str(found.experiment_id)
+            raise
+
+
+def _create(database: Path, artifacts: str) -> None:
+    """Make an empty database. It appears when it is complete: one that is cut off could not be used any more."""
+    with temporary_folder(database) as folder:
+        made = SqlAlchemyStore(f"sqlite:///{folder / database.name}", artifacts)  # type: ignore[no-untyped-call]
+        made.engine.dispose()
+        (folder / database.name).replace(database)
+
+
+def _check_writable() -> None:
+    """Raise sqlite3.Error if the store is a file that cannot be written to: MLflow tries for minutes."""
+    uri = mlflow.get_tracking_uri()
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and path.exists():
+        with closing(sqlite3.connect(path, timeout=SQLITE_SECONDS)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.rollback()
+
+
+def _has_server() -> bool:
+    return mlflow.get_tracking_uri().startswith(("http://", "https://", "databricks"))
+
+
+class StoreAway(PipelineError):
+    """The store cannot be reached, or is locked or full: it may be there again later."""
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Tell what the store refused, in one line and the way on, instead of MLflow's traceback."""
+    try:
+        yield
+    except (MlflowException, sqlite3.Error, OSError) as error:  # OSError: requests' errors too
+        kind = StoreAway if getattr(error, "error_code", "INTERNAL_ERROR") in AWAY else PipelineError
+        reason = masked(" ".join(str(error).split()))[:300]
+        raise kind(
+            f"the MLflow store {masked(mlflow.get_tracking_uri())} cannot be used: {reason}\n"
+            "Start it, or unset MLFLOW_TRACKING_URI to use the repository's own."
+        ) from None
+
+
+def _follow_move(database: Path) -> None:
+    """Where the repository was moved or copied, make its store find its artifacts again: it holds absolute paths."""
+    artifacts = database.with_name("mlruns")
+    with closing(sqlite3.connect(database)) as store, store:
+        columns = [
+            (table, column)
+            for (table,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            for _, column, *_ in store.execute(f"PRAGMA table_info({table})").fetchall()
+            if column in ("artifact_location", "artifact_uri", "storage_location", "source")
+        ]
+        if ("experiments", "artifact_location") not in columns:
+            return  # being made by another process
+        found = store.execute(
+            "SELECT artifact_location FROM experiments WHERE artifact_location LIKE 'file://%/mlruns'"
+        )
+        for (before,) in found.fetchall():
+            if before != artifacts.as_uri():
+                for table, column in columns:
+                    store.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",  # noqa: S608
+                        (artifacts.as_uri(), len(before) + 1, len(before), before),
+                    )
+
+
+def main() -> None:
+    """Serve MLflow's pages for the repository's store on the port given as argument, until Ctrl-C."""
+    connect(load_params().experiment)
+    if _has_server():
+        print(f"MLFLOW_TRACKING_URI is a server: its pages are at {masked(mlflow.get_tracking_uri())}")
+        return
+    # Without these two, starting takes three times as long: several workers, and jobs that are not used here.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", *sys.argv[1:2]]
+    os.execv(sys.executable, [*command, "--backend-store-uri", mlflow.get_tracking_uri()])
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,252 @@
+"""From journals to MLflow: each record is sent once, or again without effect.
+
+`python -m classifier.sync JOURNAL` runs beside a stage, sends what it writes, measures the machine meanwhile, and ends
+when the stage has closed its standard input, as the system does for one that is killed. `classifier sync` sends what is
+left.
+"""
+
+import os
+import select
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from classifier import store
+from classifier.errors import PipelineError, masked
+from classifier.journal import Journal, home, is_complete, journals
+from classifier.registry import register
+from classifier.tracking import EXPERIMENT_TAG, OPENER_TAG, TEST_SET_TAG, WEIGHTS_TAG
+
+# isort: split
+# After classifier.store, which sets what is read when mlflow is imported
+from mlflow import MlflowClient
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+SAMPLE_SECONDS = 10  # between measurements of the machine, and between attempts to reach a store that is away
+
+
+@dataclass
+class OpenRun:
+    """The run that a journal speaks of, and what it has already: metrics by name and step."""
+
+    run_id: str
+    logged: set[tuple[str, int]]
+
+
+class Sender:
+    """Sends journals to the store that the environment names."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, OpenRun] = {}
+
+    def send_all(self) -> dict[Path, PipelineError]:
+        """Send what all journals for this store hold, in their order; return what went wrong, by journal.
+
+        Journals that have ended are then removed, and those whose process has: such a run becomes KILLED.
+        """
+        faults: dict[Path, PipelineError] = {}
+        home().mkdir(exist_ok=True)
+        with FileLock(home() / ".lock"):
+            for journal in journals():
+                try:
+                    with store.store_errors():
+                        self._send(journal)
+                except PipelineError as fault:
+                    faults[journal.folder] = fault
+                    self._open.pop(journal.folder, None)  # next time it is asked what of the last record has arrived
+                    if isinstance(fault, store.StoreAway):
+                        break
+        return faults
+
+    def _send(self, journal: Journal) -> None:
+        alive = journal.is_being_written()  # asked first: what a process has written before it ended is sent
+        records = journal.records()
+        if not records or not (first := records[0]):
+            if not alive:
+                journal.remove()
+            return
+        if first["store"] != masked(os.environ.get(store.ADDRESS_VARIABLE, "")):
+            return
+        run = self._open.get(journal.folder) or self._open_run(journal, first)
+        for number, record in enumerate(records[journal.sent :], journal.sent):
+            if record:
+                APPLY[record["kind"]](journal, run, record)
+            journal.sent = number + 1
+        complete = is_complete(records)  # these: more may be there by now
+        if not alive and not complete:
+            _end(journal, run, {"status": "KILLED", "time": time.time()})
+        if not alive or complete:
+            journal.remove()
+            del self._open[journal.folder]
+
+    def _open_run(self, journal: Journal, record: dict[str, Any]) -> OpenRun:
+        """Find the run that the first record of a journal speaks of, or make it."""
+        client = MlflowClient()
+        experiment_id = store.connect(record["experiment"])
+        found = _find(record, experiment_id)
+        if found is None:
+            started = int(1000 * (record["started"] or record["time"]))
+            tags = {OPENER_TAG: record["opener"]}
+            found = client.create_run(experiment_id, start_time=started, tags=tags, run_name=record["name"])
+        client.update_run(found.info.run_id, status="RUNNING")
+        logged = {
+            (key, m.step) for key in found.data.metrics for m in client.get_metric_history(found.info.run_id, key)
+        }
+        self._open[journal.folder] = OpenRun(found.info.run_id, logged)
+        return self._open[journal.folder]
+
+
+def _find(record: dict[str, Any], experiment_id: str) -> Run | None:
+    """The run that this journal, or this training before it was killed, has opened; else one of the same weights."""
+    if opened := store.find_runs(f"tags.`{OPENER_TAG}` = '{record['opener']}'"):
+        return MlflowClient().get_run(opened[0].run_id)
+    if not record["weights"]:
+        return None
+    known = store.find_runs(f"tags.`{WEIGHTS_TAG}` = '{record['weights']}'")
+    name = record["tags"].get(EXPERIMENT_TAG)
+    known.sort(key=lambda run: (run.tags.get(EXPERIMENT_TAG) != name, run.experiment_id != experiment_id))
+    return MlflowClient().get_run(known[0].run_id) if known else None
+
+
+def _run(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
+    """Say what the run is of, unless another has opened it, as the training has that of its evaluation."""
+    client = MlflowClient()
+    found = client.get_run(run.run_id)
+    if found.data.tags.get(OPENER_TAG) != record["opener"]:
+        return
+    client.update_run(run.run_id, name=record["name"])
+    parameters = record["parameters"].items() - found.data.params.items()
+    new = [Param(key, value) for key, value in parameters if key not in found.data.params]  # they cannot be changed
+    client.log_batch(run.run_id, params=new, tags=[RunTag(key, value) for key, value in record["tags"].items()])
+    if record["patch"]:
+        client.log_artifact(run.run_id, str(journal.folder / record["patch"]))
+    datasets = []
+    for data in record["datasets"]:
+        source = CodeDatasetSource({"dvc.path": data["path"], "dvc.md5": data["md5"]})
+        dataset = MetaDataset(source, name=data["name"], digest=data["md5"])  # type: ignore[abstract]
+        datasets.append(DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")]))
+    client.log_inputs(run.run_id, datasets=datasets)
+
+
+def _metrics(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
+    step, timestamp = record["step"], int(1000 * record["time"])
+    new = {key: value for key, value in record["values"].items() if (key, step) not in run.logged}
+    MlflowClient().log_batch(run.run_id, metrics=[Metric(key, value, timestamp, step) for key, value in new.items()])
+    run.logged |= {(key, step) for key in new}
+
+
+def _tags(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
+    MlflowClient().log_batch(run.run_id, tags=[RunTag(key, value) for key, value in record["tags"].items()])
+
+
+def _files(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
+    for name, folder in record["files"]:
+        path = journal.folder / name
+        log = MlflowClient().log_artifacts if path.is_dir() else MlflowClient().log_artifact
+        log(run.run_id, str(path), folder)
+
+
+def _evaluation(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
+    logged = MlflowClient().get_run(run.run_id).data.tags.get(TEST_SET_TAG)
+    if not record["if_missing"] or logged != record["tags"][TEST_SET_TAG]:
+        timestamp = int(1000 * record["time"])  # without steps: the last evaluation counts
+        metrics = [Metric(key, value, timestamp, 0) for key, value in record["values"].items()]
+        MlflowClient().log_batch(run.run_id, metrics=metrics)
+        _files(journal, run, record)
+        _tags(journal, run, record)
+
+
+def _model(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
+    onnx, manifest = journal.folder / record["onnx"], journal.folder / record["manifest"]
+    register(run.run_id, record["name"], onnx, manifest, export=journal.folder.name)
+
+
+def _end(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
+    MlflowClient().set_terminated(run.run_id, record["status"], int(1000 * record["time"]))
+
+
+APPLY: dict[str, Callable[[Journal, OpenRun, dict[str, Any]], None]] = {
+    "run": _run,
+    "metrics": _metrics,
+    "tags": _tags,
+    "files": _files,
+    "evaluation": _evaluation,
+    "model": _model,
+    "end": _end,
+}
+
+
+class Sampler:
+    """What the machine does while a training runs, under MLflow's names for it."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._monitor: Any = SystemMetricsMonitor(run_id="")  # type: ignore[no-untyped-call]
+        self._monitor.collect_metrics()  # the load since now
+        self._clear()
+
+    def sample(self) -> None:
+        """Write a record, by the seconds since the training's start, if a training writes this journal."""
+        records = self._journal.records()
+        if records and records[0] and records[0]["started"]:
+            self._monitor.collect_metrics()
+            values = {f"system/{key}": value for key, value in self._monitor.aggregate_metrics().items()}
+            self._clear()
+            self._journal.write("metrics", values=values, step=round(time.time() - records[0]["started"]))
+
+    def _clear(self) -> None:
+        for monitor in self._monitor.monitors:
+            monitor.clear_metrics()
+
+
+def send_to_every_store() -> dict[Path, PipelineError]:
+    """Send all journals, each to the store that it was written for; return what went wrong, by journal."""
+    faults: dict[Path, PipelineError] = {}
+    here = os.environ.get(store.ADDRESS_VARIABLE, "")
+    written = {journal.folder: (journal.records() or [None])[0] for journal in journals()}
+    wanted = {folder: str(first["store"]) for folder, first in written.items() if first}
+    for address in sorted({masked(here), *wanted.values()}):
+        if "***" in address and address != masked(here):  # a journal holds no password
+            fault = PipelineError(f"set {store.ADDRESS_VARIABLE} to {address}, with name and password for the stars")
+            faults |= {folder: fault for folder in wanted if wanted[folder] == address}
+        else:
+            with store.address(here if address == masked(here) else address):
+                faults |= Sender().send_all()
+    return faults
+
+
+def main() -> None:
+    """Send as a stage writes, until its end; exit with 1 if something is left in its journal."""
+    journal = Journal(Path(sys.argv[1]))
+    sender, sampler = Sender(), Sampler(journal)
+    told: set[Path] = set()
+    away, ended, next_sample = False, False, time.monotonic() + SAMPLE_SECONDS
+    while not ended:
+        readable, _, _ = select.select([0], [], [], max(0, next_sample - time.monotonic()))
+        ended = bool(readable) and os.read(0, 1 << 16) == b""
+        if measured := time.monotonic() >= next_sample:
+            sampler.sample()
+            next_sample = time.monotonic() + SAMPLE_SECONDS
+        if away and not measured and not ended:
+            continue
+        if ended and not is_complete(journal.records()):  # killed: the system closes its files one after the other
+            journal.wait_for_writer(seconds=2)
+        faults = sender.send_all()
+        for folder, fault in faults.items():
+            if folder not in told:
+                print(f"{fault}\nThe stage goes on; what it tells MLflow is kept in {folder}.", file=sys.stderr)
+                told.add(folder)
+        away = bool(faults)
+    sys.exit(int(journal.folder.exists()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Image files as users have them: what each becomes, and what is refused in one line."""
+
+import io
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from classifier.decoding import FORMATS, LARGEST_PIXELS, decode_image
+from classifier.errors import PipelineError
+from classifier.png import encode_png
+
+GENERATOR = np.random.default_rng(0)
+GREY = GENERATOR.integers(0, 256, (6, 5), dtype=np.uint8)
+RGB = GENERATOR.integers(0, 256, (6, 5, 3), dtype=np.uint8)
+SMOOTH = np.add.outer(np.arange(0, 64, 2), np.arange(0, 96, 2)).astype(np.uint8)  # survives JPEG
+
+
+def saved(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(pixels: np.ndarray, mode: str | None = None) -> Image.Image:
+    return Image.fromarray(pixels) if mode is None else Image.fromarray(pixels).convert(mode)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    """A PNG as given; `rows` with the filter bytes."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows, 9)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def chw(pixels: np.ndarray) -> np.ndarray:
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def refused(content: bytes) -> str:
+    """Why an image is not taken."""
+    with pytest.raises(PipelineError, match=r"^a\.png in images is not a usable image: ") as caught:
+        decode_image(content, "a.png in images")
+    assert "\n" not in str(caught.value)
+    return str(caught.value).partition(" image: ")[2]
+
+
+# What is taken
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "PNG", "PPM", "TIFF", "WEBP"])
+@pytest.mark.parametrize("pixels", [GREY, RGB], ids=["grey", "RGB"])
+def test_formats_without_loss_give_the_pixels(kind: str, pixels: np.ndarray) -> None:
+    if kind == "GIF" and pixels.ndim == 3:
+        pixels = np.asarray(picture(pixels, "P").convert("RGB"))
+    decoded = decode_image(saved(picture(pixels), kind, **({"lossless": True} if kind == "WEBP" else {})), "a")
+    if kind in ("GIF", "WEBP") and pixels.ndim == 2:  # these have no grey
+        pixels = np.stack([pixels] * 3, axis=2)
+    assert decoded.dtype == np.uint8
+    assert np.array_equal(decoded, chw(pixels))
+    assert decoded.flags.c_contiguous
+    assert decoded.flags.writeable
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("CMYK", 3), ("YCbCr", 3)])
+def test_jpeg(mode: str, channels: int) -> None:
+    decoded = decode_image(saved(picture(SMOOTH, "RGB").convert(mode), "JPEG", quality=95), "a")
+    assert decoded.shape == (channels, *SMOOTH.shape)
+    assert abs(decoded.astype(int) - SMOOTH).max() < 8
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "LAB"])
+def test_other_colours_become_rgb_by_pillows_conversion(mode: str) -> None:
+    content = saved(Image.frombytes(mode, (5, 6), GENERATOR.bytes(5 * 6 * len(mode))), "TIFF")
+    with Image.open(io.BytesIO(content)) as opened:
+        assert opened.mode == mode
+        assert np.array_equal(decode_image(content, "a"), chw(np.asarray(opened.convert("RGB"))))
+
+
+@pytest.mark.parametrize("options", [{}, {"transparency": 0}, {"transparency": bytes(range(256))}], ids=str)
+def test_palettes_become_rgb(options: dict[str, Any]) -> None:
+    paletted = picture(RGB, "P")
+    assert np.array_equal(decode_image(saved(paletted, **options), "a"), chw(np.asarray(paletted.convert("RGB"))))
+
+
+@pytest.mark.parametrize("pixels", [GREY, RGB], ids=["grey", "RGB"])
+def test_alpha_is_dropped_and_what_lies_below_counts(pixels: np.ndarray) -> None:
+    transparent = picture(pixels)
+    transparent.putalpha(0)
+    assert np.array_equal(decode_image(saved(transparent), "a"), chw(pixels))
+    colour: Any = int(GREY[0, 0]) if pixels.ndim == 2 else tuple(int(value) for value in RGB[0, 0])
+    assert np.array_equal(decode_image(saved(picture(pixels), transparency=colour), "a"), chw(pixels))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "PPM"])
+def test_one_bit_becomes_grey(kind: str) -> None:
+    bits = GREY > 100
+    assert np.array_equal(decode_image(saved(picture(bits), kind), "a"), chw(bits * np.uint8(255)))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_picture_of_an_animation_is_taken(kind: str) -> None:
+    first, *others = (Image.new("RGB", (5, 6), colour) for colour in ("#ff0000", "#00ff00", "#0000ff"))
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    content = saved(first, kind, save_all=True, append_images=others, **options)
+    with Image.open(io.BytesIO(content)) as opened:
+        assert opened.n_frames == 3  # type: ignore[attr-defined]
+    assert np.array_equal(decode_image(content, "a"), chw(np.asarray(first)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [(1, np.copy), (2, np.fliplr), (3, lambda x: np.rot90(x, 2)), (6, lambda x: np.rot90(x, 3))],
+)
+def test_pictures_are_turned_upright(kind: str, orientation: int, turn: Callable[[np.ndarray], np.ndarray]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode_image(saved(picture(SMOOTH, "RGB"), kind, exif=exif), "a")
+    expected = turn(SMOOTH)
+    assert decoded.shape[1:] == expected.shape
+    assert abs(decoded.astype(int) - expected).max() < 8
+
+
+# What is refused
+
+
+def deep_tiff(pixels: np.ndarray) -> bytes:
+    """A TIFF of 16 bits a channel, RGB, which Pillow reads but does not write."""
+    tags = [
+        (256, 3, 1, pixels.shape[1]), (257, 3, 1, pixels.shape[0]), (258, 3, 3, 8 + 2 + 12 * 9 + 4), (259, 3, 1, 1),
+        (262, 3, 1, 2), (273, 4, 1, 8 + 2 + 12 * 9 + 4 + 6), (277, 3, 1, 3), (278, 3, 1, pixels.shape[0]),
+        (279, 4, 1, pixels.nbytes),
+    ]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, 9) + entries + struct.pack("<I3H", 0, 16, 16, 16) + pixels.tobytes()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(png(2, 1, 16, colour, bytes(1 + 4 * count)) for colour, count in [(0, 1), (2, 3), (4, 2), (6, 4)]),
+        saved(picture(GREY.astype(np.uint16)), "TIFF"),
+        saved(picture(GREY.astype(np.int32)), "TIFF"),
+        saved(picture(GREY.astype(np.float32)), "TIFF"),
+        deep_tiff(RGB.astype("<u2")),
+        saved(picture(GREY.astype(np.uint16)), "PPM"),
+        b"P6 2 1 65535\n" + bytes(12),
+        b"P3 2 1 1000\n0 0 0 9 9 999\n",
+    ],
+    ids=["L", "RGB", "LA", "RGBA", "tiff-I;16", "tiff-I", "tiff-F", "tiff-RGB", "ppm-I", "ppm-RGB", "ppm-plain"],
+)
+def test_more_than_eight_bits_are_refused(content: bytes) -> None:
+    """Pillow would cut some of them off at 255, and drop bits of the others."""
+    assert refused(content) == "its channels have more than 8 bits; convert it to 8 bits"
+
+
+def test_sixteen_bits_for_all_channels_together_are_taken() -> None:
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0) + struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    content = b"BM" + struct.pack("<IHHI", 14 + len(header) + 4, 0, 0, 14 + len(header)) + header
+    assert decode_image(content + struct.pack("<HH", 0xF800, 0x7E0), "a").reshape(3, 2).T.tolist() == [
+        [255, 0, 0],
+        [0, 255, 0],
+    ]
+
+
+PNG, JPEG = saved(picture(GREY)), saved(picture(SMOOTH), "JPEG")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"text", b"<html>", bytes(1000), PNG[:8], PNG[:33], PNG[:50], JPEG[:2], JPEG[:100], JPEG[:-100],
+        encode_png(GREY)[:60], PNG.replace(b"IDAT", b"IDAU"), png(0, 0, 8, 0, b""), png(5, 6, 8, 9, bytes(36)),
+        png(5, 6, 8, 0, bytes(20)), b"P6 5 6 255\n", b"II*\0" + b"\xff" * 20, b"GIF89a" + b"\xff" * 20,
+        saved(picture(RGB), "GIF")[:20], saved(picture(RGB), "WEBP")[:-20], saved(picture(RGB), "BMP")[:-20],
+        saved(picture(RGB), "TIFF")[:-20],
+    ],
+    ids=lambda content: f"{content[:20]!r}-{len(content)}",
+)  # fmt: skip
+def test_broken_files_are_one_line(content: bytes) -> None:
+    reason = refused(content)
+    assert reason
+    assert " at 0x" not in reason  # an address in memory: another one at every run
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PDF", "TGA", "JPEG2000"])
+def test_other_formats_are_refused(kind: str) -> None:
+    """EPS above all, for which Pillow would start Ghostscript."""
+    assert refused(saved(picture(RGB), kind)) == f"it is none of {', '.join(FORMATS)}, or cut off"
+
+
+def test_forty_thousand_pixels_squared_are_not_decoded() -> None:
+    """In 16 kilobytes; and sizes just above the limit, at which Pillow only warns."""
+    row = zlib.compressobj(9)
+    zeros = b"".join(row.compress(bytes(1 << 20)) for _ in range(16)) + row.flush()
+    tracemalloc.start()
+    try:
+        for width, height in [
+            (40_000, 40_000),
+            (LARGEST_PIXELS + 1, 1),
+            (1, LARGEST_PIXELS + 1),
+            (2**31 - 1, 2**31 - 1),
+        ]:
+            for depth, colour in [(8, 0), (1, 0), (8, 2), (8, 3), (16, 2)]:
+                parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)), (b"IDAT", zeros)]
+                content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in [*parts, (b"IEND", b"")])
+                assert len(content) < 20_000
+                assert refused(content) == "it has more than 89,478,485 pixels"
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_limit_of_pixels_holds_for_stored_pictures_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("classifier.decoding.LARGEST_PIXELS", 30)
+    decode_image(encode_png(GREY), "a")
+    assert refused(encode_png(np.zeros((1, 31), np.uint8))) == "it has more than 30 pixels"
+
+
+def test_grey_gifs_are_alike_whatever_their_palette() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)  # Pillow takes its palette for grey
+    assert decode_image(saved(picture(ramp), "GIF"), "a").shape == (3, 16, 16)
