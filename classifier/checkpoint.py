@@ -113,6 +113,17 @@ def _read(record: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and {"name", "started", "made_of"} <= content.keys() else {}
 
 
+def _unpacked(packed: bytes) -> dict[str, Any] | None:
+    """What a checkpoint holds; None if that is not what was saved, or is code."""
+    digest, content = packed[:DIGEST_BYTES], packed[DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    except Exception:  # of many kinds; their text is the advice to load the file as code
+        return None
+
+
 class Checkpoints:
     """The checkpoints of one training, in a folder that this process has locked."""
 
@@ -138,13 +149,9 @@ class Checkpoints:
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint that is whole, with its tensors on the CPU; None if there is none."""
         for path in reversed(self._files()):
-            content = memoryview(path.read_bytes())
-            if hashlib.sha256(content[DIGEST_BYTES:]).digest() == content[:DIGEST_BYTES]:
-                loaded: dict[str, Any] = torch.load(
-                    io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True
-                )
-                return loaded
-            print(f"{path}: damaged, so the checkpoint before it is used", file=sys.stderr)
+            if content := _unpacked(path.read_bytes()):
+                return content
+            print(f"{path}: damaged, so it is passed over for the checkpoint before it, if any", file=sys.stderr)
             path.unlink()
         return None
 
@@ -153,9 +160,9 @@ class Checkpoints:
         home = self.folder.parent
         with FileLock(home / ".lock"):
             for folder in sorted(home.glob("*/"), key=lambda folder: -folder.stat().st_mtime):
-                if folder != self.folder and (lock := _lock(folder)):
+                theirs = _read(folder / RECORD).get("made_of")
+                if folder != self.folder and theirs and (lock := _lock(folder)):
                     lock.release()
-                    theirs = _read(folder / RECORD).get("made_of", {})
                     keys = [key for key in {**theirs, **self.made_of} if theirs.get(key) != self.made_of.get(key)]
                     return ", ".join(f"{key} was {theirs.get(key)} and is {self.made_of.get(key)}" for key in keys)
         return None

@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 @app.callback()
 def classifier(context: typer.Context) -> None:
     """Trace, verify and promote the models of this repository."""
-    if context.invoked_subcommand != "sync" and journals():
+    if context.invoked_subcommand != "sync" and any(not journal.is_being_written() for journal in journals()):
         _send_journals()
 
 

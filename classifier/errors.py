@@ -1,13 +1,19 @@
-"""What ends a command early, and how: an error that a user can mend, a disk without room, or a signal."""
+"""What ends a command early, and how: an error that a user can mend, a place that cannot be written to, or a signal."""
 
 import errno
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 
 from classifier.interrupts import Interrupted, listen
 
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "file too large"}
+NO_ACCESS = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the disk is read-only",
+}
 
 
 class PipelineError(Exception):
@@ -17,24 +23,50 @@ class PipelineError(Exception):
 def run_main(main: Callable[[], None]) -> None:
     """Run a command's `main` and leave the process with its exit code.
 
-    0 done; 1 failed, with the PipelineError's message on standard error, or because there is no room to write; 130 or
-    143 interrupted by SIGINT or SIGTERM. Any other exception is a defect of the pipeline and keeps its traceback.
+    0 done; 1 failed, with the PipelineError's message on standard error, or because there is no room to write, or no
+    access; 130 or 143 interrupted by SIGINT or SIGTERM. Any other exception is a defect of the pipeline and keeps its
+    traceback.
     """
     listen()
     try:
+        _check_temporary_folder()
         main()
     except PipelineError as error:
         sys.exit(masked(str(error)))  # prints to standard error and exits with 1
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        sys.exit(
-            f"{error.filename or 'an output'} cannot be written: {NO_ROOM[error.errno]}; earlier files are as they "
-            "were. Make room, then run the same command again."
-        )
     except Interrupted as interrupt:
         print("\n".join(["interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         sys.exit(128 + interrupt.number)
+    except Exception as error:
+        fault = disk_fault(error)
+        if not fault or fault.errno is None:
+            raise
+        name = fault.filename or "an output"
+        if fault.errno in NO_ROOM:
+            what = f"{name} cannot be written: {NO_ROOM[fault.errno]}; earlier files are as they were. Make room"
+        else:
+            what = f"{name}: {NO_ACCESS[fault.errno]}; earlier files are as they were. Give yourself access"
+        sys.exit(f"{what}, then run the same command again.")
+
+
+def disk_fault(error: BaseException) -> OSError | None:
+    """The lack of room or of access behind an exception: libraries that cannot write raise others on top of it."""
+    behind: BaseException | None = error
+    while behind:
+        if isinstance(behind, OSError) and behind.errno in (*NO_ROOM, *NO_ACCESS):
+            return behind
+        behind = behind.__cause__ or (None if behind.__suppress_context__ else behind.__context__)
+    return None
+
+
+def _check_temporary_folder() -> None:
+    """Raise PipelineError if there is no folder for temporary files, which libraries ask for at places of their own."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise PipelineError(
+            f"{error.strerror}: their disks are full or they may not be written to; earlier files are as they were. "
+            "Make room, or set TMPDIR to a folder with room, then run the same command again."
+        ) from None
 
 
 def masked(text: str) -> str:

@@ -1,13 +1,14 @@
 """The exported formats: how each is written, and how each is read back.
 
 Every file takes pixels (N, C, H, W) float32 in [0, 1] for any N, and gives logits (N, classes).
-`python -m classifier.exchange FILE PIXELS.npy LOGITS.npy` reads a file in a process that knows nothing of the
-training: the logits of all images in one batch, then of the first image alone.
+`python -m classifier.exchange FILE` reads a file in a process that knows nothing of the training: it takes pixels, as
+numpy.save writes them, and gives the logits of all images in one batch, then of the first image alone.
 """
 
+import io
+import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,24 +31,25 @@ def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
     """
     network.cpu().eval()
     example = pixels.cpu().clone()  # of its own: torch.export.save stores all that lies behind a view
+    content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
     if path.suffix == ".pth":  # a pickle: reading it runs code, so for files of trusted origin only
-        with path.open("wb") as file:
-            torch.save(network, file)
+        torch.save(network, content)
     elif path.suffix == ".pt2":
-        torch.export.save(_program(network, example), path)
+        torch.export.save(_program(network, example), content)
     elif path.suffix == ".onnx":
-        torch.onnx.export(
+        model = torch.onnx.export(
             _program(network, example),
-            f=path,
             dynamo=True,
             verbose=False,
-            external_data=False,
             input_names=["pixels"],
             output_names=["logits"],
             dynamic_shapes=({0: "batch"},),
         )
+        assert model is not None  # noqa: S101, it is with dynamo=True
+        content.write(model.model_proto.SerializeToString())
     else:
         raise PipelineError(UNKNOWN_FORMAT.format(path))
+    path.write_bytes(content.getbuffer())
 
 
 def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -93,41 +95,49 @@ def check_files(paths: Sequence[Path], network: nn.Module, pixels: Tensor) -> di
     network.cpu().eval()
     with torch.inference_mode():
         expected = torch.cat([network(pixels), network(pixels[:1])]).numpy()
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = Path(folder) / "pixels.npy"
-        np.save(inputs, pixels.numpy())
-        outputs = {path: Path(folder) / f"{path.name}.npy" for path in paths}
-        readers = {
-            path: subprocess.Popen(
-                [sys.executable, "-m", "classifier.exchange", path, inputs, output],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+    readers = {
+        path: subprocess.Popen(
+            [sys.executable, "-m", "classifier.exchange", path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for path in paths
+    }
+    given = _npy(pixels.numpy())
+    answers = {path: reader.communicate(given) for path, reader in readers.items()}  # none is left running
+    differences = {}
+    for path, reader in readers.items():
+        output, complaint = answers[path]
+        if reader.returncode != 0:
+            reason = (complaint.decode(errors="replace").strip() or f"exit code {reader.returncode}").splitlines()[-1]
+            raise PipelineError(f"{path.name}: cannot be read back: {reason}")
+        logits = np.load(io.BytesIO(output))
+        if logits.shape != expected.shape:
+            raise PipelineError(f"{path.name}: gives {logits.shape[1]} logits an image, not {expected.shape[1]}")
+        differences[path.name] = difference = float(np.abs(logits - expected).max())
+        if not difference <= TOLERANCE:  # also when it is not a number
+            raise PipelineError(
+                f"{path.name}: its logits differ from the trained network's by {difference:.2g} on "
+                f"{len(pixels)} test images; at most {TOLERANCE:.0e} is allowed"
             )
-            for path, output in outputs.items()
-        }
-        complaints = {path: reader.communicate()[1] for path, reader in readers.items()}  # none is left running
-        differences = {}
-        for path, reader in readers.items():
-            if reader.returncode != 0:
-                reason = (complaints[path].strip() or f"exit code {reader.returncode}").splitlines()[-1]
-                raise PipelineError(f"{path.name}: cannot be read back: {reason}")
-            logits = np.load(outputs[path])
-            if logits.shape != expected.shape:
-                raise PipelineError(f"{path.name}: gives {logits.shape[1]} logits an image, not {expected.shape[1]}")
-            differences[path.name] = difference = float(np.abs(logits - expected).max())
-            if not difference <= TOLERANCE:  # also when it is not a number
-                raise PipelineError(
-                    f"{path.name}: its logits differ from the trained network's by {difference:.2g} on "
-                    f"{len(pixels)} test images; at most {TOLERANCE:.0e} is allowed"
-                )
     return differences
 
 
+def _npy(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
 def main() -> None:
-    path, inputs, output = map(Path, sys.argv[1:])
-    pixels = np.load(inputs)
-    np.save(output, np.concatenate([read_logits(path, pixels), read_logits(path, pixels[:1])]))
+    path = Path(sys.argv[1])
+    output = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what libraries print
+    pixels = np.load(io.BytesIO(sys.stdin.buffer.read()))
+    logits = np.concatenate([read_logits(path, pixels), read_logits(path, pixels[:1])])
+    with os.fdopen(output, "wb") as file:
+        file.write(_npy(logits))
 
 
 if __name__ == "__main__":

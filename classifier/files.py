@@ -1,19 +1,21 @@
 """The pipeline's files: their names, how they are written and hashed. Paths are relative to dvc.yaml."""
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
-from classifier.errors import PipelineError
+from classifier.errors import NO_ROOM, PipelineError, disk_fault
 
 PARAMS = Path("params.yaml")
 PIPELINE = Path("dvc.yaml")
@@ -50,24 +52,46 @@ def atomic(path: Path) -> Iterator[Path]:
     with temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            path.replace(folder / "old")  # a folder cannot be replaced while it has files
-        temporary.replace(path)
+        if temporary.is_dir():
+            _replace_folder(path, temporary, aside=folder)
+        else:
+            temporary.replace(path)
+
+
+def _replace_folder(path: Path, new: Path, aside: Path) -> None:
+    """Put a new folder where there may be one, which goes aside: it cannot be replaced while it has files."""
+    for number in itertools.count():
+        with suppress(FileNotFoundError):
+            path.replace(aside / f"old{number}")
+        try:
+            new.replace(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process has just put one there
+                raise
+        else:
+            return
 
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Give a folder beside `path`, on the same file system, for as long as the block lasts.
 
-    What a killed process has left of such folders for this path is removed.
+    What a killed process has left of such folders for this path is removed. An error for lack of room or of access
+    that the block meets in writing names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*"):
         process = left.name.removeprefix(f".{path.name}.").split(".")[0]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent) as folder:
-        yield Path(folder)
+    prefix = f".{path.name}.{os.getpid()}."
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+            yield Path(folder)
+    except Exception as error:
+        if (fault := disk_fault(error)) and (fault.errno in NO_ROOM or prefix in str(fault.filename)):
+            fault.filename = str(path)
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -93,8 +117,8 @@ def verified(path: Path) -> Path:
     recorded = locked_md5s().get(str(path))
     if recorded and hash_path(existing(path)) != recorded:
         raise PipelineError(
-            f"{path}: changed since the stage that wrote it; `dvc checkout {path}` brings back what was written, "
-            "`dvc repro` makes it again"
+            f"{path}: changed since the stage that wrote it; `dvc checkout --force {path}` brings back what was "
+            "written, `dvc repro` makes it again"
         )
     return existing(path)
 

@@ -5,6 +5,7 @@ it (classifier/sync.py) sends them, and removes the journal when it has ended an
 because there is no server or the store's disk is full, stays for the next stage or command, or for `classifier sync`.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -48,9 +49,11 @@ class Journal:
 
     def write(self, kind: str, **content: Any) -> None:
         """Add a record with the present time, durably. Raises OSError if there is no room for it."""
-        line = json.dumps({"kind": kind, "time": time.time(), **content}) + "\n"
-        with self._lines.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        # A line of its own also after one that is torn
+        line = f"\n{json.dumps({'kind': kind, 'time': time.time(), **content})}\n".encode()
+        with self._lines.open("ab", buffering=0) as file:  # at once: the stage and its sender both write
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._lines))
             os.fsync(file.fileno())
 
     def keep(self, path: Path) -> str:
@@ -76,7 +79,7 @@ class Journal:
     def records(self) -> list[dict[str, Any] | None]:
         """All that was written to the end; None for a record that is torn, as by a disk without room."""
         content = self._lines.read_bytes() if self._lines.exists() else b""
-        return [_record(line) for line in content.split(b"\n")[:-1]]
+        return [_record(line) for line in content.split(b"\n")[:-1] if line]
 
     @property
     def sent(self) -> int:
@@ -102,6 +105,7 @@ class Journal:
 
     def remove(self) -> None:
         """Delete it: MLflow has all."""
+        self._lines.unlink(missing_ok=True)  # first: of a removal that is cut off, nothing is left to be sent
         shutil.rmtree(self.folder)
 
 
@@ -116,8 +120,8 @@ def journals() -> list[Journal]:
 
 
 def is_complete(records: Sequence[dict[str, Any] | None]) -> bool:
-    """Whether the last of these records of a journal is the end."""
-    return bool(records) and records[-1] is not None and records[-1]["kind"] == "end"
+    """Whether the end is among these records of a journal: after it, only a measurement of the machine may come."""
+    return any(record and record["kind"] == "end" for record in records)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -125,4 +129,4 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and "kind" in record else None

@@ -48,12 +48,15 @@ def register(run_id: str, registered_model: str, onnx: Path, manifest: Path, exp
     if client.search_model_versions(f"name = '{registered_model}' and tags.`{EXPORT_TAG}` = '{export}'"):
         return
     packages = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
-    with mlflow.start_run(run_id):
+    with mlflow.start_run(run_id) as run:
+        for partial in client.search_logged_models([run.info.experiment_id], f"tags.`{EXPORT_TAG}` = '{export}'"):
+            client.delete_logged_model(partial.model_id)  # logged by a process that was killed before it was registered
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("serving.py")),
             artifacts={"model": str(onnx), "manifest": str(manifest)},
             pip_requirements=[f"{package}=={version(package)}" for package in packages],  # finding out takes seconds
+            tags={EXPORT_TAG: export},
         )
     hashes = {f"sha256.{name}": file["sha256"] for name, file in read_json(manifest)["files"].items()}
     with redirect_stderr(io.StringIO()):  # on which it tells that it was done

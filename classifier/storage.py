@@ -7,6 +7,8 @@ from typing import Any
 
 from dvc.repo import Repo
 
+from classifier.errors import masked
+
 YES, NO, IN_PART = "yes", "no", "in part"
 
 
@@ -78,4 +80,4 @@ class Storage:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{str(error) or type(error).__name__}".splitlines()[0][:100]
+    return masked(f"{str(error) or type(error).__name__}".splitlines()[0])[:100]

@@ -18,19 +18,24 @@ from pathlib import Path
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# The defaults make one call to a dead server take four minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with name and password
+# The defaults make one call to a dead server take four minutes; and what is sent again in the dark may arrive twice.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
 import mlflow
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
+from mlflow.store.db import utils as database_utils
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
 
 from classifier.errors import PipelineError, masked, run_main
 from classifier.files import repository_root, temporary_folder
 from classifier.params import load_params
+
+database_utils.MAX_RETRY_COUNT = 1  # ten attempts to reach a database take 100 seconds
+logging.getLogger(database_utils.__name__).setLevel(logging.CRITICAL)  # tracebacks of what `store_errors` tells
 
 AWAY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}  # MLflow's codes of what passes
 ADDRESS_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -93,15 +98,13 @@ def artifact(run_id: str, path: str) -> Iterator[Path | None]:
 
 
 def open_store() -> bool:
-    """Point MLflow to the store. False, and nothing is made, where the repository's own is not there yet."""
-    if (database := _own_database()) is None:
-        _use(os.environ[ADDRESS_VARIABLE])
-        return True
-    if not database.exists():
+    """Point MLflow to the store. False, and nothing is made, where its database is not there yet."""
+    if (database := _database()) and not database.exists():
         return False
-    _use(f"sqlite:///{database}")
-    with store_errors(), FileLock(_lock_file()):
-        _follow_move(database)
+    _use(_address())
+    if database and not os.environ.get(ADDRESS_VARIABLE):
+        with store_errors(), FileLock(_lock_file()):
+            _follow_move(database)
     return True
 
 
@@ -121,9 +124,14 @@ def address(named: str) -> Iterator[None]:
         os.environ[ADDRESS_VARIABLE] = before
 
 
-def _own_database() -> Path | None:
-    """The database of the repository's own store; None if the environment names another store."""
-    return None if os.environ.get(ADDRESS_VARIABLE) else repository_root() / "mlflow.db"
+def _address() -> str:
+    return os.environ.get(ADDRESS_VARIABLE) or f"sqlite:///{repository_root() / 'mlflow.db'}"
+
+
+def _database() -> Path | None:
+    """The file that is the store; None if a server has it."""
+    name = _address().partition("?")[0]
+    return Path(name.removeprefix("sqlite:///")) if name.startswith("sqlite:///") else None
 
 
 def _lock_file() -> Path:
@@ -138,12 +146,12 @@ def connect(experiment: str) -> str:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     artifacts = (repository_root() / "mlruns").as_uri()
     with store_errors():
-        if database := _own_database():
+        if database := _database():
             with FileLock(_lock_file()):  # two processes that create the database at the same time break it
                 if not database.exists():
                     _create(database, artifacts)
         open_store()
-        _check_writable()
+        check_writable()
         if found := mlflow.get_experiment_by_name(experiment):
             if found.lifecycle_stage == "deleted":
                 raise PipelineError(f"experiment: {experiment!r} is deleted in MLflow; restore it or name another")
@@ -164,11 +172,9 @@ def _create(database: Path, artifacts: str) -> None:
         (folder / database.name).replace(database)
 
 
-def _check_writable() -> None:
-    """Raise sqlite3.Error if the store is a file that cannot be written to: MLflow tries for minutes."""
-    uri = mlflow.get_tracking_uri()
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and path.exists():
+def check_writable() -> None:
+    """Raise sqlite3.Error if the store is a file that cannot be written to: MLflow tries 20 seconds in each call."""
+    if (path := _database()) and path.exists():
         with closing(sqlite3.connect(path, timeout=SQLITE_SECONDS)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.rollback()
@@ -188,18 +194,17 @@ def store_errors() -> Iterator[None]:
     try:
         yield
     except (MlflowException, sqlite3.Error, OSError) as error:  # OSError: requests' errors too
-        kind = StoreAway if getattr(error, "error_code", "INTERNAL_ERROR") in AWAY else PipelineError
         reason = masked(" ".join(str(error).split()))[:300]
-        raise kind(
-            f"the MLflow store {masked(mlflow.get_tracking_uri())} cannot be used: {reason}\n"
-            "Start it, or unset MLFLOW_TRACKING_URI to use the repository's own."
-        ) from None
+        text = f"the MLflow store {masked(mlflow.get_tracking_uri())} cannot be used: {reason}"
+        if isinstance(error, FileNotFoundError) or getattr(error, "error_code", "INTERNAL_ERROR") not in AWAY:
+            raise PipelineError(text) from None
+        raise StoreAway(f"{text}\nStart it, or unset MLFLOW_TRACKING_URI to use the repository's own.") from None
 
 
 def _follow_move(database: Path) -> None:
     """Where the repository was moved or copied, make its store find its artifacts again: it holds absolute paths."""
     artifacts = database.with_name("mlruns")
-    with closing(sqlite3.connect(database)) as store, store:
+    with closing(sqlite3.connect(database, timeout=SQLITE_SECONDS)) as store, store:
         columns = [
             (table, column)
             for (table,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()

@@ -10,11 +10,12 @@ import select
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from classifier import store
 from classifier.errors import PipelineError, masked
@@ -27,18 +28,23 @@ from classifier.tracking import EXPERIMENT_TAG, OPENER_TAG, TEST_SET_TAG, WEIGHT
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 SAMPLE_SECONDS = 10  # between measurements of the machine, and between attempts to reach a store that is away
+TURN_SECONDS = 30  # to wait for another process that sends
 
 
 @dataclass
 class OpenRun:
-    """The run that a journal speaks of, and what it has already: metrics by name and step."""
+    """The run that a journal speaks of, and what it has already: metrics by name and step.
+
+    sent: how many of the journal's records; if it has more by now, another process has sent them.
+    """
 
     run_id: str
     logged: set[tuple[str, int]]
+    sent: int
 
 
 class Sender:
@@ -54,15 +60,23 @@ class Sender:
         """
         faults: dict[Path, PipelineError] = {}
         home().mkdir(exist_ok=True)
-        with FileLock(home() / ".lock"):
+        try:
+            turn = FileLock(home() / ".lock", timeout=TURN_SECONDS).acquire()
+        except Timeout:
+            busy = PipelineError("another process is sending, and has not come to an end yet")
+            return {journal.folder: busy for journal in journals()}
+        with turn:
             for journal in journals():
                 try:
                     with store.store_errors():
                         self._send(journal)
                 except PipelineError as fault:
                     faults[journal.folder] = fault
+                except Exception as error:  # whatever the client of an artifact store raises
+                    faults[journal.folder] = PipelineError(masked(f"{type(error).__name__}: {error}")[:300])
+                if journal.folder in faults:
                     self._open.pop(journal.folder, None)  # next time it is asked what of the last record has arrived
-                    if isinstance(fault, store.StoreAway):
+                    if isinstance(faults[journal.folder], store.StoreAway):
                         break
         return faults
 
@@ -75,11 +89,15 @@ class Sender:
             return
         if first["store"] != masked(os.environ.get(store.ADDRESS_VARIABLE, "")):
             return
-        run = self._open.get(journal.folder) or self._open_run(journal, first)
-        for number, record in enumerate(records[journal.sent :], journal.sent):
+        run = self._open.get(journal.folder)
+        if run and run.sent == journal.sent:
+            store.check_writable()
+        else:
+            run = self._open_run(journal, first)
+        for number, record in enumerate(records[run.sent :], run.sent + 1):
             if record:
                 APPLY[record["kind"]](journal, run, record)
-            journal.sent = number + 1
+            journal.sent = run.sent = number
         complete = is_complete(records)  # these: more may be there by now
         if not alive and not complete:
             _end(journal, run, {"status": "KILLED", "time": time.time()})
@@ -89,10 +107,11 @@ class Sender:
 
     def _open_run(self, journal: Journal, record: dict[str, Any]) -> OpenRun:
         """Find the run that the first record of a journal speaks of, or make it."""
-        client = MlflowClient()
         experiment_id = store.connect(record["experiment"])
-        found = _find(record, experiment_id)
+        client = MlflowClient()  # of this store
+        found = _find(journal, record, experiment_id)
         if found is None:
+            journal.sent = 0  # also if there has been a run, in a store that was then made anew
             started = int(1000 * (record["started"] or record["time"]))
             tags = {OPENER_TAG: record["opener"]}
             found = client.create_run(experiment_id, start_time=started, tags=tags, run_name=record["name"])
@@ -100,14 +119,25 @@ class Sender:
         logged = {
             (key, m.step) for key in found.data.metrics for m in client.get_metric_history(found.info.run_id, key)
         }
-        self._open[journal.folder] = OpenRun(found.info.run_id, logged)
+        self._open[journal.folder] = OpenRun(found.info.run_id, logged, journal.sent)
         return self._open[journal.folder]
 
 
-def _find(record: dict[str, Any], experiment_id: str) -> Run | None:
-    """The run that this journal, or this training before it was killed, has opened; else one of the same weights."""
-    if opened := store.find_runs(f"tags.`{OPENER_TAG}` = '{record['opener']}'"):
-        return MlflowClient().get_run(opened[0].run_id)
+def _find(journal: Journal, record: dict[str, Any], experiment_id: str) -> Run | None:
+    """The run that this journal, or this training before it was killed, has opened; else one of the same weights.
+
+    Raises PipelineError if it was deleted.
+    """
+    experiments = [experiment.experiment_id for experiment in MlflowClient().search_experiments()]
+    opened: list[Run] = MlflowClient().search_runs(
+        experiments, f"tags.`{OPENER_TAG}` = '{record['opener']}'", run_view_type=ViewType.ALL
+    )
+    if opened and opened[0].info.lifecycle_stage == "deleted":
+        raise PipelineError(
+            f"run {opened[0].info.run_id} is deleted in MLflow; restore it, or remove {journal.folder} to do without it"
+        )
+    if opened:
+        return opened[0]
     if not record["weights"]:
         return None
     known = store.find_runs(f"tags.`{WEIGHTS_TAG}` = '{record['weights']}'")
@@ -189,8 +219,9 @@ class Sampler:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._monitor: Any = SystemMetricsMonitor(run_id="")  # type: ignore[no-untyped-call]
-        self._monitor.collect_metrics()  # the load since now
+        # It logs nothing here, but would make the database that its address names.
+        self._monitor: Any = SystemMetricsMonitor(run_id="", tracking_uri="http://localhost")  # type: ignore[no-untyped-call]
+        self._monitor.collect_metrics()  # type: ignore[no-untyped-call]  # the load since now
         self._clear()
 
     def sample(self) -> None:
@@ -200,7 +231,8 @@ class Sampler:
             self._monitor.collect_metrics()
             values = {f"system/{key}": value for key, value in self._monitor.aggregate_metrics().items()}
             self._clear()
-            self._journal.write("metrics", values=values, step=round(time.time() - records[0]["started"]))
+            with suppress(OSError):  # no room, or another process has sent and removed the journal
+                self._journal.write("metrics", values=values, step=round(time.time() - records[0]["started"]))
 
     def _clear(self) -> None:
         for monitor in self._monitor.monitors:
@@ -229,7 +261,7 @@ def main() -> None:
     sender, sampler = Sender(), Sampler(journal)
     told: set[Path] = set()
     away, ended, next_sample = False, False, time.monotonic() + SAMPLE_SECONDS
-    while not ended:
+    while not ended and journal.folder.exists():  # processes of the stage may keep it open beyond its end
         readable, _, _ = select.select([0], [], [], max(0, next_sample - time.monotonic()))
         ended = bool(readable) and os.read(0, 1 << 16) == b""
         if measured := time.monotonic() >= next_sample:

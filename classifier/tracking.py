@@ -55,12 +55,7 @@ class Tracker:
 
     def __init__(self) -> None:
         self.journal = Journal.create()
-        self._sender = subprocess.Popen(
-            [sys.executable, "-m", "classifier.sync", str(self.journal.folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # out of reach of Ctrl-C: it ends by itself when this process has ended
-        )
+        self._sender = _start_sender(self.journal)
         self._unused = weakref.finalize(self, _abandon, self.journal, self._sender)
 
     @contextmanager
@@ -181,6 +176,15 @@ class Tracker:
             )
 
 
+def _start_sender(journal: Journal) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "classifier.sync", str(journal.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # out of reach of Ctrl-C: it ends by itself when this process has ended
+    )
+
+
 def _abandon(journal: Journal, sender: "subprocess.Popen[bytes]") -> None:
     """End the sender of a stage that failed before it had anything to tell."""
     sender.kill()
@@ -209,9 +213,9 @@ def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
 
 
 def _spelt_parameters() -> dict[str, str]:
-    """Every parameter as params.yaml has it: 8 stays 8 where the parameter is a float."""
+    """Every parameter as params.yaml has it, passwords in addresses masked: 8 stays 8 where it is a float."""
     spelt = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in spelt.items()}
+    return {key: masked(value if isinstance(value, str) else json.dumps(value)) for key, value in spelt.items()}
 
 
 def _datasets(source: str) -> list[dict[str, str]]:

@@ -85,9 +85,10 @@ class TrainState:
         return next((name for name, weights in self.network.named_parameters() if not weights.isfinite().all()), None)
 
     def _diverged(self, what: str, lr: float, last_loss: float) -> NoReturn:
+        before = "the first" if math.isnan(last_loss) else f"the last finite loss was {last_loss:.6g}"
         best = f"; the best weights so far are of epoch {self.kept['epoch']:.0f}" if self.kept else ""
         raise PipelineError(
-            f"epoch {self.epoch + 1}, {what} at lr {lr:g}, the last finite loss was {last_loss:.6g}{best}\n"
+            f"epoch {self.epoch + 1}, {what} at lr {lr:g}, {before}{best}\n"
             "Lower lr, or look at the images of this batch."
         )
 

@@ -5,7 +5,9 @@ work while the imports go on. It may decide the speed, never a result: no stage 
 """
 
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 
@@ -13,6 +15,12 @@ import time
 # milliseconds: two trainings at once on the same cores, as with `dvc queue start -j 2`, then hold each other up so much
 # that both take many times as long as one after the other. One alone is as fast with this as by default.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+# On a full disk, Python 3.11 keeps the half of a compiled module that it could write, and no later start gets past it,
+# however much room there is then.
+if shutil.disk_usage(os.path.dirname(__file__)).free < 2**26:  # noqa: PTH120
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # for processes that the stage starts
 
 
 def _end_with_dvc() -> None:
@@ -22,6 +30,17 @@ def _end_with_dvc() -> None:
         time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGTERM)
 
+
+def _leave(number: int, frame: object) -> None:
+    """End at once: there is nothing to save yet, and an exception would be a traceback out of somebody's imports."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+if sys.argv[0] == "-m":  # as it is while `python -m stages.train` reads this file; run_main then takes over
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) != signal.SIG_IGN:
+            signal.signal(_number, _leave)
 
 if "DVC_STAGE" in os.environ:
     threading.Thread(target=_end_with_dvc, daemon=True).start()

@@ -5,7 +5,6 @@ Writes  models/export/: model.<format> for each of export_formats, manifest.json
 """
 
 import platform
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,12 +46,12 @@ def main() -> None:
             print(f"{name}: logits within {difference:.1e} of the trained network's on {len(pixels)} test images")
         files.write_json(folder / "manifest.json", manifest(params, models, list(pixels.shape[1:]), names))
 
-    with tracker.weights(params, environment(device)), tempfile.TemporaryDirectory() as folder:
+    with tracker.weights(params, environment(device)), files.temporary_folder(files.EXPORT) as folder:
         tracker.log_evaluation(test_set.md5(), if_missing=True)  # where DVC had the evaluation in its run cache
         tracker.log_files(files.EXPORT / "manifest.json")
         onnx = files.EXPORT / "model.onnx"
         if not onnx.exists():  # not among the formats asked for, but what the registered model computes with
-            onnx = Path(folder) / "model.onnx"
+            onnx = folder / "model.onnx"
             write(network, pixels[:2], onnx)
         tracker.register(params.registered_model, onnx, files.EXPORT / "manifest.json")
 

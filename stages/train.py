@@ -6,6 +6,7 @@ Keeps   with validation images, the weights of the epoch with the best validatio
         and until it has written them, checkpoints from which a killed training goes on to the same bytes
 """
 
+import io
 from functools import partial
 from pathlib import Path
 
@@ -94,8 +95,10 @@ def main() -> None:
                 state.end_epoch(figures, keep=better)
                 tracker.log_metrics(figures | {"images_per_second": images_per_second}, step=state.epoch)
 
-        with files.atomic(files.WEIGHTS) as path, path.open("wb") as file:
-            torch.save(state.weights, file)
+        content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
+        torch.save(state.weights, content)
+        with files.atomic(files.WEIGHTS) as path:
+            path.write_bytes(content.getbuffer())
         with files.atomic(files.EPOCHS) as path:
             pd.DataFrame(state.history).to_csv(path, index=False, lineterminator="\n")
         files.write_json(files.TRAIN_METRICS, state.kept)

@@ -9,6 +9,8 @@ from pathlib import Path
 from imports import ROOT
 from small_data import write_idx_dataset
 
+from classifier.files import hash_file
+
 # A data source as a user would add one: one file, here for small files in Fashion-MNIST's format.
 SMALL_SOURCE = '''"""Small IDX files in the folder data_path."""
 import shutil
@@ -53,6 +55,19 @@ class Project:
         (root / "dvc.lock").unlink(missing_ok=True)
         return cls(root)
 
+    def copy(self, root: Path) -> "Project":
+        """A copy of it all."""
+        shutil.copytree(self.root, root, symlinks=True)
+        return Project(root)
+
+    def copy_without_results(self, root: Path) -> "Project":
+        """A copy in which nothing has run yet: without outputs, lock, cache and MLflow store."""
+        results = shutil.ignore_patterns(
+            "raw", "images.zip", "annotations", "models", "metrics", "dvc.lock", "mlruns", "mlflow.db*", "cache", "tmp"
+        )  # fmt: skip
+        shutil.copytree(self.root, root, symlinks=True, ignore=results)
+        return Project(root)
+
     def commit(self) -> None:
         """Make a commit of all there is that Git does not ignore."""
         if not (self.root / ".git").exists():
@@ -60,6 +75,12 @@ class Project:
         self.run("git", "add", "--all")
         author = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
         self.run("git", *author, "commit", "--quiet", "--message=State under test")
+
+    def outputs(self) -> dict[str, str]:
+        """The md5 of each file in the folders of outputs, by its path."""
+        folders = (self.root / folder for folder in ("data", "models", "metrics"))
+        paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(self.root).as_posix(): hash_file(path) for path in paths}
 
     def set_params(self, **changes: str) -> None:
         """Replace values in params.yaml, given as they are spelt there."""

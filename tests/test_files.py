@@ -1,12 +1,25 @@
 """Atomic writing, JSON and hashes, and what is read from dvc.lock."""
 
+import errno
 import hashlib
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from classifier.errors import PipelineError
-from classifier.files import atomic, existing, hash_file, locked_md5s, read_json, write_json
+from classifier.files import (
+    atomic,
+    existing,
+    hash_file,
+    locked_md5s,
+    read_json,
+    temporary_folder,
+    write_json,
+)
 
 LOCK = """\
 schema: '2.0'
@@ -40,7 +53,7 @@ class Interrupted(Exception):
     """What stops a block in these tests."""
 
 
-def write_half(target: Path, error: type[BaseException]) -> None:
+def write_half(target: Path, error: type[BaseException] | BaseException) -> None:
     with atomic(target) as path:
         path.write_text("half")
         raise error
@@ -129,6 +142,58 @@ def test_the_old_folder_stays_when_the_block_raises(tmp_path: Path) -> None:
         write_half_a_folder(target)
     assert (target / "a.png").read_text() == "old"
     assert names_in(tmp_path) == {"plots"}
+
+
+def test_a_folder_that_several_replace_at_once_is_one_of_theirs(tmp_path: Path) -> None:
+    target = tmp_path / "plots"
+
+    def replace_often(name: str) -> None:
+        for _ in range(100):
+            with atomic(target) as path:
+                path.mkdir()
+                (path / name).touch()
+                (path / "both").write_text(name)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(replace_often, ["one", "two"]))
+    assert names_in(target) == {"both", (target / "both").read_text()}
+    assert names_in(tmp_path) == {"plots"}
+
+
+def test_what_a_killed_process_left_goes_and_what_others_have_stays(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as alive:
+        left = tmp_path / f".images.zip.{ended.pid}.abc"
+        others = [
+            tmp_path / f".images.zip.{alive.pid}.abc",
+            tmp_path / f".images.zip.{os.getpid()}.abc",
+            tmp_path / f".other.zip.{ended.pid}.abc",
+            tmp_path / ".images.zip.backup",
+            tmp_path / f"images.zip.{ended.pid}.abc",
+        ]
+        for folder in (left, *others):
+            folder.mkdir()
+            (folder / "images.zip").write_text("half")
+        with temporary_folder(tmp_path / "images.zip"):
+            assert not left.exists()
+        assert names_in(tmp_path) == {folder.name for folder in others}
+        assert all((folder / "images.zip").exists() for folder in others)
+        alive.communicate(b"\n")
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_lack_of_room_names_what_was_to_be_written(tmp_path: Path, kind: int) -> None:
+    target = tmp_path / "weights.pth"
+    with pytest.raises(OSError, match=r"weights\.pth'$") as caught:
+        write_half(target, OSError(kind, "no room"))
+    assert caught.value.filename == str(target)
+
+
+def test_a_file_that_may_not_be_read_is_named_itself(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError) as caught:
+        write_half(tmp_path / "weights.pth", PermissionError(errno.EACCES, "Permission denied", "image.png"))
+    assert caught.value.filename == "image.png"
 
 
 def test_json_comes_back_exactly(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from classifier.dataset import Batches, CustomImageDataset
 from classifier.device import seed_everything, set_threads
 from classifier.networks import build_network
-from classifier.training import build_optimizer, build_scheduler, train_loop
+from classifier.training import TrainState, build_optimizer, build_scheduler, train_loop
 
 GOLDEN = json.loads((ROOT / "tests/golden/tutorial_seed42.json").read_text())
 
@@ -45,11 +45,8 @@ def test_the_first_epoch_prints_the_tutorials_ten_losses(annotated: Project) -> 
     reports: list[tuple[int, float]] = []
     train_loop(
         batches,
-        network,
+        TrainState(network, optimizer, build_scheduler("constant", optimizer, len(batches))),
         nn.CrossEntropyLoss(),
-        optimizer,
-        build_scheduler("constant", optimizer, len(batches)),
-        epoch=0,
         accumulate_steps=1,
         precision="float32",
         report=lambda seen, loss: reports.append((seen, loss)),

@@ -4,9 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import mlflow
 import numpy as np
@@ -17,12 +19,16 @@ from imports import ROOT
 from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
+from tracker import without_sender
 
-from classifier import registry, tracking
+from classifier import registry
 from classifier.errors import PipelineError
 from classifier.exchange import write
-from classifier.params import load_params
+from classifier.params import Params, load_params
 from classifier.registry import Version, find_champion, find_versions, promote
+from classifier.store import find_runs
+from classifier.sync import Sender
+from classifier.tracking import Tracker
 
 pytestmark = pytest.mark.slow
 
@@ -70,20 +76,27 @@ def export(
     monkeypatch.chdir(repository)
     for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "DVC_ROOT", "DVC_EXP_NAME"):
         monkeypatch.delenv(variable, raising=False)
+    without_sender(monkeypatch)
 
     def run(right: range, test_set: str = "one") -> Version:
         Path("models/model_weights.pth").write_text(f"{params.registered_model} {right}")
         answers = pd.DataFrame({"actual": "circle", "predicted": "square"}, index=range(IMAGES))
         answers.loc[list(right), "predicted"] = "circle"
         answers.to_csv("metrics/plots/confusion.csv", index=False)
-        with tracking.training_run(params, {"device": "cpu"}):
-            pass
-        with tracking.run_of_weights(params, {"device": "cpu"}):
-            tracking.log_evaluation(test_set)
-            registry.register(params.registered_model, onnx / "model.onnx", onnx / "manifest.json")
+        train(params)
+        tracker = Tracker()
+        with tracker.weights(params, {"device": "cpu"}):
+            tracker.log_evaluation(test_set)
+            tracker.register(params.registered_model, onnx / "model.onnx", onnx / "manifest.json")
+        assert Sender().send_all() == {}
         return find_versions(f"name = '{params.registered_model}'")[0]
 
     return run
+
+
+def train(params: Params) -> None:
+    with Tracker().training(params, {"device": "cpu"}, uuid4().hex, time.time()):
+        pass
 
 
 def test_a_version_is_found_by_the_hash_of_an_exported_file(export: Callable[..., Version]) -> None:
@@ -177,16 +190,53 @@ def test_results_go_to_the_run_of_their_own_experiment_where_several_have_the_sa
     weights = Path("models/model_weights.pth").read_bytes()
     for name in ("first", "second"):
         monkeypatch.setenv("DVC_EXP_NAME", name)
-        with tracking.training_run(load_params(), {"device": "cpu"}):
-            Path("models/model_weights.pth").write_bytes(weights)
+        Path("models/model_weights.pth").write_bytes(weights)
+        train(load_params())
     monkeypatch.setenv("DVC_EXP_NAME", "first")
-    with tracking.run_of_weights(load_params(), {"device": "cpu"}):
-        assert not tracking.is_evaluated("one")
-        tracking.log_evaluation("one")
-        assert tracking.is_evaluated("one")
-    evaluated = {run.name: "test_accuracy" in run.metrics for run in tracking.find_runs("tags.`dvc.exp_name` != ''")}
+    tracker = Tracker()
+    with tracker.weights(load_params(), {"device": "cpu"}):
+        tracker.log_evaluation("one")
+    assert Sender().send_all() == {}
+    evaluated = {run.name: "test_accuracy" in run.metrics for run in find_runs("tags.`dvc.exp_name` != ''")}
     assert evaluated == {"first": True, "second": False}
     assert version.run_id not in evaluated
+
+
+def test_an_evaluation_is_logged_once_for_the_same_images_if_only_a_missing_one_is_asked_for(
+    export: Callable[..., Version],
+) -> None:
+    """As by `export`, where DVC had the evaluation in its run cache."""
+    version = export(range(60))
+    for test_set, accuracy in (("one", 0.7), ("another", 0.8)):
+        Path("metrics/test.json").write_text(f'{{"accuracy": {accuracy}, "loss": 0.5, "accuracy_ci95": [0.5, 0.9]}}')
+        tracker = Tracker()
+        with tracker.weights(load_params(), {"device": "cpu"}):
+            tracker.log_evaluation(test_set, if_missing=True)
+        assert Sender().send_all() == {}
+        (run,) = find_runs(f"attributes.run_id = '{version.run_id}'")
+        assert run.metrics["test_accuracy"] == (0.6 if test_set == "one" else accuracy)
+    Path("metrics/test.json").write_text('{"accuracy": 0.6, "loss": 0.5, "accuracy_ci95": [0.5, 0.7]}')
+
+
+def test_a_registration_that_was_cut_off_is_made_again_and_leaves_one_model(
+    export: Callable[..., Version], onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = export(range(60))
+
+    def cut_off(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    given = (before.run_id, before.name, onnx / "model.onnx", onnx / "manifest.json", "second export")
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow, "register_model", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            registry.register(*given)
+    for _ in range(2):
+        registry.register(*given)
+    assert [version.number for version in find_versions(f"name = '{before.name}'")] == [2, 1]
+    experiment = MlflowClient().get_run(before.run_id).info.experiment_id
+    models = MlflowClient().search_logged_models([experiment], f"source_run_id = '{before.run_id}'")
+    assert len(models) == 2
 
 
 def test_without_a_store_there_are_no_versions_and_none_is_made(

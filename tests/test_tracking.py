@@ -1,31 +1,18 @@
-"""One MLflow store for the repository, made safely, found from anywhere."""
+"""One MLflow store for the repository, made safely, found from anywhere, with a status for each way to end."""
 
+import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from project import Project, clean_environment
+from project import Project
+from tracker import finish, paced, statuses, wait_for
 
-LOG_ONE_RUN = """
-import sys, time
-from pathlib import Path
-from classifier import tracking
-from classifier.errors import PipelineError, run_main
-from classifier.params import load_params
-def main():
-    with tracking.training_run(load_params(), {"device": "cpu"}):
-        tracking.log_metrics({"val_loss": 1.5}, step=1)
-        tracking.log_files(Path("params.yaml"))
-        print("logged", flush=True)
-        if "wait" in sys.argv:
-            time.sleep(60)
-        if "fail" in sys.argv:
-            raise PipelineError("as when the loss is not finite")
-run_main(main)
-"""
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -37,42 +24,48 @@ def project(tmp_path: Path) -> Project:
     return project
 
 
+def log_one_run(project: Project, line: str = "end", **env: str) -> str:
+    """A training of five epochs; returns what it says on standard error."""
+    with paced(project, **env) as process:
+        complaint = finish(process, line)
+    assert process.returncode == (line != "end"), complaint
+    sync(project)
+    return complaint
+
+
+def sync(project: Project) -> None:
+    """Send what a busy machine had no time for."""
+    project.run(sys.executable, "-m", "classifier", "sync")
+
+
 def runs_in(store: Path, experiment: str = "fashion-mnist") -> list[Run]:
     client = MlflowClient(f"sqlite:///{store}")
     (found,) = [e for e in client.search_experiments() if e.name == experiment]
     return list(client.search_runs([found.experiment_id]))
 
 
-@pytest.mark.slow
 def test_processes_that_start_at_once_without_a_store_all_log_to_it(project: Project) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", LOG_ONE_RUN],
-            cwd=project.root,
-            env=clean_environment(project.root.parent),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    for process in processes:
-        _, complaint = process.communicate()
-        assert process.returncode == 0, complaint
-    assert [run.info.status for run in runs_in(project.root / "mlflow.db")] == ["FINISHED"] * 4
+    with ExitStack() as stack:
+        for process in [stack.enter_context(paced(project)) for _ in range(4)]:
+            finish(process)
+            assert process.returncode == 0
+    sync(project)
+    runs = runs_in(project.root / "mlflow.db")
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4
+    client = MlflowClient(f"sqlite:///{project.root / 'mlflow.db'}")
+    for run in runs:
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "val_loss")] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.slow
 def test_a_copy_of_the_repository_that_dvc_made_logs_to_the_main_one(project: Project, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     subprocess.run(["git", "clone", "--quiet", project.root, copy], check=True)
     (copy / "models").mkdir()
     (copy / "models/model_weights.pth").write_bytes(b"other weights")
-    Project(copy).run(
-        *(sys.executable, "-c", LOG_ONE_RUN),
-        DVC_ROOT=str(project.root),
-        DVC_EXP_NAME="loud-cat",
-        DVC_EXP_BASELINE_REV="1a2b",
-    )
+    main = str(project.root)
+    with paced(Project(copy), DVC_ROOT=main, DVC_EXP_NAME="loud-cat", DVC_EXP_BASELINE_REV="1a2b") as process:
+        finish(process)
+    sync(project)
     assert not (copy / "mlflow.db").exists()
     (run,) = runs_in(project.root / "mlflow.db")
     assert run.info.run_name == "loud-cat"
@@ -81,32 +74,38 @@ def test_a_copy_of_the_repository_that_dvc_made_logs_to_the_main_one(project: Pr
     assert run.info.artifact_uri.startswith(project.root.as_uri())
 
 
-@pytest.mark.slow
 def test_a_store_and_an_experiment_named_in_the_environment_win(project: Project, tmp_path: Path) -> None:
     store = tmp_path / "elsewhere.db"
-    project.run(
-        sys.executable, "-c", LOG_ONE_RUN, MLFLOW_TRACKING_URI=f"sqlite:///{store}", MLFLOW_EXPERIMENT_NAME="mine"
-    )
+    log_one_run(project, MLFLOW_TRACKING_URI=f"sqlite:///{store}", MLFLOW_EXPERIMENT_NAME="mine")
     assert not (project.root / "mlflow.db").exists()
     assert len(runs_in(store, "mine")) == 1
 
 
-@pytest.mark.slow
+def test_a_run_has_what_made_it_and_its_files(project: Project) -> None:
+    (project.root / "classifier/new.py").write_text("# not committed\n")
+    log_one_run(project)
+    (run,) = runs_in(project.root / "mlflow.db")
+    assert run.data.params["lr"] == "0.001"
+    assert run.data.tags["mlflow.source.git.commit"] == project.run("git", "rev-parse", "HEAD").stdout.strip()
+    assert run.data.tags["git.changed_files"] == "classifier/new.py"
+    assert run.data.metrics == {"train_loss": 1 / 5, "val_loss": 2 / 5}
+    folder = project.root / "mlruns" / run.info.run_id / "artifacts"
+    assert sorted(file.name for file in folder.iterdir()) == ["code.patch", "params.yaml"]
+
+
 def test_a_run_whose_training_fails_is_marked_so(project: Project) -> None:
-    done = project.run(sys.executable, "-c", LOG_ONE_RUN, "fail", check=False)
-    assert (done.returncode, done.stderr) == (1, "as when the loss is not finite\n")
+    assert log_one_run(project, "fail").endswith("as when the loss is not finite\n")
     (run,) = runs_in(project.root / "mlflow.db")
     assert run.info.status == "FAILED"
-    assert run.data.metrics == {"val_loss": 1.5}
+    assert run.data.metrics == {"train_loss": 1 / 5, "val_loss": 2 / 5}
 
 
-@pytest.mark.slow
 def test_a_moved_repository_finds_its_artifacts_and_logs_beside_them(project: Project, tmp_path: Path) -> None:
-    project.run(sys.executable, "-c", LOG_ONE_RUN)
+    log_one_run(project)
     moved = Project(tmp_path / "elsewhere" / "moved")
     moved.root.parent.mkdir()
     project.root.rename(moved.root)
-    moved.run(sys.executable, "-c", LOG_ONE_RUN)
+    log_one_run(moved)
     assert not project.root.exists()
     runs = runs_in(moved.root / "mlflow.db")
     assert len(runs) == 2
@@ -115,26 +114,26 @@ def test_a_moved_repository_finds_its_artifacts_and_logs_beside_them(project: Pr
         assert (moved.root / "mlruns" / run.info.run_id / "artifacts/params.yaml").is_file()
 
 
-@pytest.mark.slow
-def test_a_run_that_is_terminated_does_not_stay_running(project: Project) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", LOG_ONE_RUN, "wait"],
-        cwd=project.root,
-        env=clean_environment(project.root.parent),
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "logged\n"
-        process.terminate()
-    assert process.returncode == 143
-    (run,) = runs_in(project.root / "mlflow.db")
-    assert run.info.status == "FAILED"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_a_signal_ends_is_killed(project: Project, number: signal.Signals) -> None:
+    with paced(project) as process:
+        process.send_signal(number)
+        process.wait(timeout=10)
+    assert process.returncode == 128 + number
+    sync(project)
+    assert statuses(project.root / "mlflow.db") == ["KILLED"]
 
 
-@pytest.mark.slow
-def test_a_server_that_is_not_there_is_told_within_seconds(project: Project) -> None:
-    done = project.run(sys.executable, "-c", LOG_ONE_RUN, check=False, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+def test_a_run_whose_process_is_killed_does_not_stay_running(project: Project) -> None:
+    """Its sender notices."""
+    with paced(project) as process:
+        process.kill()
+    wait_for(lambda: not list((project.root / ".journal").glob("*/")))
+    assert statuses(project.root / "mlflow.db") == ["KILLED"]
+
+
+def test_a_stage_that_fails_before_it_trains_leaves_no_run_and_no_journal(project: Project) -> None:
+    done = project.run(sys.executable, "-m", "stages.train", check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("the MLflow store http://127.0.0.1:9 cannot be used: ")
-    assert "Traceback" not in done.stderr
+    assert not (project.root / "mlflow.db").exists()
+    assert list((project.root / ".journal").glob("*/")) == []

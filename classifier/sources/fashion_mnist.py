@@ -70,7 +70,8 @@ class PlaceFailed(Exception):
 def fetch(raw: Path, data_path: Path) -> None:
     """Write the four unpacked IDX files to `raw` (data_path is not used: this source knows its places).
 
-    Raises PipelineError, with every place tried and why it failed, when none has the right content.
+    Raises PipelineError, with every place tried and why it failed, when none has the right content, and OSError when a
+    place failed and there is no room: the next one would fail too.
     `raw` is written only once all four files are verified.
     """
     places: list[tuple[str, Callable[[Path], None]]] = []
@@ -87,6 +88,7 @@ def fetch(raw: Path, data_path: Path) -> None:
                 bring(folder)
                 _verify(folder)
             except (PlaceFailed, OSError) as error:
+                _check_room(folder)
                 failures.append(f"  {place}: {error}")
                 print(f"  not used: {error}", flush=True)
                 continue
@@ -144,6 +146,12 @@ def _verify(folder: Path) -> None:
         if (found := hash_file(folder / name)) != md5:
             size = (folder / name).stat().st_size
             raise PlaceFailed(f"{name} has the wrong content, {size} bytes with md5 {found}, not {md5}")
+
+
+def _check_room(folder: Path) -> None:
+    """Raise OSError if there is no room for the largest file, whatever a place said of its failure."""
+    with (folder / "room").open("wb") as file:
+        file.write(bytes(LARGEST_BYTES))
 
 
 def _unpack(packed: Path, target: Path) -> None:

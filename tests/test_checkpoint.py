@@ -1,0 +1,409 @@
+"""Checkpoints: a training that was interrupted anywhere goes on to the same bytes, and from its own state alone."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from imports import ROOT
+from small_images import CLASSES, write_images
+from torch import Tensor, nn
+
+from classifier import checkpoint
+from classifier.checkpoint import Checkpoints, checkpoints, makings
+from classifier.dataset import Batches, CustomImageDataset
+from classifier.device import seed_everything
+from classifier.training import TrainState, build_optimizer, build_scheduler, test_loop, train_loop
+
+MAKINGS = {"lr": 0.1, "data/images.zip": "an md5"}
+EPOCHS, BATCHES, ACCUMULATE = 2, 5, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine make such small networks ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of all checkpoints, empty."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.3)
+    return tmp_path / ".checkpoints"
+
+
+class Stopped(BaseException):
+    """What a signal or a kill is here."""
+
+
+def give_up(**makings: Any) -> Path:
+    """A training with these makings that was interrupted after its first checkpoint; its folder."""
+    with suppress(Stopped), checkpoints(makings) as saved:
+        saved.save(0, 1, {"batch": 1})
+        raise Stopped
+    return saved.folder
+
+
+# The same bytes
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
+    csv, images = write_images(tmp_path_factory.mktemp("images"), count=37, size=8)  # the last batch is of five
+    return Batches(
+        CustomImageDataset(csv, images), 8, torch.device("cpu"), seed=3, shuffle=True,
+        augmentations=["crop", "flip", "erase"], memory_limit_gib=1, workers=0,
+    )  # fmt: skip
+
+
+Result = tuple[bytes, str]  # the file of the weights that are kept, and the figures of all epochs
+
+
+class Training:
+    """A training as the stage has it, of a network whose every kind of state matters."""
+
+    def __init__(self, batches: Batches, optimizer: str, stop_before: int | None = None) -> None:
+        self.batches = batches
+        seed_everything(7)
+        network = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, CLASSES)
+        )
+        chosen = build_optimizer(optimizer, list(network.parameters()), 0.02, 0.9, 1e-3)
+        updates = EPOCHS * -(-BATCHES // ACCUMULATE)
+        self.state = TrainState(network, chosen, build_scheduler("onecycle", chosen, updates))
+        self.stop_before, self.seen = stop_before, 0
+        network.register_forward_pre_hook(self.stop)
+
+    def stop(self, network: nn.Module, _: Any) -> None:
+        if network.training and self.seen == self.stop_before:
+            raise Stopped
+        self.seen += network.training
+
+    def run(self) -> Result:
+        """Train to the end."""
+        state = self.state
+        with checkpoints(MAKINGS) as saved:
+            if content := saved.load():
+                state.restore(content)
+            while state.epoch < EPOCHS:
+                loss = train_loop(
+                    self.batches, state, nn.CrossEntropyLoss(), accumulate_steps=ACCUMULATE, precision="float32",
+                    after_update=lambda: saved.save(state.epoch, state.batch, state.content()),
+                )  # fmt: skip
+                val_loss, _ = test_loop(self.batches, state.network, "float32")
+                state.end_epoch({"train_loss": loss, "val_loss": val_loss}, keep=True)
+        buffer = io.BytesIO()
+        torch.save(state.weights, buffer)
+        return buffer.getvalue(), json.dumps([state.history, state.kept])
+
+
+@pytest.fixture(scope="module", params=["adam", "sgd"])
+def uninterrupted(request: pytest.FixtureRequest, batches: Batches, tmp_path_factory: Any) -> tuple[str, Result]:
+    """An optimiser's name, and what it leads to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("uninterrupted")))
+        return request.param, Training(batches, request.param).run()
+
+
+@pytest.mark.parametrize("batch", range(EPOCHS * BATCHES))
+def test_a_training_stopped_before_any_batch_goes_on_to_the_same_bytes(
+    batches: Batches, uninterrupted: tuple[str, Result], batch: int, home: Path
+) -> None:
+    optimizer, expected = uninterrupted
+    with pytest.raises(Stopped):
+        Training(batches, optimizer, stop_before=batch).run()
+    random.seed(batch)
+    resumed = Training(batches, optimizer)
+    assert resumed.run() == expected
+    done = batch // BATCHES * BATCHES + batch % BATCHES // ACCUMULATE * ACCUMULATE  # batches that an update has ended
+    assert resumed.seen == EPOCHS * BATCHES - done
+    assert not list(home.glob("*/"))
+
+
+def test_a_training_stopped_twice_goes_on_to_the_same_bytes(
+    batches: Batches, uninterrupted: tuple[str, Result]
+) -> None:
+    optimizer, expected = uninterrupted
+    for stop in (4, 3):
+        with pytest.raises(Stopped):
+            Training(batches, optimizer, stop_before=stop).run()
+    assert Training(batches, optimizer).run() == expected
+
+
+def test_the_random_states_come_back(batches: Batches) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002, S311
+
+    state = Training(batches, "adam").state
+    content = state.content()
+    with suppress(Stopped), checkpoints(MAKINGS) as saved:
+        saved.save(0, 0, content)
+        raise Stopped
+    drawn = draw()
+    assert draw() != drawn
+    with checkpoints(MAKINGS) as saved:
+        loaded = saved.load()
+        assert loaded
+        state.restore(loaded)
+    assert draw() == drawn
+
+
+# Checkpoints that are damaged
+
+
+def test_the_last_two_checkpoints_are_kept() -> None:
+    with checkpoints(MAKINGS) as saved:
+        for epoch, batch in ((0, 9), (0, 10), (1, 2), (10, 1)):
+            saved.save(epoch, batch, {"epoch": epoch})
+        assert sorted(path.name for path in saved.folder.glob("*.pt")) == [
+            "epoch-000001-batch-000000002.pt",
+            "epoch-000010-batch-000000001.pt",
+        ]
+        assert saved.load() == {"epoch": 10}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class RunsCodeWhenUnpickled:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def plant_code(path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(RunsCodeWhenUnpickled(path.with_name("ran")), buffer)
+    path.write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_byte, plant_code])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with checkpoints(MAKINGS) as saved:
+        saved.save(0, 1, {"batch": 1})
+        saved.save(0, 2, {"batch": 2})
+        last = saved.folder / "epoch-000000-batch-000000002.pt"
+        damage(last)
+        assert saved.load() == {"batch": 1}
+        assert (
+            capsys.readouterr().err == f"{last}: damaged, so it is passed over for the checkpoint before it, if any\n"
+        )
+        assert not (saved.folder / "ran").exists()
+
+
+def test_with_all_checkpoints_damaged_training_starts_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    with checkpoints(MAKINGS) as saved:
+        for batch in (1, 2):
+            saved.save(0, batch, {"batch": batch})
+        for path in saved.folder.glob("*.pt"):
+            truncate(path)
+        assert saved.load() is None
+        assert capsys.readouterr().err.count("damaged") == 2
+        saved.save(0, 1, {"batch": 1})
+        assert saved.load() == {"batch": 1}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "a"}'])
+def test_a_training_whose_record_is_damaged_starts_anew(content: str) -> None:
+    folder = give_up(lr=0.1)
+    (folder / "training.json").write_text(content)
+    with checkpoints({"lr": 0.1}) as saved:
+        assert saved.load() is None
+        assert saved.made_of == {"lr": 0.1}
+
+
+def test_a_checkpoint_for_which_there_is_no_room_leaves_the_ones_before() -> None:
+    with checkpoints(MAKINGS) as saved:
+        saved.save(0, 1, {"batch": 1})
+        saved.save(0, 2, {"batch": 2})
+        with no_file_above(5000), pytest.raises(OSError, match="File too large"):
+            saved.save(0, 3, {"weights": torch.zeros(10_000)})
+        assert saved.load() == {"batch": 2}
+        assert sorted(path.name for path in saved.folder.iterdir()) == [
+            "epoch-000000-batch-000000001.pt",
+            "epoch-000000-batch-000000002.pt",
+            "training.json",
+        ]
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Files cannot be longer, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# Which training goes on from which
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A folder with a pipeline of one stage and its files; the values of its parameters."""
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text(
+        "stages:\n  train:\n    deps: [train.py, '${network}.py', data]\n    params: [lr, network, weights]\n"
+    )
+    for name in ("train.py", "mlp.py", "cnn.py", "start.pth"):
+        Path(name).write_text(name)
+    Path("data").mkdir()
+    Path("data/train.csv").write_text("file,label\n")
+    return {"lr": 0.1, "network": "mlp", "weights": "start.pth", "workers": 2}
+
+
+def test_the_makings_are_deps_parameters_weights_and_environment(pipeline: dict[str, Any]) -> None:
+    found = makings("train", pipeline, {"torch": "2"})
+    assert list(found) == ["train.py", "mlp.py", "data", "start.pth", "lr", "network", "weights", "torch"]
+    assert found == makings("train", pipeline | {"workers": 0}, {"torch": "2"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.update(lr=0.2),
+        lambda values: values.update(network="cnn"),
+        lambda values: Path("train.py").write_text("other code"),
+        lambda values: Path("mlp.py").write_text("other code"),
+        lambda values: Path("data/train.csv").write_text("file,label\n0.png,1\n"),
+        lambda values: Path("data/train.csv").rename("data/val.csv"),
+        lambda values: Path("start.pth").write_text("other weights"),
+    ],
+    ids=["parameter", "network", "code", "network's code", "data", "file names", "weights"],
+)
+def test_a_training_of_other_makings_has_its_own_checkpoints(
+    pipeline: dict[str, Any], change: Callable[[dict[str, Any]], None]
+) -> None:
+    give_up(**makings("train", pipeline, {}))
+    change(pipeline)
+    with checkpoints(makings("train", pipeline, {})) as saved:
+        assert saved.load() is None
+
+
+def test_a_training_in_another_environment_has_its_own_checkpoints(pipeline: dict[str, Any]) -> None:
+    give_up(**makings("train", pipeline, {"torch": "2"}))
+    with checkpoints(makings("train", pipeline, {"torch": "3"})) as saved:
+        assert saved.load() is None
+
+
+def test_a_training_that_goes_on_keeps_its_name_and_start() -> None:
+    with pytest.raises(Stopped), checkpoints(MAKINGS) as first:
+        raise Stopped
+    with checkpoints(MAKINGS) as second:
+        assert (second.name, second.started) == (first.name, first.started)
+    with checkpoints(MAKINGS) as third:
+        assert third.name != first.name
+
+
+def test_what_sets_a_given_up_training_apart_is_told() -> None:
+    give_up(lr=0.1, epochs=3, cnn="an md5")
+    with checkpoints({"lr": 0.2, "epochs": 3, "mlp": "another md5"}) as saved:
+        assert saved.given_up() == (
+            "lr was 0.1 and is 0.2, cnn was an md5 and is None, mlp was None and is another md5"
+        )
+
+
+def test_of_several_given_up_trainings_the_last_is_told() -> None:
+    for age, lr in ((100, 0.1), (200, 0.2)):
+        folder = give_up(lr=lr)
+        os.utime(folder, (0, folder.stat().st_mtime - age))
+    with checkpoints({"lr": 0.3}) as saved:
+        assert saved.given_up() == "lr was 0.1 and is 0.3"
+
+
+def test_a_training_under_way_is_not_told_as_given_up() -> None:
+    with checkpoints({"lr": 0.1}), checkpoints({"lr": 0.2}) as saved:
+        assert saved.given_up() is None
+
+
+def test_a_given_up_training_with_a_damaged_record_is_not_told() -> None:
+    (give_up(lr=0.1) / "training.json").write_text("{")
+    with checkpoints({"lr": 0.2}) as saved:
+        assert saved.given_up() is None
+
+
+# What is left, and what is locked
+
+
+def test_a_training_that_succeeds_leaves_nothing(home: Path) -> None:
+    with checkpoints(MAKINGS) as saved:
+        saved.save(0, 1, {})
+    assert [path.name for path in home.iterdir() if path.name != ".lock"] == []
+
+
+def test_the_oldest_given_up_trainings_go_but_none_under_way(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def made(number: int, folder: Path) -> Path:
+        os.utime(folder, (number, number))
+        return folder
+
+    with checkpoints({"number": 0}) as oldest:
+        made(0, oldest.folder)
+        folders = [made(number, give_up(number=number)) for number in range(1, checkpoint.KEPT_TRAININGS)]
+        assert set(home.glob("*/")) == {oldest.folder, *folders}
+        newest = [give_up(number=100), give_up(number=101)]
+        assert set(home.glob("*/")) == {oldest.folder, *folders[1:], *newest}
+        assert capsys.readouterr().out == f"removed the checkpoints of a training that was given up: {folders[0]}\n"
+
+
+def test_a_process_with_the_same_makings_waits_and_gets_its_own_set_and_a_killed_ones_lock_is_free() -> None:
+    holder = (
+        "import time; from classifier.checkpoint import checkpoints\n"
+        "with checkpoints({'lr': 0.1}) as saved:\n"
+        "    saved.save(0, 5, {'batch': 5}); print(saved.name, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        name = process.stdout.readline().strip()
+        with checkpoints({"lr": 0.1}) as second:
+            assert second.name != name
+            assert second.load() is None
+        process.send_signal(signal.SIGKILL)
+    with checkpoints({"lr": 0.1}) as third:
+        assert third.name == name
+        assert third.load() == {"batch": 5}
+
+
+def test_tensors_of_a_checkpoint_come_back_bit_for_bit() -> None:
+    tensor = torch.tensor([0.1, float("nan"), -0.0, 1e-45])
+    with checkpoints(MAKINGS) as saved:
+        saved.save(0, 1, {"tensor": tensor})
+        loaded = Checkpoints(saved.folder).load()
+        assert loaded
+        assert bits(loaded["tensor"]) == bits(tensor)
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.numpy().tobytes()

@@ -1,0 +1,171 @@
+"""Signals end a command with their exit code: at once, or where it is safe to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from imports import ROOT
+
+from classifier.errors import PipelineError
+from classifier.interrupts import SIGNALS, Interrupted, held_back, listen
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+READY = "print('ready', flush=True)"
+IMPORTS = "import time; from classifier.errors import run_main; from classifier.interrupts import held_back"
+
+
+def start(body: str, *, ignored: bool = False) -> "subprocess.Popen[str]":
+    """A command with this `main`, which has printed `ready`; SIGINT is ignored, as in the background, or is not."""
+    lines = "\n    ".join(body.splitlines())
+    code = f"{IMPORTS}\ndef main():\n    {lines}\nrun_main(main)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def ending(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    output, errors = process.communicate(timeout=20)
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_command_with_its_exit_code_and_one_line(number: signal.Signals) -> None:
+    process = start(f"{READY}\ntime.sleep(20)")
+    process.send_signal(number)
+    assert ending(process) == (EXIT_CODES[number], "", "interrupted\n")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_is_held_back_ends_the_command_at_its_release(number: signal.Signals) -> None:
+    body = f"""\
+with held_back(10) as held:
+    {READY}
+    while not held.number:
+        time.sleep(0.01)
+    print('at a safe place', flush=True)
+    held.release()
+    print('too far')"""
+    process = start(body)
+    process.send_signal(number)
+    assert ending(process) == (EXIT_CODES[number], "at a safe place\n", "interrupted\n")
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    process = start(f"{READY}\ntime.sleep(0.5)\nprint('done')", ignored=True)
+    process.send_signal(signal.SIGINT)
+    assert ending(process) == (0, "done\n", "")
+
+
+def test_a_signal_that_is_ignored_stays_ignored_while_others_are_held_back() -> None:
+    process = start(f"with held_back(10):\n    {READY}\n    time.sleep(0.5)\n    print('done')", ignored=True)
+    process.send_signal(signal.SIGINT)
+    assert ending(process) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_a_stage_imports_its_modules_ends_it_without_a_traceback(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while "multiarray" not in Path(f"/proc/{process.pid}/maps").read_text():  # of numpy, the first of the large ones
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert ending(process) == (EXIT_CODES[number], "", "interrupted\n")
+
+
+def test_what_an_interrupted_block_has_to_say_is_told() -> None:
+    body = f"""\
+try:
+    {READY}
+    time.sleep(20)
+except BaseException as interrupt:
+    interrupt.add_note('go on with the same command')
+    raise"""
+    process = start(body)
+    process.send_signal(signal.SIGTERM)
+    assert ending(process) == (143, "", "interrupted\ngo on with the same command\n")
+
+
+@pytest.fixture
+def listening() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
+    listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_signal_is_held_until_the_end_of_the_block() -> None:
+    passed, number = send_held_back(signal.SIGTERM)
+    assert (passed, number) == ([signal.SIGTERM], signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_second_signal_is_not_held_back() -> None:
+    passed, number = send_held_back(signal.SIGTERM, signal.SIGINT)
+    assert (passed, number) == ([signal.SIGTERM], signal.SIGINT)
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_signal_is_held_back_for_so_many_seconds_at_most() -> None:
+    started = time.monotonic()
+    passed, number = send_held_back(signal.SIGTERM, seconds=0.2, wait=20)
+    assert 0.2 <= time.monotonic() - started < 5
+    assert (passed, number) == ([], signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("listening")
+def test_after_the_block_time_does_not_run_out() -> None:
+    send_held_back(signal.SIGTERM, seconds=0.1)
+    time.sleep(0.3)
+
+
+@pytest.mark.usefixtures("listening")
+def test_without_a_signal_nothing_is_raised_and_the_next_one_is_not_held_back() -> None:
+    with held_back(0.1) as held:
+        held.release()
+    with pytest.raises(Interrupted):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("listening")
+def test_an_error_of_the_block_is_told_rather_than_the_signal() -> None:
+    def fail() -> None:
+        with held_back(10):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise PipelineError("diverged")
+
+    with pytest.raises(PipelineError, match="diverged"):
+        fail()
+
+
+def send_held_back(*numbers: int, seconds: float = 10, wait: float = 0) -> tuple[list[int], int]:
+    """Send signals to this process in a block that holds them back; those that it went on after, and what ended it."""
+    passed: list[int] = []
+    try:
+        with held_back(seconds):
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(wait)
+                passed.append(number)
+    except Interrupted as interrupt:
+        return passed, interrupt.number
+    raise AssertionError("the block was not interrupted")
