@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
@@ -284,7 +285,8 @@ def load_weights(network: nn.Module, path: Path, device: torch.device) -> None:
     if not path.is_file():
         raise PipelineError(f"weights: there is no file {path}")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files of other programs
+            state = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # of many kinds; their text is the advice to load the file as code
         raise PipelineError(
             f"weights: {path} cannot be read; it must be a whole file of tensors alone, as "

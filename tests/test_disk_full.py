@@ -197,7 +197,7 @@ def test_a_mirrored_download_without_room_tries_no_other_place(downloading: Path
     for name in FILES:
         (tmp_path / "mirror" / f"{name}.gz").write_bytes(bytes(2_000_000))
     with mirror(tmp_path / "mirror") as way:
-        done = run_stage(downloading, "download", limit=1_000_000, **way)
+        done = run_stage(downloading, "download", limit=1_000_000, **way)  # type: ignore[arg-type]
     check_download(done, downloading, "file too large", places=1)
 
 
@@ -403,6 +403,6 @@ def test_dvc_repro_completes_after_the_disk_was_full_again_and_again(reference: 
         assert lock.read_bytes() == (reference.root / "dvc.lock").read_bytes()
         assert project.stages_run(project.dvc("repro").stdout) == []
         assert not list((project.root / ".checkpoints").glob("*/"))
-        for path in (project.root / ".dvc/cache/files/md5").rglob("*"):
-            assert path.is_dir() or f"{path.parent.name}{path.name}".removesuffix(".dir") == hash_file(path)
+        for path in (project.root / ".dvc/cache/files/md5").glob("*/[!.]*"):  # DVC leaves hidden ones that are half
+            assert f"{path.parent.name}{path.name}".removesuffix(".dir") == hash_file(path)
     assert len(last_stages) > 2

@@ -18,8 +18,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     project = Project.create(tmp_path / "project")
-    (project.root / "models").mkdir()
-    (project.root / "models/model_weights.pth").write_bytes(b"weights")
     project.commit()
     return project
 
@@ -60,8 +58,6 @@ def test_processes_that_start_at_once_without_a_store_all_log_to_it(project: Pro
 def test_a_copy_of_the_repository_that_dvc_made_logs_to_the_main_one(project: Project, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     subprocess.run(["git", "clone", "--quiet", project.root, copy], check=True)
-    (copy / "models").mkdir()
-    (copy / "models/model_weights.pth").write_bytes(b"other weights")
     main = str(project.root)
     with paced(Project(copy), DVC_ROOT=main, DVC_EXP_NAME="loud-cat", DVC_EXP_BASELINE_REV="1a2b") as process:
         finish(process)
