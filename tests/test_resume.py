@@ -64,7 +64,7 @@ def project(reference: Reference, tmp_path: Path) -> Project:
 # Killing
 
 
-def start(project: Project, command: list[str]) -> "subprocess.Popen[bytes]":
+def start(project: Project, command: list[str]) -> "subprocess.Popen[str]":
     """Start a command in a process group of its own, as in a terminal."""
     with (project.root.parent / "errors").open("w") as errors:
         return subprocess.Popen(

@@ -19,7 +19,7 @@ from classifier.storage import _first_line
 from classifier.store import store_errors
 from classifier.tracking import Tracker
 
-TRACKER_SECRET, REMOTE_SECRET = "tr4cker-s3cret", "r3mote-s3cret"  # noqa: S105
+TRACKER_SECRET, REMOTE_SECRET = "tr4cker-s3cret", "r3mote-s3cret"
 REMOTE = f"https://me:{REMOTE_SECRET}@127.0.0.1:9/dvc"
 
 
