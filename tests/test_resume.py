@@ -142,7 +142,7 @@ def kill_stage(project: Project, dvc: int, stage: psutil.Process) -> None:
 
 def kill_dvc(project: Project, dvc: int, stage: psutil.Process) -> None:
     os.kill(dvc, signal.SIGKILL)
-    assert_ends(stage, seconds=5)
+    assert_ends(stage, seconds=10)
 
 
 def kill_all(project: Project, dvc: int, stage: psutil.Process) -> None:
