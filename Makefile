@@ -47,7 +47,7 @@ format: env  ## mend formatting and lint where it can be done by itself
 	$(RUN) ruff format .
 
 ui: env  ## MLflow's pages on http://127.0.0.1:5000 (another port: make ui PORT=5001)
-	$(RUN) classifier.store $(PORT)
+	$(RUN) classifier ui --port $(PORT)
 
 report: env  ## write reports/report.html about the model here (make report AGAINST=main: compared with another commit)
 	$(RUN) classifier report $(if $(AGAINST),--against $(AGAINST))

@@ -36,6 +36,15 @@ def sync() -> None:
 
 
 @app.command()
+def ui(port: Annotated[int, typer.Option(help="Of this machine, to serve the pages on.")] = 5000) -> None:
+    """Serve MLflow's pages for the repository's store, until Ctrl-C."""
+    from classifier.store import connect, serve_pages
+
+    connect(load_params().experiment)
+    serve_pages(port)
+
+
+@app.command()
 def lineage(
     context: typer.Context,
     target: Annotated[str, typer.Argument(help="A model file, MLflow run id, DVC experiment or Git commit.")] = "HEAD",

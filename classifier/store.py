@@ -30,9 +30,8 @@ from mlflow.store.db import utils as database_utils
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
 
-from classifier.errors import PipelineError, masked, run_main
+from classifier.errors import PipelineError, masked
 from classifier.files import repository_root, temporary_folder
-from classifier.params import load_params
 
 database_utils.MAX_RETRY_COUNT = 1  # ten attempts to reach a database take 100 seconds
 logging.getLogger(database_utils.__name__).setLevel(logging.CRITICAL)  # tracebacks of what `store_errors` tells
@@ -116,12 +115,15 @@ def _use(uri: str) -> None:
 @contextmanager
 def address(named: str) -> Iterator[None]:
     """Have another store named in the environment, or none, as long as the block lasts."""
-    before = os.environ.get(ADDRESS_VARIABLE, "")
+    before = os.environ.get(ADDRESS_VARIABLE)
     os.environ[ADDRESS_VARIABLE] = named
     try:
         yield
     finally:
-        os.environ[ADDRESS_VARIABLE] = before
+        if before is None:
+            del os.environ[ADDRESS_VARIABLE]
+        else:
+            os.environ[ADDRESS_VARIABLE] = before
 
 
 def _address() -> str:
@@ -225,17 +227,12 @@ def _follow_move(database: Path) -> None:
                     )
 
 
-def main() -> None:
-    """Serve MLflow's pages for the repository's store on the port given as argument, until Ctrl-C."""
-    connect(load_params().experiment)
+def serve_pages(port: int) -> None:
+    """Become MLflow's server of pages for the store, until Ctrl-C; a store that is a server has pages of its own."""
     if _has_server():
         print(f"MLFLOW_TRACKING_URI is a server: its pages are at {masked(mlflow.get_tracking_uri())}")
         return
     # Without these two, starting takes three times as long: several workers, and jobs that are not used here.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", *sys.argv[1:2]]
+    command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", str(port)]
     os.execv(sys.executable, [*command, "--backend-store-uri", mlflow.get_tracking_uri()])
-
-
-if __name__ == "__main__":
-    run_main(main)

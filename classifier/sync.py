@@ -83,7 +83,8 @@ class Sender:
     def _send(self, journal: Journal) -> None:
         alive = journal.is_being_written()  # asked first: what a process has written before it ended is sent
         records = journal.records()
-        if not records or not (first := records[0]):
+        first = records[0] if records else None
+        if not first or first["kind"] != "run":  # the disk was full, or a removal was cut off
             if not alive:
                 journal.remove()
             return
@@ -269,12 +270,12 @@ def main() -> None:
             next_sample = time.monotonic() + SAMPLE_SECONDS
         if away and not measured and not ended:
             continue
-        if ended and not is_complete(journal.records()):  # killed: the system closes its files one after the other
-            journal.wait_for_writer(seconds=2)
+        if ended and journal.records() and not is_complete(journal.records()):
+            journal.wait_for_writer(seconds=2)  # it was killed: the system closes its files one after the other
         faults = sender.send_all()
         for folder, fault in faults.items():
             if folder not in told:
-                print(f"{fault}\nThe stage goes on; what it tells MLflow is kept in {folder}.", file=sys.stderr)
+                print(f"{fault}\nNo stage waits for it; what it has to get is kept in {folder}.", file=sys.stderr)
                 told.add(folder)
         away = bool(faults)
     sys.exit(int(journal.folder.exists()))

@@ -47,7 +47,7 @@ LARGEST_PATCH = 10_000_000  # bytes
 # How long a stage waits at its end for what is not sent yet
 TRAINING_PATIENCE = 8  # seconds; a training has few and small things to send
 UPLOAD_PATIENCE = 120  # pictures and models; a store that does not answer is given up long before
-KILL_PATIENCE = 2  # a signal is answered within five
+SIGNAL_PATIENCE = 1.5  # a signal is answered within five
 
 
 class Tracker:
@@ -143,7 +143,7 @@ class Tracker:
         try:
             yield
         except Interrupted:
-            self._end("KILLED", KILL_PATIENCE)
+            self._end("KILLED", SIGNAL_PATIENCE)
             raise
         except BaseException:
             self._end("FAILED", patience)
@@ -165,9 +165,10 @@ class Tracker:
         try:
             sent = self._sender.wait(patience) == 0
         except subprocess.TimeoutExpired:
-            self._sender.kill()
-            self._sender.wait()
             sent = False
+            if status != "KILLED":  # then it goes on by itself: there may be no next stage
+                self._sender.kill()
+                self._sender.wait()
         if not sent:
             print(
                 f"MLflow does not have everything of this run yet; the rest is in {self.journal.folder} and is sent by "

@@ -91,7 +91,7 @@ def mlflow_pages(project: Project, seconds: float = 120) -> Iterator[str]:
     with (
         log.open("w") as output,
         subprocess.Popen(
-            [sys.executable, "-m", "classifier.store", str(port)],
+            [sys.executable, "-m", "classifier", "ui", "--port", str(port)],
             cwd=project.root, env=clean_environment(project.root.parent),
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         ) as process,

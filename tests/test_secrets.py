@@ -112,7 +112,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Used]:
         used.run("classifier", "lineage", "models/model_weights.pth", "--json")
         used.run("classifier", "promote")
         used.run("classifier", "report")
-        used.run("classifier.store", "1")
+        used.run("classifier", "ui", "--port", "1")
         yield used
     finally:
         server.kill()
