@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,14 +82,18 @@ def wait_for_checkpoint(project: Project, pattern: str) -> psutil.Process:
     while not list(project.root.glob(f".checkpoints/*/{pattern}")):
         assert time.monotonic() < deadline, (project.root.parent / "errors").read_text()
         time.sleep(0.005)
-    (stage,) = [one for one in processes_in(project.root) if one.cmdline()[1:] == STAGE[1:] and not is_worker(one)]
+    (stage,) = [process for process in processes_in(project.root) if trains(process)]
     return stage
 
 
-def is_worker(process: psutil.Process) -> bool:
-    """Whether it is a decoding process, a copy of the one that trains."""
-    parent = process.parent()
-    return parent is not None and parent.cmdline() == process.cmdline()
+def trains(process: psutil.Process) -> bool:
+    """Whether it is the process that trains, and not one of its copies that decode."""
+    try:
+        parent = process.parent()
+        is_worker = parent is not None and parent.cmdline() == process.cmdline()
+        return process.cmdline()[1:] == STAGE[1:] and not is_worker
+    except psutil.NoSuchProcess:  # has ended since
+        return False
 
 
 IN_EPOCH = "epoch-{:06}-batch-*.pt"  # counted from 0
@@ -97,7 +102,8 @@ IN_THE_MIDDLE = IN_EPOCH.format(EPOCHS // 3)
 
 def kill_everything(project: Project) -> None:
     for process in processes_in(project.root):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def kill_in(project: Project, command: list[str], pattern: str) -> None:
