@@ -51,8 +51,11 @@ def checkpoints(made_of: Mapping[str, Any]) -> Iterator["Checkpoints"]:
     home = repository_root() / FOLDER
     home.mkdir(exist_ok=True)
     key = hash_bytes(json.dumps(made_of, sort_keys=True).encode())
-    give_up = time.monotonic() + PATIENCE_SECONDS
+    told, give_up = False, time.monotonic() + PATIENCE_SECONDS
     while not (claimed := _claim(home, key, time.monotonic() > give_up)):
+        if not told:
+            print("The same training is under way in another process: waiting a moment for that to end", flush=True)
+            told = True
         time.sleep(0.2)
     folder, lock = claimed
     try:

@@ -378,7 +378,9 @@ def test_the_oldest_given_up_trainings_go_but_none_under_way(home: Path, capsys:
         assert capsys.readouterr().out == f"removed the checkpoints of a training that was given up: {folders[0]}\n"
 
 
-def test_a_process_with_the_same_makings_waits_and_gets_its_own_set_and_a_killed_ones_lock_is_free() -> None:
+def test_a_process_with_the_same_makings_waits_and_gets_its_own_set_and_a_killed_ones_lock_is_free(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     holder = (
         "import time; from classifier.checkpoint import checkpoints\n"
         "with checkpoints({'lr': 0.1}) as saved:\n"
@@ -390,6 +392,7 @@ def test_a_process_with_the_same_makings_waits_and_gets_its_own_set_and_a_killed
         with checkpoints({"lr": 0.1}) as second:
             assert second.name != name
             assert second.load() is None
+        assert capsys.readouterr().out.startswith("The same training is under way in another process")
         process.send_signal(signal.SIGKILL)
     with checkpoints({"lr": 0.1}) as third:
         assert third.name == name
