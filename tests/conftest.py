@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from classifier.sources.fashion_mnist import FILES, fetch
 
 # Test files run side by side: with a thread for each core in each of them, the threads wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell that starts the tests in the background has Ctrl-C ignored by them, and by every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,7 +27,7 @@ def start(body: str, *, ignored: bool = False) -> "subprocess.Popen[str]":
     code = f"{IMPORTS}\ndef main():\n    {lines}\nrun_main(main)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL),
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
     )  # fmt: skip
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
@@ -81,7 +81,6 @@ def test_a_signal_while_a_stage_imports_its_modules_ends_it_without_a_traceback(
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.train"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while "multiarray" not in Path(f"/proc/{process.pid}/maps").read_text():  # of numpy, the first of the large ones
         time.sleep(0.005)

@@ -72,7 +72,7 @@ def start(project: Project, command: list[str]) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             command, cwd=project.root, env=clean_environment(project.root.parent), stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=errors, text=True,
-            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            start_new_session=True,
         )  # fmt: skip
 
 
