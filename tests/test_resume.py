@@ -147,7 +147,11 @@ def kill_stage(project: Project, dvc: int, stage: psutil.Process) -> None:
 
 
 def kill_dvc(project: Project, dvc: int, stage: psutil.Process) -> None:
+    stage.suspend()  # or so short a training may end before it looks whether dvc is there
     os.kill(dvc, signal.SIGKILL)
+    wait_for(lambda: stage.ppid() != dvc)
+    time.sleep(0.5)
+    stage.resume()
     assert_ends(stage, seconds=10)
 
 
