@@ -36,10 +36,10 @@ class Annotations(NamedTuple):
 def read_annotations(path: Path, *, classes: int | None = None) -> Annotations:
     """Read a CSV of two columns, file name in the image folder and label, with or without a header.
 
-    The first row is a header if its second value starts with a letter. A label is a whole number from 0 on, below
-    `classes` if that is given. A file name is relative to the image folder, does not leave it, has no control
-    characters, and stands in one row; `./a//b.png` is read as `a/b.png`. A header without rows is a table of no
-    images. Raises PipelineError, with all rows at fault, if anything else is in the file.
+    The first row is a header if its second value starts with a letter and its first has no dot. A label is a whole
+    number from 0 on, below `classes` if that is given. A file name is relative to the image folder, does not leave it,
+    has no control characters, and stands in one row; `./a//b.png` is read as `a/b.png`. A header without rows is a
+    table of no images. Raises PipelineError, with all rows at fault, if anything else is in the file.
     """
     files: list[str] = []
     labels: list[int] = []
@@ -53,8 +53,8 @@ def read_annotations(path: Path, *, classes: int | None = None) -> Annotations:
             faults.append((row, values))
         elif len(values) != 2:
             faults.append((row, f"columns: {len(values)} instead of two, the file name and the label"))
-        elif is_first and re.match(r"[^\W\d]", values[1].strip()):
-            pass
+        elif is_first and "." not in values[0] and re.match(r"[^\W\d]", values[1].strip()):
+            pass  # a header; boot.png,boot is none
         else:
             text = values[1]
             if text not in known:

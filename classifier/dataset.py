@@ -65,15 +65,11 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
 
     def decode(self, index: int) -> Tensor:
         """Pixels of one image as uint8 (C, H, W). Raises PipelineError, naming file and row, if that is not usable."""
-        return self.decode_as(None, index)
+        with self._naming_row(index):
+            return self.decode_as(None, index)
 
     def decode_as(self, shape: tuple[int, int, int] | None, index: int) -> Tensor:
-        """Pixels of one image, which must have the shape. Raises PipelineError, naming file and row, if not."""
-        with self._naming_row(index):
-            return self._decode(index, shape)
-
-    def _decode(self, index: int, shape: tuple[int, int, int] | None) -> Tensor:
-        """Pixels of one image. Raises PipelineError that does not name the row."""
+        """Pixels of one image, which must have the shape. Raises PipelineError, naming the file alone, if not."""
         name = f"{self.files[index]} in {self.images.path}"
         pixels = decode_image(self.images.read(self.files[index]), name)
         if shape and pixels.shape != shape:
@@ -114,7 +110,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         faults = []
         for index, row in enumerate(self.rows):
             try:
-                channels, height, width = self._decode(index, None).shape
+                channels, height, width = self.decode_as(None, index).shape
             except PipelineError as error:
                 faults.append((row, str(error)))
             else:
@@ -137,7 +133,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         faults = []
         for place, index in enumerate(tqdm(indices, desc="decoding", unit="image", disable=disable)):
             try:
-                pixels[place] = self._decode(index, shape)
+                pixels[place] = self.decode_as(shape, index)
             except PipelineError as error:
                 faults.append((self.rows[index], str(error)))
         if faults:
@@ -220,14 +216,20 @@ class Batches:
             worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # or it would draw from the global one, which dropout draws from
         )
+        faults: list[tuple[int, str]] = []
         for pixels in loader:
-            if isinstance(pixels, PipelineError):
-                raise pixels
-            yield pixels.to(self.device)
+            if isinstance(pixels, list):
+                if not faults:
+                    print("An image cannot be used: looking through the others of this epoch", flush=True)
+                faults += pixels
+            elif not faults:
+                yield pixels.to(self.device)
+        if faults:
+            raise faulty_rows(self.dataset.annotations, sorted(faults))
 
 
-class _Pixels(Dataset[Tensor | PipelineError]):
-    """The decoded images of a dataset without labels, for worker processes.
+class _Pixels(Dataset[Tensor | tuple[int, str]]):
+    """The decoded images of a dataset without labels, for worker processes; for an unusable one, its row and why.
 
     An error is handed over, not raised: a DataLoader would wrap the worker's traceback into its message.
     """
@@ -239,11 +241,11 @@ class _Pixels(Dataset[Tensor | PipelineError]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Tensor | PipelineError:
+    def __getitem__(self, index: int) -> Tensor | tuple[int, str]:
         try:
             return self.dataset.decode_as(self.shape, index)
         except PipelineError as error:
-            return error
+            return self.dataset.rows[index], str(error)
 
 
 def _leave_signals(_: int) -> None:
@@ -252,9 +254,7 @@ def _leave_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _stack(images: list[Tensor | PipelineError]) -> Tensor | PipelineError:
-    """One tensor (B, C, H, W), or the first error."""
-    for image in images:
-        if isinstance(image, PipelineError):
-            return image
-    return torch.stack(images)  # type: ignore[arg-type]
+def _stack(images: list[Tensor | tuple[int, str]]) -> Tensor | list[tuple[int, str]]:
+    """One tensor (B, C, H, W), or what is wrong with its images."""
+    faults = [image for image in images if isinstance(image, tuple)]
+    return faults or torch.stack(images)  # type: ignore[arg-type]

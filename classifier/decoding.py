@@ -1,11 +1,13 @@
 """From the bytes of one image file to its pixels: which files are taken, what becomes of them, and the limits."""
 
 import io
+import math
 import re
 import warnings
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from classifier.errors import PipelineError
 from classifier.png import decode_stored_png
@@ -13,6 +15,7 @@ from classifier.png import decode_stored_png
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs, as EPS does
 GREY_MODES = ("1", "L", "LA", "La")
 LARGEST_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
+TILE_TAGS = (322, 323)  # TIFF 6.0: width and length of a tile
 
 
 def decode_image(content: bytes, name: str) -> np.ndarray:
@@ -23,7 +26,7 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
     counts, whatever shone through. Of an animation the first picture is taken. A picture that its EXIF data says is
     turned is turned upright.
     Raises PipelineError, naming the file by `name`, for another format, broken data, more than 8 bits a channel, or
-    more than LARGEST_PIXELS, which are not decoded.
+    more than LARGEST_PIXELS in the image or a tile of it, which are not decoded.
     """
     if len(content) <= LARGEST_PIXELS:  # a stored picture of more pixels has more bytes
         pixels = decode_stored_png(content)
@@ -44,7 +47,7 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
 
 def _decode(content: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        if image.width * image.height > LARGEST_PIXELS:
+        if max(image.width * image.height, _tile_pixels(image)) > LARGEST_PIXELS:
             raise Image.DecompressionBombError
         if image.mode.startswith(("I", "F")) or _is_deep(image):  # Pillow would cut them off, or drop bits
             raise ValueError("its channels have more than 8 bits; convert it to 8 bits")
@@ -52,6 +55,11 @@ def _decode(content: bytes) -> np.ndarray:
         is_grey = image.mode in GREY_MODES and image.format != "GIF"  # Pillow takes some of its palettes for grey
         pixels = np.array(image.convert("L" if is_grey else "RGB"))
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _tile_pixels(image: ImageFile.ImageFile) -> int:
+    """The pixels of one tile of a TIFF, which is unpacked whole, however small the image is; 0 if it has none."""
+    return math.prod(image.tag_v2.get(tag, 0) for tag in TILE_TAGS) if isinstance(image, TiffImageFile) else 0
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:

@@ -69,6 +69,22 @@ def _check_temporary_folder() -> None:
         ) from None
 
 
+# In an address: all up to its last @, whatever a password is made of; name:password@ without a scheme; and the value
+# of a key that says it is secret, percent-encoded too. Addresses of files have no passwords, but may have an @.
+_TELLING_KEY = (
+    r"[\w.-]*(?:token|passw(?:or)?d|pwd|secret|credential|signature|(?<![a-z])sig|(?:access|account|api)[_-]?key)"
+)
+_SECRET = re.compile(
+    r"(?<=://)(?<!sqlite://)(?<!file://)\S*(?=@)"
+    r"|[^\s/:@'\"]+:(?!//)[^\s@'\"]+(?=@)"
+    rf"|(?P<key>{_TELLING_KEY}[\w.-]*(?:=|%3D))(?:(?!%3B|%26)[^&\s;'\"])+",
+    re.IGNORECASE,
+)
+
+
 def masked(text: str) -> str:
-    """The text with stars in place of the name and password of each address in it, as in http://me:secret@host."""
-    return re.sub(r"(?<=://)[^/\s@]*:[^/\s]*@|(?<=://)[^/\s@:]+@", "***@", text)
+    """The text with stars in place of what is secret in the addresses in it.
+
+    http://me:secret@host?token=secret becomes http://***@host?token=***.
+    """
+    return _SECRET.sub(lambda found: f"{found['key'] or ''}***", text)

@@ -101,8 +101,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that an earlier stage wrote. Raises PipelineError if it is missing."""
-    return json.loads(existing(path).read_text(encoding="utf-8"))
+    """Read a JSON file that an earlier stage wrote. Raises PipelineError if it is missing, or no JSON."""
+    try:
+        return json.loads(existing(path).read_bytes())
+    except ValueError as error:
+        raise PipelineError(f"{path}: not readable as JSON: {error}; `dvc repro --force` makes it again") from None
 
 
 def existing(path: Path) -> Path:
@@ -151,10 +154,16 @@ def locked_md5s(lock: Path = LOCK) -> dict[str, str]:
     """Map the path of every output in dvc.lock to its md5 (a folder's ends in `.dir`).
 
     While a stage runs, the entries of the stages before it are current and its own is of its last run.
+    Raises PipelineError if the file is not one of DVC's, as with the marks of a merge in it.
     """
     if not lock.exists():
         return {}
-    return md5s_in(yaml.safe_load(lock.read_text(encoding="utf-8")) or {})
+    try:
+        return md5s_in(yaml.safe_load(lock.read_bytes()) or {})
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, KeyError):
+        raise PipelineError(
+            f"{lock}: not a file of DVC's; `git restore {lock}` brings back the one that was committed"
+        ) from None
 
 
 def md5s_in(lock: dict[str, Any], kind: str = "outs") -> dict[str, str]:

@@ -210,7 +210,9 @@ def stale(lock: dict[str, Any], read: Callable[[Path], bytes | None]) -> list[st
             differing.append(path)
     parameters = read_yaml(read(PARAMS) or b"") or {}
     locked = {
-        k: v for stage in lock["stages"].values() for k, v in stage.get("params", {}).get(str(PARAMS), {}).items()
+        k: v
+        for stage in lock.get("stages", {}).values()
+        for k, v in stage.get("params", {}).get(str(PARAMS), {}).items()
     }
     return differing + [f"{key} in {PARAMS}" for key, value in locked.items() if parameters.get(key) != value]
 
@@ -307,7 +309,7 @@ def _value(logged: str) -> Any:
     """A parameter that MLflow has as text."""
     try:
         return read_yaml(logged)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return logged
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from classifier.errors import PipelineError, run_main
+from classifier.errors import PipelineError, masked, run_main
 from classifier.files import PARAMS
 
 PACKAGE = Path(__file__).parent
@@ -40,8 +40,14 @@ def _count_or_fraction(value: int | float) -> int | float:
     return value
 
 
-Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+def _without_password(text: str) -> str:
+    if masked(text) != text:
+        raise ValueError("free of passwords, which Git, MLflow and the manifest would keep")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -93,7 +99,7 @@ class Params(BaseModel):
     workers: int = Field(ge=0, description="a whole number, 0 or more")
     memory_limit_gib: float = Field(gt=0, description="a number above 0")
     experiment: Text = Field(description="a name")
-    registered_model: str = Field(pattern=r"^[^/:]+$", description="a name without / and :")
+    registered_model: str = Field(pattern=r"^[^/:'\"`]+$", description="a name without / and : and quotes")
 
 
 # They change no result: no stage tracks them, and they are not part of what made a model.
@@ -101,7 +107,16 @@ UNTRACKED = frozenset({"checkpoint_steps", "workers", "memory_limit_gib", "exper
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-06, which DVC writes, and 1.5e3 are numbers as in YAML 1.2."""
+    """YAML 1.1 as PyYAML reads it, but 1e-06, which DVC writes, and 1.5e3 are numbers as in YAML 1.2.
+
+    And without its merge key `<<`: a few lines of it, one within the other, take all memory.
+    """
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "the key << is not taken", key.start_mark)
+        super().flatten_mapping(node)
 
 
 _Loader.add_implicit_resolver(
@@ -130,6 +145,8 @@ def load_params(path: Path = PARAMS) -> Params:
         content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PipelineError(f"{path}: missing; run from the folder that holds dvc.yaml") from None
+    except OSError as error:
+        raise PipelineError(f"{path}: not readable: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-01
         raise PipelineError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -178,7 +195,7 @@ def _shown(value: Any) -> str:
         if value is None
         else str(value)
         if isinstance(value, float) and not math.isfinite(value)
-        else _SHORT.repr(value)
+        else masked(_SHORT.repr(value))
     )
 
 

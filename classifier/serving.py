@@ -14,8 +14,11 @@ import numpy as np
 import onnxruntime
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
-from PIL import Image
+from PIL import Image, ImageOps
 
+# Image files are taken by the same rules as for training: see decode_image in classifier/decoding.py
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+LARGEST_PIXELS = 89_478_485
 BATCH = 256  # images that go through the network at once: it bounds the memory
 
 
@@ -67,12 +70,19 @@ class ImageClassifier(PythonModel):  # type: ignore[misc]
         return np.asarray(images / largest, dtype=np.float32)
 
     def _decoded(self, source: str | Path | Image.Image) -> np.ndarray:
-        """One image as (C, H, W) uint8, in the model's number of channels."""
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        pixels = np.asarray(image.convert("L" if self.image_shape[0] == 1 else "RGB"))
+        """One image as (C, H, W) uint8, upright, in the model's number of channels."""
+        name = "image" if isinstance(source, Image.Image) else source
+        try:
+            image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+            if image.width * image.height > LARGEST_PIXELS:
+                raise ValueError(f"more than {LARGEST_PIXELS:,} pixels")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("its channels have more than 8 bits; convert it to 8 bits")
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("L" if self.image_shape[0] == 1 else "RGB"))
+        except Exception as error:  # hostile data makes decoders raise anything
+            raise ValueError(f"{name}: not a usable image: {error}") from None
         pixels = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         if pixels.shape != self.image_shape:
-            name = source if isinstance(source, str | Path) else "image"
             raise ValueError(f"{name}: shape {pixels.shape}; this model takes {self.image_shape}")
         return pixels
 

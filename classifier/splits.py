@@ -22,12 +22,15 @@ class Duplicates(NamedTuple):
 def check_split(split: str, data: LabelledImages, classes: int, train: LabelledImages) -> None:
     """Raise PipelineError unless every image has a label in 0..classes-1 and the shape of the first training image.
 
-    That is (H, W) or (H, W, 3), without a zero. The first twenty images at fault are listed, with their count.
+    That is (H, W) or (H, W, 3), without a zero; pixels are uint8, labels whole numbers. The first twenty images at
+    fault are listed, with their count.
     """
     if len(data.images) != len(data.labels):
         raise PipelineError(f"{split}: {len(data.images)} images, but {len(data.labels)} labels")
     if len(data.images) == 0:
         raise PipelineError(f"{split}: no images")
+    if not np.issubdtype(data.labels.dtype, np.integer):
+        raise PipelineError(f"{split}: labels are {data.labels.dtype}, not whole numbers")
     wrong = np.flatnonzero((data.labels < 0) | (data.labels >= classes))
     if wrong.size:
         rows = ", ".join(f"{row} (label {data.labels[row]})" for row in wrong[:LISTED_FAULTS])
@@ -35,12 +38,15 @@ def check_split(split: str, data: LabelledImages, classes: int, train: LabelledI
     shape = train.images[0].shape
     if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)) or 0 in shape:
         raise PipelineError(f"train: image 0 has shape {shape}, not (height, width) or (height, width, 3)")
-    others = [index for index, image in enumerate(data.images) if image.shape != shape]
+    others = [
+        f"{index} {image.shape} {image.dtype}"
+        for index, image in enumerate(data.images)
+        if (image.shape, image.dtype) != (shape, np.uint8)
+    ]
     if others:
-        rows = ", ".join(f"{index} {data.images[index].shape}" for index in others[:LISTED_FAULTS])
         raise PipelineError(
-            f"{split}: {len(others)} images have another shape than the first, {shape}; images must have one shape: "
-            f"images {rows}"
+            f"{split}: {len(others)} images have another shape than the first, {shape}, or pixels that are not uint8: "
+            f"images {', '.join(others[:LISTED_FAULTS])}"
         )
 
 

@@ -195,7 +195,7 @@ def store_errors() -> Iterator[None]:
     """Tell what the store refused, in one line and the way on, instead of MLflow's traceback."""
     try:
         yield
-    except (MlflowException, sqlite3.Error, OSError) as error:  # OSError: requests' errors too
+    except (MlflowException, sqlite3.Error, OSError, ImportError) as error:  # OSError: requests' errors too
         reason = masked(" ".join(str(error).split()))[:300]
         text = f"the MLflow store {masked(mlflow.get_tracking_uri())} cannot be used: {reason}"
         if isinstance(error, FileNotFoundError) or getattr(error, "error_code", "INTERNAL_ERROR") not in AWAY:

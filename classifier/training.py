@@ -1,8 +1,10 @@
 """The training loop, the test loop, prediction, optimisers and schedules."""
 
 import math
+import os
 import random
 import warnings
+import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
@@ -282,9 +284,10 @@ def load_weights(network: nn.Module, path: Path, device: torch.device) -> None:
 
     Raises PipelineError if the file is missing, is not such a file, or holds weights of another network.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113, pathlib raises an error for a name that is too long
         raise PipelineError(f"weights: there is no file {path}")
     try:
+        _refuse_compressed(path)
         with warnings.catch_warnings(action="ignore"):  # torch's, about files of other programs
             state = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # of many kinds; their text is the advice to load the file as code
@@ -297,6 +300,14 @@ def load_weights(network: nn.Module, path: Path, device: torch.device) -> None:
     except (RuntimeError, TypeError, AttributeError) as error:  # the latter two if it is not a dict by name
         reason = " ".join(str(error).split())[:300]
         raise PipelineError(f"weights: {path} does not hold weights of this network: {reason}") from None
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise ValueError for a file that torch would unpack: a few kilobytes can hold gigabytes, and torch packs none."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError
 
 
 def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

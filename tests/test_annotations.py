@@ -110,6 +110,7 @@ def test_sixty_thousand_rows_are_read_in_a_moment(tmp_path: Path) -> None:
         ("a.png,\n", "row 1: label '' is not a whole number of at most 18 digits, 0 or more"),
         ("a.png,-1\n", "row 1: label '-1' is not a whole number"),
         ("f,l\na.png,boot\n", "row 2: label 'boot' is not a whole number"),
+        ("a.png,boot\nb.png,1\n", "row 1: label 'boot' is not a whole number"),
         ("a.png,1.5\n", r"row 1: label '1\.5' is not a whole number"),
         ("a.png,٣\n", "row 1: label '٣' is not a whole number"),
         ("a.png,1_0\n", "row 1: label '1_0' is not a whole number"),

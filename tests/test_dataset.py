@@ -184,7 +184,13 @@ def test_all_faulty_images_are_listed_at_once(tmp_path: Path, first: str) -> Non
     """Also if the first image, which tells the shape, is one of them."""
     faults = {first: b"?", "3.png": FAULTY["shape"][0], "4.png": None, "6.png": FAULTY["colour"][0]}
     dataset = with_faults(tmp_path, faults)
-    for decode in (dataset.decode_all, lambda: dataset.pixels(range(8))):
+    streamed = [Batches(dataset, 3, CPU, memory_limit_gib=STREAMED, workers=n, shuffle=True, seed=1) for n in (0, 2)]
+    for decode in (
+        dataset.decode_all,
+        lambda: dataset.pixels(range(8)),
+        lambda: list(streamed[0].epoch()),
+        lambda: list(streamed[1].epoch()),
+    ):
         with pytest.raises(PipelineError, match=r"labels\.csv: 4 faults:\n") as caught:
             decode()
         lines = str(caught.value).splitlines()[1:]

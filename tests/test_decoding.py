@@ -221,6 +221,23 @@ def test_forty_thousand_pixels_squared_are_not_decoded() -> None:
         tracemalloc.stop()
 
 
+def tiled_tiff(tile: int) -> bytes:
+    """An image of 8 x 8 grey pixels in one tile of so many squared, deflated."""
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(bytes(tile)) for _ in range(tile)) + packer.flush()
+    tags = [(256, 8), (257, 8), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile), (323, tile)]
+    tags += [(324, 8 + 2 + 12 * 10 + 4), (325, len(packed))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed
+
+
+def test_a_small_tiff_of_one_large_tile_is_not_unpacked() -> None:
+    assert not decode_image(tiled_tiff(tile=16), "a").any()
+    content = tiled_tiff(tile=9600)
+    assert len(content) < 100_000
+    assert refused(content) == "it has more than 89,478,485 pixels"
+
+
 def test_limit_of_pixels_holds_for_stored_pictures_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("classifier.decoding.LARGEST_PIXELS", 30)
     decode_image(encode_png(GREY), "a")

@@ -211,6 +211,14 @@ def test_a_missing_file_is_an_error_that_says_what_to_do(tmp_path: Path) -> None
             read(tmp_path / "train.json")
 
 
+def test_json_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text('{"loss": 0.')
+    with pytest.raises(
+        PipelineError, match=r"train\.json: not readable as JSON: .*; `dvc repro --force` makes it again"
+    ):
+        read_json(tmp_path / "train.json")
+
+
 def test_an_existing_path_is_given_back(tmp_path: Path) -> None:
     assert existing(tmp_path) == tmp_path
 
@@ -231,3 +239,13 @@ def test_locked_md5s(tmp_path: Path) -> None:
         "metrics/train.json": "0cc175b9c0f1b6a831c399e269772661",
         "models/model_weights.pth": "92eb5ffee6ae2fec3ad71c777531578f",
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"<<<<<<< HEAD\n{LOCK}=======\n", "- 1\n", "stages:\n", "stages: {train: }\n", "stages: {a: {outs: [1]}}\n", "\0"],
+)
+def test_a_lock_that_is_not_dvcs_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "dvc.lock").write_text(text)
+    with pytest.raises(PipelineError, match=r"dvc\.lock: not a file of DVC's; `git restore "):
+        locked_md5s(tmp_path / "dvc.lock")

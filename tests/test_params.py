@@ -189,6 +189,13 @@ def test_allowed_values(tmp_path: Path, key: str, written: str, read: object) ->
         ("weights", "''", "'' is not a weights file, or empty"),
         ("experiment", "''", "'' is not a name"),
         ("memory_limit_gib", "0", "0 is not a number above 0"),
+        ("batch_size", f"{2**31}", "2147483648 is not a whole number above 0"),
+        (
+            "data_path",
+            "https://me:pass/w@rd@host/data",
+            "'https://***@host/data' is not free of passwords, which Git, MLflow and the manifest would keep",
+        ),
+        ("registered_model", "a's", '"a\'s" is not a name without / and : and quotes'),
         ("workers", "-1", "-1 is not a whole number, 0 or more"),
     ],
 )
@@ -254,6 +261,7 @@ def test_several_mistakes_are_listed_together(tmp_path: Path) -> None:
         ("lr: [1\n", "not readable as YAML: "),
         ("lr: {\n\tx", "not readable as YAML: "),
         ("!!python/object/apply:os.getcwd []\n", "not readable as YAML: "),
+        ("a: &a {x: 1}\nb:\n  <<: *a\n", "not readable as YAML: the key << is not taken"),
         ("experiment: 2026-13-01\n", "not readable as YAML: "),
         ("lr: \0\n", "not readable as YAML: "),
     ],
@@ -267,6 +275,11 @@ def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes(b"experiment: B\xe4r\n")
     with pytest.raises(PipelineError, match="not readable as YAML: 'utf-8' codec"):
         load_params(tmp_path / "params.yaml")
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="not readable: Is a directory"):
+        load_params(tmp_path)
 
 
 def test_no_file(tmp_path: Path) -> None:

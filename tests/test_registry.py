@@ -22,6 +22,7 @@ from torch import nn
 from tracker import without_sender
 
 from classifier import registry
+from classifier.decoding import decode_image
 from classifier.errors import PipelineError
 from classifier.exchange import write
 from classifier.params import Params, load_params
@@ -297,6 +298,30 @@ def test_the_same_images_in_any_form_get_the_same_answer(champion: Any, tmp_path
 def test_images_it_cannot_take_are_told(champion: Any, images: object, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         champion.predict(images)
+
+
+def test_files_become_what_they_become_for_training(champion: Any, tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(6, 4)).save(tmp_path / "a.png", exif=turned)
+    pixels = decode_image((tmp_path / "a.png").read_bytes(), "a.png")
+    assert pixels.shape == (1, 4, 6)
+    pd.testing.assert_frame_equal(champion.predict([str(tmp_path / "a.png")]), champion.predict(pixels))
+
+
+@pytest.mark.parametrize("kind", ["deep", "EPS", "text"])
+def test_files_that_are_refused_for_training_are_refused(champion: Any, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.png"
+    if kind == "deep":
+        Image.fromarray(np.full((4, 6), 300, np.uint16)).save(path)
+    elif kind == "EPS":
+        Image.new("L", (6, 4)).save(path, "EPS")
+    else:
+        path.write_text("no image")
+    with pytest.raises(PipelineError, match="not a usable image"):
+        decode_image(path.read_bytes(), "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: not a usable image: "):
+        champion.predict([str(path)])
 
 
 def test_the_champion_loads_in_a_process_without_the_project_and_without_torch(

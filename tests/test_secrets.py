@@ -12,7 +12,7 @@ from imports import ROOT
 from project import Project, small_project
 from tracker import Server, contents, statuses, waiting, without_sender
 
-from classifier.errors import PipelineError
+from classifier.errors import PipelineError, masked
 from classifier.journal import Journal
 from classifier.params import load_params
 from classifier.storage import _first_line
@@ -31,6 +31,29 @@ def holding(root: Path, secret: str) -> list[str]:
         if path.is_file() and not path.is_symlink() and path != root / ".dvc/config"
         if secret.encode() in path.read_bytes()
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:s3cret@host:80/a refused", "http://***@host:80/a refused"),
+        ("http://t0ken-s3cret@host", "http://***@host"),
+        ("postgresql://me:a/s3cret@host/db", "postgresql://***@host/db"),
+        ("http://me@corp.com:s3cret@host", "http://***@host"),
+        ("http://host/a?token=s3cret&b=1", "http://host/a?token=***&b=1"),
+        ("azure://host?sv=1&sig=s3%2Fcret'", "azure://host?sv=1&sig=***'"),
+        ("mssql://host/?odbc_connect=A%3D1%3BPWD%3Ds3cret%3BB%3D2", "mssql://host/?odbc_connect=A%3D1%3BPWD%3D***%3BB%3D2"),
+        ("AccountName=a;AccountKey=s3cret==;B=1", "AccountName=a;AccountKey=***;B=1"),
+        ("me:s3cret@host:path", "***@host:path"),
+        ("//me:s3cret@host", "//***@host"),
+        *((text, text) for text in (
+            "sqlite:////home/me@corp/mlflow.db", "git@github.com:a/b.git", "https://host/a?design=1", "row 3: a@b",
+        )),
+    ],
+)  # fmt: skip
+def test_what_is_secret_in_an_address_is_masked(text: str, shown: str) -> None:
+    assert masked(text) == shown
+    assert masked(shown) == shown
 
 
 def test_a_journal_holds_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,13 @@ def test_right_split_passes() -> None:
         (labelled(50)._replace(labels=np.full(50, 77)), "train: 50 labels are not in 0..9"),
         (
             LabelledImages([np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.uint8)], np.zeros(2, np.int64)),
-            r"train: 1 images have another shape than the first, \(4, 4\); .* one shape: images 1 \(4, 4, 3\)$",
+            r"train: 1 images have another shape than the first, \(4, 4\), or .*: images 1 \(4, 4, 3\) uint8$",
         ),
+        (
+            labelled(5)._replace(images=np.full((5, 4, 4), 300, np.uint16)),
+            r"5 images have .* pixels that are not uint8: images 0 \(4, 4\) uint16, 1 ",
+        ),
+        (labelled(5)._replace(labels=np.full(5, np.nan)), "train: labels are float64, not whole numbers"),
         *(
             (LabelledImages(np.zeros((2, *shape), np.uint8), np.zeros(2, np.int64)), "image 0 has shape .* not .height")
             for shape in [(0, 4), (4, 0, 3), (4, 4, 2), (4,), (4, 4, 3, 3)]
@@ -104,14 +109,16 @@ def test_wrong_split_is_named(data: LabelledImages, complaint: str) -> None:
 
 def test_test_images_have_the_shape_of_the_training_images() -> None:
     other = LabelledImages([np.zeros((4, 6, 3), np.uint8)], np.zeros(1, np.int64))
-    with pytest.raises(PipelineError, match=r"test: 1 images have another shape .*: images 0 \(4, 6, 3\)"):
+    with pytest.raises(PipelineError, match=r"test: 1 images have another shape .*: images 0 \(4, 6, 3\) uint8"):
         check_split("test", other, classes=10, train=labelled(5))
 
 
 def test_all_images_of_another_shape_are_counted_and_twenty_listed() -> None:
     mixed = [np.zeros((4, 4 if index % 2 == 0 else 5), np.uint8) for index in range(100)]
     data = LabelledImages(mixed, np.zeros(100, np.int64))
-    with pytest.raises(PipelineError, match=r"train: 50 images .*: images 1 \(4, 5\), 3 \(4, 5\), ") as caught:
+    with pytest.raises(
+        PipelineError, match=r"train: 50 images .*: images 1 \(4, 5\) uint8, 3 \(4, 5\) uint8, "
+    ) as caught:
         check_split("train", data, classes=10, train=data)
     assert str(caught.value).count("(4, 5)") == 20
 

@@ -1,6 +1,7 @@
 """The training loop, prediction and scores, on small images that the tests write as the pipeline writes its own."""
 
 import math
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -444,6 +445,25 @@ def test_files_without_the_networks_weights(tmp_path: Path, write: Callable[[Pat
     assert "\n" not in text
     assert "weights_only" not in text  # torch's advice is to run the file's code
     assert caught.value.__context__ is None or caught.value.__suppress_context__  # no traceback of torch behind it
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path: Path) -> None:
+    """torch would do so: here a thousand bytes for each one."""
+    torch.save({"weight": torch.zeros(2**22)}, tmp_path / "stored.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pth") as stored,
+        zipfile.ZipFile(tmp_path / "weights.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in stored.namelist():
+            packed.writestr(member, stored.read(member))
+    assert torch.load(tmp_path / "weights.pth")["weight"].shape == (2**22,)
+    with pytest.raises(PipelineError, match="cannot be read"):
+        load_weights(small_mlp(), tmp_path / "weights.pth", CPU)
+
+
+def test_a_name_longer_than_any_file_has(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="weights: there is no file"):
+        load_weights(small_mlp(), tmp_path / ("x" * 300), CPU)
 
 
 class RunsCodeWhenUnpickled:
