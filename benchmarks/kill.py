@@ -36,7 +36,7 @@ import yaml
 
 from benchmarks.pipeline import DVC, ROOT, isolated_environment, print_machine
 from classifier.errors import PipelineError, run_main
-from classifier.files import hash_bytes, hash_file
+from classifier.files import WEIGHTS, hash_bytes, hash_file
 from classifier.tracking import WEIGHTS_TAG
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -193,12 +193,16 @@ class Bench:
                 with suppress(psutil.NoSuchProcess):
                     victim.kill()
             dvc.wait()
+        has_weights = (self.root / WEIGHTS).exists()
         what = f"{'killed' if victims else 'over before the kill'} at {second:5.2f} s"
         try:
             what += f", {self.go_on(stage)}"
         except PipelineError as error:
             return bool(victims), what, [str(error)]
-        differences = self.left_running() + self.different_files(expected) + self.different_runs(stage)
+        differences = self.left_running()
+        self.project.run(sys.executable, "-m", "classifier", "sync")  # what a busy machine has not sent yet
+        most_runs = 0 if stage != "train" else 2 if has_weights or target == "dvc" else 1
+        differences += self.different_files(expected) + self.different_runs(most_runs)
         return bool(victims), what, differences
 
     def go_on(self, stage: str) -> str:
@@ -228,8 +232,8 @@ class Bench:
         lines += [f"{name} is left behind" for name in sorted(there - expected.files)]
         return lines + [f"{name} is missing" for name in sorted(expected.files - there)]
 
-    def different_runs(self, stage: str) -> list[str]:
-        """What is wrong with MLflow's runs.
+    def different_runs(self, most: int) -> list[str]:
+        """What is wrong with MLflow's runs, of which there may be so many new ones.
 
         A training that had ended, and whose outputs dvc was killed before it took, has a finished run already: the
         training after it is another one, with a second.
@@ -239,7 +243,7 @@ class Bench:
         lines = [f"run {key} is {after.get(key)}, was {complete}"] if after.get(key) != complete else []
         new = [run for other, run in after.items() if other != key]
         lines += [f"a new run is {run}, not {complete}" for run in new if run != complete]
-        if len(new) not in ((1, 2) if stage == "train" else (0,)):
+        if not min(most, 1) <= len(new) <= most:
             lines.append(f"{len(new)} new runs")
         return lines
 

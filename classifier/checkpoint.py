@@ -21,7 +21,7 @@ from uuid import uuid4
 import torch
 from filelock import FileLock, Timeout
 
-from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, repository_root, write_json
+from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, repository_root
 from classifier.params import read_yaml
 
 FOLDER = ".checkpoints"
@@ -50,19 +50,14 @@ def checkpoints(made_of: Mapping[str, Any]) -> Iterator["Checkpoints"]:
     """
     home = repository_root() / FOLDER
     home.mkdir(exist_ok=True)
-    key = hash_bytes(json.dumps(made_of, sort_keys=True).encode())
     told, give_up = False, time.monotonic() + PATIENCE_SECONDS
-    while not (claimed := _claim(home, key, time.monotonic() > give_up)):
+    while not (claimed := _claim(home, made_of, time.monotonic() > give_up)):
         if not told:
             print("The same training is under way in another process: waiting a moment for that to end", flush=True)
             told = True
         time.sleep(0.2)
     folder, lock = claimed
     try:
-        record = folder / RECORD
-        if not _read(record):
-            shutil.rmtree(folder)
-            write_json(record, {"name": uuid4().hex, "started": time.time(), "made_of": dict(made_of)})
         yield Checkpoints(folder)
         with FileLock(home / ".lock"):
             shutil.rmtree(folder)
@@ -71,21 +66,38 @@ def checkpoints(made_of: Mapping[str, Any]) -> Iterator["Checkpoints"]:
         lock.release()
 
 
-def _claim(home: Path, key: str, another: bool) -> tuple[Path, FileLock] | None:
+def _claim(home: Path, made_of: Mapping[str, Any], another: bool) -> tuple[Path, FileLock] | None:
     """Lock one of a training's folders; if all are taken, make another if that is asked for."""
+    key = hash_bytes(json.dumps(made_of, sort_keys=True).encode())
     with FileLock(home / ".lock"):
-        here = sorted(home.glob(f"{key}-*/"))
-        for folder in here or [home / f"{key}-1"]:
+        folders = sorted(home.glob(f"{key}-*/")) or [home / f"{key}-1"]
+        if another:
+            folders.append(next(path for n in range(1, 1000) if not (path := home / f"{key}-{n}").exists()))
+        for folder in folders:
             if lock := _lock(folder):
                 folder.mkdir(exist_ok=True)
+                _ensure_record(folder, made_of)
                 _give_up_old(home)
                 return folder, lock
-        if not another:
-            return None
-        folder = next(path for n in range(1, 1000) if not (path := home / f"{key}-{n}").exists())
-        folder.mkdir()
-        lock = _lock(folder)
-        return (folder, lock) if lock else None
+    return None
+
+
+def _ensure_record(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Have a folder say of which training it is: that of its name, also where the record is damaged."""
+    record = folder / RECORD
+    if not _read(record):
+        if any(folder.iterdir()):
+            print(f"{record}: damaged; the training goes on all the same, in another run of MLflow", file=sys.stderr)
+        content = {"name": uuid4().hex, "started": time.time(), "made_of": dict(made_of)}
+        _write_durably(record, json.dumps(content, indent=2).encode())
+
+
+def _write_durably(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file, atomically, and wait until it is on the disk."""
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _lock(folder: Path) -> FileLock | None:
@@ -136,18 +148,17 @@ class Checkpoints:
         self.name: str = record["name"]  # of the training, which it keeps when it goes on
         self.started: float = record["started"]  # seconds since 1970
         self.made_of: dict[str, Any] = record["made_of"]
+        self.last = time.monotonic()  # when the last one was saved, or none yet
 
     def save(self, epoch: int, batch: int, content: dict[str, Any]) -> None:
         """Write a checkpoint to disk, and then remove all but the last KEPT."""
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        with atomic(self.folder / f"epoch-{epoch:06}-batch-{batch:09}.pt") as path, path.open("wb") as file:
-            file.write(hashlib.sha256(buffer.getbuffer()).digest())
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.folder / f"epoch-{epoch:06}-batch-{batch:09}.pt"
+        _write_durably(path, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
         for old in self._files()[:-KEPT]:
             old.unlink()
+        self.last = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint that is whole, with its tensors on the CPU; None if there is none."""

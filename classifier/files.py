@@ -32,6 +32,8 @@ TEST_METRICS = Path("metrics/test.json")
 CLASS_METRICS = Path("metrics/classes.csv")
 PLOTS = Path("metrics/plots")
 
+CLOCK_SECONDS = 60  # by which a process may seem to have started too late: clocks are set
+
 
 def repository_root() -> Path:
     """The main checkout, also when DVC runs an experiment in a temporary copy of it."""
@@ -82,7 +84,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*"):
         process = left.name.removeprefix(f".{path.name}.").split(".")[0]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
+        if process.isdecimal() and not _is_alive(int(process), left):
             shutil.rmtree(left, ignore_errors=True)
     prefix = f".{path.name}.{os.getpid()}."
     try:
@@ -92,6 +94,14 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         if (fault := disk_fault(error)) and (fault.errno in NO_ROOM or prefix in str(fault.filename)):
             fault.filename = str(path)
         raise
+
+
+def _is_alive(process: int, folder: Path) -> bool:
+    """Whether the process that made a folder is there: in containers, others often have the same number later."""
+    try:
+        return bool(psutil.Process(process).create_time() < folder.stat().st_mtime + CLOCK_SECONDS)
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
 
 
 def write_json(path: Path, content: Any) -> None:

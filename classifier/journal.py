@@ -119,9 +119,9 @@ def journals() -> list[Journal]:
     return [Journal(folder) for folder in sorted(home().glob("[0-9]*-*/"))]
 
 
-def is_complete(records: Sequence[dict[str, Any] | None]) -> bool:
-    """Whether the end is among these records of a journal: after it, only a measurement of the machine may come."""
-    return any(record and record["kind"] == "end" for record in records)
+def find_end(records: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The end of the run among these records of a journal: after it, only a measurement of the machine may come."""
+    return next((record for record in records if record and record["kind"] == "end"), None)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ MLflow keeps a copy of this file with every version, so it imports nothing of th
 `models:/fashion-mnist@champion` needs MLflow and the packages below, and no checkout.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,10 @@ class ImageClassifier(PythonModel):  # type: ignore[misc]
         """One image as (C, H, W) uint8, upright, in the model's number of channels."""
         name = "image" if isinstance(source, Image.Image) else source
         try:
-            image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+            if isinstance(source, Image.Image):
+                image = source
+            else:
+                image = Image.open(io.BytesIO(Path(source).read_bytes()), formats=FORMATS)
             if image.width * image.height > LARGEST_PIXELS:
                 raise ValueError(f"more than {LARGEST_PIXELS:,} pixels")
             if image.mode.startswith(("I", "F")):

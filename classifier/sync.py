@@ -5,6 +5,7 @@ when the stage has closed its standard input, as the system does for one that is
 left.
 """
 
+import math
 import os
 import select
 import sys
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from classifier import store
 from classifier.errors import PipelineError, masked
-from classifier.journal import Journal, home, is_complete, journals
+from classifier.journal import Journal, find_end, home, journals
 from classifier.registry import register
 from classifier.tracking import EXPERIMENT_TAG, OPENER_TAG, TEST_SET_TAG, WEIGHTS_TAG
 
@@ -32,6 +33,7 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag, 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 SAMPLE_SECONDS = 10  # between measurements of the machine, and between attempts to reach a store that is away
+RETRY_SECONDS = 5  # for which a store that was away is not tried again: an attempt takes as long, and a stage may wait
 TURN_SECONDS = 30  # to wait for another process that sends
 
 
@@ -40,11 +42,13 @@ class OpenRun:
     """The run that a journal speaks of, and what it has already: metrics by name and step.
 
     sent: how many of the journal's records; if it has more by now, another process has sent them.
+    ended_since: the run has ended after the journal's last record, as one whose training was killed and has gone on.
     """
 
     run_id: str
     logged: set[tuple[str, int]]
     sent: int
+    ended_since: bool
 
 
 class Sender:
@@ -94,20 +98,24 @@ class Sender:
         if run and run.sent == journal.sent:
             store.check_writable()
         else:
-            run = self._open_run(journal, first)
+            run = self._open_run(journal, first, last_time=max(record["time"] for record in records if record))
         for number, record in enumerate(records[run.sent :], run.sent + 1):
-            if record:
+            if record and record["kind"] != "end":
                 APPLY[record["kind"]](journal, run, record)
             journal.sent = run.sent = number
-        complete = is_complete(records)  # these: more may be there by now
-        if not alive and not complete:
-            _end(journal, run, {"status": "KILLED", "time": time.time()})
-        if not alive or complete:
+        end = find_end(records)  # in these: more may be there by now
+        if end or not alive:
+            if not run.ended_since:  # also if that was done before: since then, the run was opened again
+                last = max(record["time"] for record in records if record)
+                _end(run, end or {"status": "KILLED", "time": last})
             journal.remove()
             del self._open[journal.folder]
 
-    def _open_run(self, journal: Journal, record: dict[str, Any]) -> OpenRun:
-        """Find the run that the first record of a journal speaks of, or make it."""
+    def _open_run(self, journal: Journal, record: dict[str, Any], last_time: float) -> OpenRun:
+        """Find the run that the first record of a journal speaks of, or make it.
+
+        last_time: of the journal's last record.
+        """
         experiment_id = store.connect(record["experiment"])
         client = MlflowClient()  # of this store
         found = _find(journal, record, experiment_id)
@@ -116,11 +124,13 @@ class Sender:
             started = int(1000 * (record["started"] or record["time"]))
             tags = {OPENER_TAG: record["opener"]}
             found = client.create_run(experiment_id, start_time=started, tags=tags, run_name=record["name"])
-        client.update_run(found.info.run_id, status="RUNNING")
+        ended_since = (found.info.end_time or 0) > 1000 * last_time
+        if not ended_since:
+            client.update_run(found.info.run_id, status="RUNNING")
         logged = {
             (key, m.step) for key in found.data.metrics for m in client.get_metric_history(found.info.run_id, key)
         }
-        self._open[journal.folder] = OpenRun(found.info.run_id, logged, journal.sent)
+        self._open[journal.folder] = OpenRun(found.info.run_id, logged, journal.sent, ended_since)
         return self._open[journal.folder]
 
 
@@ -200,7 +210,7 @@ def _model(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
     register(run.run_id, record["name"], onnx, manifest, export=journal.folder.name)
 
 
-def _end(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
+def _end(run: OpenRun, record: dict[str, Any]) -> None:
     MlflowClient().set_terminated(run.run_id, record["status"], int(1000 * record["time"]))
 
 
@@ -211,7 +221,6 @@ APPLY: dict[str, Callable[[Journal, OpenRun, dict[str, Any]], None]] = {
     "files": _files,
     "evaluation": _evaluation,
     "model": _model,
-    "end": _end,
 }
 
 
@@ -262,22 +271,29 @@ def main() -> None:
     sender, sampler = Sender(), Sampler(journal)
     told: set[Path] = set()
     away, ended, next_sample = False, False, time.monotonic() + SAMPLE_SECONDS
+    failed = -math.inf  # when the store was found to be away
     while not ended and journal.folder.exists():  # processes of the stage may keep it open beyond its end
         readable, _, _ = select.select([0], [], [], max(0, next_sample - time.monotonic()))
         ended = bool(readable) and os.read(0, 1 << 16) == b""
         if measured := time.monotonic() >= next_sample:
             sampler.sample()
             next_sample = time.monotonic() + SAMPLE_SECONDS
-        if away and not measured and not ended:
+        just_failed = time.monotonic() - failed < RETRY_SECONDS
+        if ended and just_failed:
+            break
+        if away and not ended and (just_failed or not measured):
             continue
-        if ended and journal.records() and not is_complete(journal.records()):
+        if ended and journal.records() and not find_end(journal.records()):
             journal.wait_for_writer(seconds=2)  # it was killed: the system closes its files one after the other
         faults = sender.send_all()
         for folder, fault in faults.items():
             if folder not in told:
-                print(f"{fault}\nNo stage waits for it; what it has to get is kept in {folder}.", file=sys.stderr)
+                with suppress(OSError):  # the stage that listened has ended
+                    print(f"{fault}\nNo stage waits for it; what it has to get is kept in {folder}.", file=sys.stderr)
                 told.add(folder)
         away = bool(faults)
+        if any(isinstance(fault, store.StoreAway) for fault in faults.values()):
+            failed = time.monotonic()
     sys.exit(int(journal.folder.exists()))
 
 

@@ -156,6 +156,13 @@ class Tracker:
         assert self._sender.stdin is not None  # noqa: S101, for mypy
         with suppress(OSError):  # it has ended; what there is stays in the journal
             os.write(self._sender.stdin.fileno(), b"\n")
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Print what the sender says: it may outlive this stage, whose standard error must then be closed."""
+        assert self._sender.stderr is not None  # noqa: S101
+        while said := self._sender.stderr.read(1 << 16):
+            print(said.decode(errors="replace"), end="", file=sys.stderr, flush=True)
 
     def _end(self, status: str, patience: float) -> None:
         with suppress(OSError):  # where there is no room for this, the run is taken as killed
@@ -169,6 +176,7 @@ class Tracker:
             if status != "KILLED":  # then it goes on by itself: there may be no next stage
                 self._sender.kill()
                 self._sender.wait()
+        self._pass_on()
         if not sent:
             print(
                 f"MLflow does not have everything of this run yet; the rest is in {self.journal.folder} and is sent by "
@@ -178,12 +186,17 @@ class Tracker:
 
 
 def _start_sender(journal: Journal) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
+    sender = subprocess.Popen(
         [sys.executable, "-m", "classifier.sync", str(journal.folder)],
+        bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         start_new_session=True,  # out of reach of Ctrl-C: it ends by itself when this process has ended
     )
+    assert sender.stderr is not None  # noqa: S101
+    os.set_blocking(sender.stderr.fileno(), False)
+    return sender
 
 
 def _abandon(journal: Journal, sender: "subprocess.Popen[bytes]") -> None:

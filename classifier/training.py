@@ -36,43 +36,48 @@ class TrainState:
     batch: int = 0  # batches of the epoch under way that are done
     seconds: float = 0.0  # that they took
     loss_sum: float = 0.0  # of theirs
-    last: tuple[float, float] = (math.nan, math.nan)  # the lr and the loss of the batch before
+    last_loss: float = math.nan  # of the batch before
     history: list[dict[str, float]] = field(default_factory=list)  # the figures of each epoch
     kept: dict[str, float] = field(default_factory=dict)  # those of the epoch whose weights are kept
     weights: dict[str, Tensor] = field(default_factory=dict)  # the weights kept, on the CPU
-    unread: list[tuple[int, float, Tensor]] = field(default_factory=list)  # batch, lr, loss: see read_losses
+    unread: list[tuple[int, float, str, Tensor]] = field(default_factory=list)  # see read
 
-    def read_losses(self) -> None:
-        """Take the losses that are still on the device into the sum.
+    def note(self, batch: int, what: str, tensor: Tensor) -> None:
+        """Have a batch's loss, or the sum of its gradients, read later: reading it waits for the device."""
+        self.unread.append((batch, self.optimizer.param_groups[0]["lr"], what, tensor))
 
-        Raises PipelineError for the first that is not finite, or whose batch has met weights that are not.
+    def read(self) -> None:
+        """Read what is still on the device, and take the losses into the sum.
+
+        Raises PipelineError for the first number that is not finite.
         """
-        for batch, lr, tensor in self.unread:
-            loss = tensor.item()
-            if not math.isfinite(loss):
-                if broken := self._broken_weights():
-                    self._diverged(f"batch {batch}: the gradient of {broken} is not finite", *self.last)
-                self._diverged(f"batch {batch + 1}: the loss is {loss}", lr, self.last[1])
-            self.loss_sum += loss
-            self.last = (lr, loss)
+        for batch, lr, what, tensor in self.unread:
+            number = tensor.item()
+            if not math.isfinite(number):
+                fault = f"loss is {number}" if what == "loss" else f"gradient of {self._broken()} is not finite"
+                self._diverged(f"batch {batch + 1}: the {fault}", lr)
+            if what == "loss":
+                self.loss_sum += number
+                self.last_loss = number
         self.unread.clear()
 
     def end_epoch(self, figures: dict[str, float], keep: bool) -> None:
-        """Note an epoch's figures, keep the weights that it ended with if they are better, and turn to the next."""
+        """Note an epoch's figures, keep the weights that it ended with if they are better, and turn to the next.
+
+        Raises PipelineError if a figure is not finite: the last update can break what no training loss has met.
+        """
+        for name, figure in figures.items():
+            if not math.isfinite(figure):
+                self._diverged(f"after its last batch: {name} is {figure}", self.optimizer.param_groups[0]["lr"])
         self.history.append({"epoch": self.epoch + 1} | figures)
         if keep:
             self.kept = self.history[-1]
             self.weights = {name: tensor.cpu().clone() for name, tensor in self.network.state_dict().items()}
         self.epoch, self.batch, self.seconds, self.loss_sum = self.epoch + 1, 0, 0.0, 0.0
 
-    def check_weights(self) -> None:
-        """Raise PipelineError if the last update has made a weight infinite: a gradient can be where no loss is."""
-        if broken := self._broken_weights():
-            self._diverged(f"batch {self.batch}: the gradient of {broken} is not finite", *self.last)
-
     def content(self) -> dict[str, Any]:
         """Everything, the random number generators' states included, as tensors and plain Python values."""
-        self.read_losses()
+        self.read()
         parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
         return parts | {name: getattr(self, name) for name in PLAIN} | {"random": _random_states()}
 
@@ -84,11 +89,13 @@ class TrainState:
             setattr(self, name, content[name])
         _set_random_states(content["random"])
 
-    def _broken_weights(self) -> str | None:
-        return next((name for name, weights in self.network.named_parameters() if not weights.isfinite().all()), None)
+    def _broken(self) -> str:
+        """The first parameter whose gradient is not finite; on an accelerator, of a batch that may be a later one."""
+        gradients = ((name, parameter.grad) for name, parameter in self.network.named_parameters())
+        return next((name for name, grad in gradients if grad is not None and not grad.isfinite().all()), "a parameter")
 
-    def _diverged(self, what: str, lr: float, last_loss: float) -> NoReturn:
-        before = "the first" if math.isnan(last_loss) else f"the last finite loss was {last_loss:.6g}"
+    def _diverged(self, what: str, lr: float) -> NoReturn:
+        before = "the first" if math.isnan(self.last_loss) else f"the last finite loss was {self.last_loss:.6g}"
         best = f"; the best weights so far are of epoch {self.kept['epoch']:.0f}" if self.kept else ""
         raise PipelineError(
             f"epoch {self.epoch + 1}, {what} at lr {lr:g}, {before}{best}\n"
@@ -137,8 +144,8 @@ def train_loop(
     after_update: called after each update, when the state is one to go on from.
     report: called every REPORT_EVERY batches with the images seen so far and the loss of the current batch,
         which the progress bar shows too.
-    Raises PipelineError at the step whose loss or gradient is not finite; on an accelerator, which would have to be
-    waited for in every step, at the next report. The state's kept weights stay.
+    Raises PipelineError at the step whose loss or gradient is not finite, before its update; on an accelerator, which
+    would have to be waited for in every step, at the next report or checkpoint. The state's kept weights stay.
     """
     network, optimizer = state.network, state.optimizer
     network.train()
@@ -149,17 +156,20 @@ def train_loop(
             images_in_group = min(group_size, batches.image_count - number // accumulate_steps * group_size)
             with _autocast(batches.device, precision):
                 loss = loss_fn(network(pixels), targets)
-            state.unread.append((number, optimizer.param_groups[0]["lr"], loss.detach()))
+            state.note(number, "loss", loss.detach())
             if batches.device.type == "cpu" or number % REPORT_EVERY == 0:
-                state.read_losses()
+                state.read()
             (loss * (len(pixels) / images_in_group) if accumulate_steps > 1 else loss).backward()
             if number % REPORT_EVERY == 0:
                 seen = number * batches.batch_size + len(pixels)
-                bar.set_postfix(loss=f"{state.last[1]:.4f}", refresh=False)
+                bar.set_postfix(loss=f"{state.last_loss:.4f}", refresh=False)
                 bar.update(seen - bar.n)
                 if report:
-                    report(seen, state.last[1])
+                    report(seen, state.last_loss)
             if (number + 1) % accumulate_steps == 0 or number + 1 == len(batches):
+                state.note(number, "gradient", _sum_of_gradients(network))
+                if batches.device.type == "cpu":
+                    state.read()
                 optimizer.step()
                 state.scheduler.step()
                 optimizer.zero_grad()
@@ -167,9 +177,13 @@ def train_loop(
                 if after_update:
                     after_update()
         bar.update(batches.image_count - bar.n)
-    state.read_losses()
-    state.check_weights()
+    state.read()
     return state.loss_sum / len(batches)
+
+
+def _sum_of_gradients(network: nn.Module) -> Tensor:
+    """A number that is finite only if all gradients are: the quickest such, a few hundredths of a step on two cores."""
+    return torch.stack([weights.grad.sum() for weights in network.parameters() if weights.grad is not None]).sum()
 
 
 def test_loop(batches: Batches, network: nn.Module, precision: Precision) -> tuple[float, float]:

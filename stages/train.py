@@ -9,6 +9,7 @@ Keeps   with validation images, the weights of the epoch with the best validatio
 import io
 from functools import partial
 from pathlib import Path
+from time import monotonic
 
 import pandas as pd
 import torch
@@ -36,6 +37,7 @@ from classifier.training import (
 )
 from classifier.transforms import one_hot
 
+CHECKPOINT_SECONDS = 60  # between checkpoints at most, however long checkpoint_steps take
 LONGEST_STEP = 3  # seconds that a signal waits for the next place to stop at
 
 
@@ -45,6 +47,8 @@ def main() -> None:
     tracker = Tracker()
     device = select_device(params.device)
     set_threads(params.threads)
+    recorded = environment(device)
+    made_of = makings("train", params.model_dump(), recorded)  # now: while images are decoded, code may be edited
 
     names = class_names(files.verified(files.ANNOTATIONS))
     train_batches, val_batches, selects = load_batches(params, device, classes=len(names))
@@ -60,9 +64,8 @@ def main() -> None:
     state = TrainState(network, optimizer, build_scheduler(params.schedule, optimizer, updates))
     loss_fn = nn.CrossEntropyLoss(label_smoothing=params.label_smoothing)
 
-    recorded = environment(device)
     with (
-        checkpoints(makings("train", params.model_dump(), recorded)) as saved,
+        checkpoints(made_of) as saved,
         tracker.training(params, recorded, saved.name, saved.started),
     ):
         resume(state, saved)
@@ -70,7 +73,8 @@ def main() -> None:
 
             def after_update() -> None:
                 steps = -(-state.batch // params.accumulate_steps)
-                if held.number or steps % params.checkpoint_steps == 0 or state.batch == len(train_batches):
+                is_due = steps % params.checkpoint_steps == 0 or monotonic() - saved.last > CHECKPOINT_SECONDS
+                if held.number or is_due or state.batch == len(train_batches):
                     saved.save(state.epoch, state.batch, state.content())
                     held.release()
 

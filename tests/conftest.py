@@ -16,9 +16,26 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Those that take a minute or more, the longest first but for the one that is the longest of the fast tests
+LONG_FILES = [
+    "pipeline",
+    "resume",
+    "disk_full",
+    "sync",
+    "two_at_once",
+    "ui",
+    "lineage",
+    "kill",
+    "tampering",
+    "reproduce",
+]
+LONG_FILES += ["experiments", "verify", "golden", "seeds", "dvc_views", "secrets", "tracking"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the longest file, so that the others run beside it and not before it."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """Start with the long files, so that the others run beside them and not before them."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -235,12 +235,17 @@ def test_with_all_checkpoints_damaged_training_starts_anew(capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "a"}'])
-def test_a_training_whose_record_is_damaged_starts_anew(content: str) -> None:
-    folder = give_up(lr=0.1)
-    (folder / "training.json").write_text(content)
+def test_a_training_whose_record_is_damaged_says_so_and_goes_on(
+    content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder is called by what the training is made of."""
+    record = give_up(lr=0.1) / "training.json"
+    record.write_text(content)
     with checkpoints({"lr": 0.1}) as saved:
-        assert saved.load() is None
+        assert saved.load() == {"batch": 1}
         assert saved.made_of == {"lr": 0.1}
+    damaged = f"{record}: damaged; the training goes on all the same, in another run of MLflow\n"
+    assert capsys.readouterr().err == damaged
 
 
 def test_a_checkpoint_for_which_there_is_no_room_leaves_the_ones_before() -> None:

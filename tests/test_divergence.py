@@ -26,15 +26,17 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
 
 
 class SpoiltGradient(torch.autograd.Function):
-    """The identity, whose gradient has one entry that is no number."""
+    """The identity, whose gradient has one entry of a given number."""
 
     @staticmethod
-    def forward(context: Any, values: Tensor) -> Tensor:
+    def forward(context: Any, values: Tensor, number: float) -> Tensor:
+        context.number = number
         return values.clone()
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        return torch.where(torch.arange(gradients[0].numel()).view_as(gradients[0]) == 3, math.nan, gradients[0])
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        is_spoilt = torch.arange(gradients[0].numel()).view_as(gradients[0]) == 3
+        return torch.where(is_spoilt, context.number, gradients[0]), None
 
 
 class Spoiling(nn.Module):
@@ -48,8 +50,26 @@ class Spoiling(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         logits: Tensor = self.linear(pixels.flatten(1))
         if self.passes == self.spoilt_pass:
-            logits = SpoiltGradient.apply(logits)  # type: ignore[no-untyped-call]
+            logits = SpoiltGradient.apply(logits, math.nan)  # type: ignore[no-untyped-call]
         self.passes += 1
+        return logits
+
+
+class DeadUnit(nn.Module):
+    """Two layers in which one pass gives a bias an infinite gradient: it would silence a unit, and no loss show it."""
+
+    def __init__(self, spoilt_pass: int) -> None:
+        super().__init__()
+        self.hidden, self.output = nn.Linear(64, 32), nn.Linear(32, CLASSES)
+        self.spoilt_pass, self.passes = spoilt_pass, 0
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        bias = self.hidden.bias
+        if self.passes == self.spoilt_pass:
+            bias = SpoiltGradient.apply(bias, math.inf)  # type: ignore[no-untyped-call]
+        self.passes += 1
+        hidden = torch.relu(nn.functional.linear(pixels.flatten(1), self.hidden.weight, bias))
+        logits: Tensor = self.output(hidden)
         return logits
 
 
@@ -118,8 +138,9 @@ def train(batches: Batches, state: TrainState) -> None:
         (lambda: Spoiling(9), 0.1, "gradient of linear.weight"),  # the last batch of an epoch
         (lambda: Spoiling(10), 0.1, "gradient of linear.weight"),
         (lambda: Spoiling(29), 0.1, "gradient of linear.weight"),  # the last batch of all
+        (lambda: DeadUnit(12), 0.1, "gradient of hidden.bias"),
     ],
-    ids=["vast lr", "high lr", "first batch", "batch 8", "last of epoch 1", "first of epoch 2", "last of all"],
+    ids=["vast lr", "high lr", "first batch", "batch 8", "last of epoch 1", "first of epoch 2", "last of all", "dead"],
 )
 def test_the_error_names_what_a_plain_loop_finds(
     batches: Batches, network: Callable[[], nn.Module], lr: float, what: str, schedule: str
@@ -142,6 +163,18 @@ def test_the_first_batch_has_no_last_finite_loss(batches: Batches) -> None:
     state = build_state(batches, network, 0.1, "constant")
     with pytest.raises(PipelineError, match=r"epoch 1, batch 1: the loss is (nan|inf) at lr 0.1, the first\n"):
         train(batches, state)
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf])
+def test_an_update_that_only_the_validation_meets(batches: Batches, figure: float) -> None:
+    state = build_state(batches, two_layers(), 0.1, "constant")
+    loss = train_loop(batches, state, nn.CrossEntropyLoss(), accumulate_steps=1, precision="float32")
+    with pytest.raises(
+        PipelineError, match=rf"^epoch 1, after its last batch: val_loss is {figure} at lr 0\.1, the last "
+    ):
+        state.end_epoch({"train_loss": loss, "val_loss": figure, "val_accuracy": 0.25}, keep=True)
+    assert not state.weights
+    assert not state.history
 
 
 def test_the_weights_that_were_kept_stay(batches: Batches) -> None:

@@ -175,8 +175,12 @@ def test_what_a_killed_process_left_goes_and_what_others_have_stays(tmp_path: Pa
         for folder in (left, *others):
             folder.mkdir()
             (folder / "images.zip").write_text("half")
+        before = tmp_path / f".images.zip.{os.getpid()}.before"  # of another that had the number of this process
+        before.mkdir()
+        os.utime(before, (0, 0))
         with temporary_folder(tmp_path / "images.zip"):
             assert not left.exists()
+            assert not before.exists()
         assert names_in(tmp_path) == {folder.name for folder in others}
         assert all((folder / "images.zip").exists() for folder in others)
         alive.communicate(b"\n")

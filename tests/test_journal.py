@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from imports import ROOT
 from project import clean_environment
 
-from classifier.journal import Journal, home, is_complete, journals
+from classifier.journal import Journal, find_end, home, journals
 
 WRITE_UNTIL_KILLED = """
 import sys
@@ -73,7 +74,7 @@ def test_a_killed_process_leaves_every_record_that_it_has_written(killed: Journa
 def test_the_journal_of_a_killed_process_is_known_as_such(killed: Journal) -> None:
     assert not killed.is_being_written()
     killed.wait_for_writer(seconds=0)
-    assert not is_complete(killed.records())
+    assert not find_end(killed.records())
 
 
 def test_the_journal_of_a_process_that_is_alive_is_known_as_such() -> None:
@@ -159,6 +160,8 @@ def test_a_journal_is_never_seen_without_its_writer() -> None:
     looker = threading.Thread(target=look)
     looker.start()
     made = [Journal.create() for _ in range(100)]
+    while len(seen) < 100:  # it looks at those that are there once more
+        time.sleep(0.01)
     done.set()
     looker.join()
     assert all(seen)
@@ -173,14 +176,14 @@ def test_of_a_removal_that_is_cut_off_nothing_is_left_to_send(monkeypatch: pytes
     assert journal.records() == []
 
 
-def test_a_journal_with_an_end_is_complete_whatever_comes_after() -> None:
+def test_the_end_of_a_journal_is_found_whatever_comes_after() -> None:
     journal = Journal.create()
     journal.write("metrics", number=0)
-    assert not is_complete(journal.records())
+    assert not find_end(journal.records())
     journal.write("end", status="FINISHED")
-    assert is_complete(journal.records())
+    assert find_end(journal.records())
     journal.write("metrics", values={"system/cpu": 1}, step=10)
-    assert is_complete(journal.records())
+    assert find_end(journal.records())
 
 
 def test_an_experiment_in_a_temporary_copy_writes_to_the_main_checkout(

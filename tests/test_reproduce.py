@@ -15,6 +15,7 @@ from classifier.verify import DRIFTED, State, compare
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # where all packages have to be downloaded
 def test_a_fresh_clone_gives_the_committed_results(tmp_path: Path) -> None:
     clone = Project(tmp_path / "clone")
     subprocess.run(["git", "clone", "--quiet", ROOT, clone.root], check=True)

@@ -31,6 +31,8 @@ EPOCHS = 5
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project that had no store, in which the queue then ran a grid of experiments. Tests leave it as it is."""
     project = small_project(tmp_path_factory.mktemp("sweep"), epochs=str(EPOCHS), export_formats="[pth]")
+    project.dvc("repro", "annotate")  # once, and not in each copy that the queue makes
+    project.commit()
     assert not (project.root / "mlflow.db").exists()
     grid = ("-S", f"lr={','.join(RATES)}", "-S", f"optimizer={','.join(OPTIMIZERS)}")
     project.dvc("exp", "run", "--queue", *grid)
@@ -175,16 +177,16 @@ def test_the_comparison_leads_to_the_loss_curves_of_all_its_runs(
 ) -> None:
     compare_all(page)
     curves = draw_losses(page)
+    for name, run in runs.items():
+        lines = page.get_by_role("row").filter(has=page.get_by_role("link", name=name, exact=True))
+        for index, loss in enumerate(("train_loss", "val_loss")):
+            expect(lines.nth(index)).to_contain_text(f"{run.data.metrics[loss]} (step={EPOCHS})")
     take_screenshot(page, screenshots / "curves.png")
     # Each run has a continuous line for one loss and a dashed one for the other; MLflow may draw them twice
     dashes = curves.evaluate_all("lines => lines.map(line => getComputedStyle(line).strokeDasharray)")
     continuous = dashes.count("none")
     assert continuous == len(dashes) - continuous > 0
     assert continuous % len(runs) == 0
-    for name, run in runs.items():
-        lines = page.get_by_role("row").filter(has=page.get_by_role("link", name=name, exact=True))
-        for index, loss in enumerate(("train_loss", "val_loss")):
-            expect(lines.nth(index)).to_contain_text(f"{run.data.metrics[loss]} (step={EPOCHS})")
 
 
 @pytest.mark.browser
@@ -192,4 +194,4 @@ def test_a_picture_of_a_run_is_displayed(page: Page, runs: dict[str, Run], scree
     picture = show_picture(page, next(iter(runs)), "samples.png")
     expect(picture).to_be_visible()
     take_screenshot(page, screenshots / "pictures.png")
-    assert picture.evaluate("image => image.complete && image.naturalWidth > 0")
+    page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=picture.element_handle())

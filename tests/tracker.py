@@ -1,6 +1,7 @@
 """MLflow as tests need it: real servers that come and go, impostors, and what a store holds."""
 
 import http.server
+import io
 import os
 import signal
 import socket
@@ -214,7 +215,7 @@ class _NoSender:
     """In place of the process that sends, where a test sends by itself."""
 
     def __init__(self, journal: Journal) -> None:
-        self.stdin = Path(os.devnull).open("wb")  # noqa: SIM115
+        self.stdin, self.stderr = Path(os.devnull).open("wb"), io.BytesIO()  # noqa: SIM115
 
     def wait(self, seconds: float | None = None) -> int:
         self.stdin.close()

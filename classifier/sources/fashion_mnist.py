@@ -201,7 +201,10 @@ def _from_mirror(mirror: str, into: Path) -> None:
 def _receive(url: str, target: Path, progress: "tqdm[Any]", faults: list[Exception]) -> None:
     """Fetch one file, in a thread of its own. An exception is put into `faults`."""
     try:
-        with target.open("wb") as file, urllib.request.urlopen(url, timeout=STALL_SECONDS) as response:
+        with (
+            target.open("wb") as file,
+            urllib.request.urlopen(url, timeout=2 * STALL_SECONDS) as response,
+        ):  # _watch is first
             length = progress.total = response.length  # None if the server does not say
             while chunk := response.read1(1 << 16):
                 file.write(chunk)
@@ -221,9 +224,9 @@ def _watch(working: Callable[[], bool], folder: Path, progress: "tqdm[Any]", sta
         now_bytes = _bytes_in(folder)
         progress.update(now_bytes - window_bytes - shown_bytes)
         shown_bytes = now_bytes - window_bytes
-        if (elapsed := time.monotonic() - window_start) > stall_seconds:
+        if time.monotonic() - window_start > stall_seconds:
             if abs(shown_bytes) < SLOWEST_BYTES:
-                raise PlaceFailed(f"stalled, {shown_bytes} bytes in {elapsed:.0f} s")
+                raise PlaceFailed(f"stalled, {shown_bytes} bytes in {stall_seconds} s")
             window_start, window_bytes, shown_bytes = time.monotonic(), now_bytes, 0
 
 
