@@ -12,6 +12,8 @@ from typing import Any
 from classifier.errors import PipelineError
 from classifier.files import LOCK, TEST_METRICS, TRAIN_METRICS
 
+LARGEST_CODE = 10_000_000  # bytes of a new file; larger ones are data, which Git would copy and compress in each stage
+
 
 def git(*arguments: str) -> str:
     """What git answers, or nothing where there is no git, no repository or no such thing."""
@@ -41,10 +43,11 @@ def read_at(commit: str, path: Path) -> bytes | None:
 def changes(*paths: str) -> tuple[list[str], bytes]:
     """What differs between the commit and the files here, new ones included: their names, and a patch for `git apply`.
 
-    paths: Git's pathspecs, which limit it. Names are relative to this folder, and files that Git ignores and
-    repositories within this one are left out. Nothing differs where there is no commit. An index and an object store of
-    its own are used: the user's stay as they are, and an index may take a file that changed within a second, as in
-    DVC's copies, for unchanged. Raises PipelineError if git cannot read a file.
+    paths: Git's pathspecs, which limit it. Names are relative to this folder, and files that Git ignores, new ones
+    of more than LARGEST_CODE bytes, and repositories within this one are left out. Nothing differs where there is
+    no commit. An index and an object store of its own are used: the user's stay as they are, and an index may take
+    a file that changed within a second, as in DVC's copies, for unchanged. Raises PipelineError if git cannot read
+    a file.
     """
     if not commit_of("HEAD"):
         return [], b""
@@ -56,7 +59,7 @@ def changes(*paths: str) -> tuple[list[str], bytes]:
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(objects),
         }
         new = git_bytes("ls-files", "--others", "--exclude-standard", "-z").split(b"\0")
-        files = b"\0".join(name for name in new if name and not name.endswith(b"/"))
+        files = b"\0".join(name for name in new if name and not name.endswith(b"/") and _may_be_code(name))
         for arguments, given in (
             (["read-tree", "HEAD"], b""),
             (["add", "--update", "."], b""),
@@ -69,6 +72,13 @@ def changes(*paths: str) -> tuple[list[str], bytes]:
         diff = ("diff", "--cached", "--relative", "--no-renames", "--no-ext-diff", "--binary", "HEAD")
         names = git_bytes(*diff, "--name-only", "-z", "--", *paths, env=environment)
         return names.decode(errors="replace").split("\0")[:-1], git_bytes(*diff, "--", *paths, env=environment)
+
+
+def _may_be_code(name: bytes) -> bool:
+    try:
+        return os.stat(name, follow_symlinks=False).st_size <= LARGEST_CODE  # noqa: PTH116, Git's name, as bytes
+    except FileNotFoundError:
+        return False
 
 
 def metrics_at(commit: str) -> dict[str, Any]:

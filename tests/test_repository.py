@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from project import Project
 
-from classifier.repository import changes, commit_of, commits_holding, experiments, metrics_at, read_at
+from classifier.repository import LARGEST_CODE, changes, commit_of, commits_holding, experiments, metrics_at, read_at
 
 
 @pytest.fixture
@@ -57,6 +57,13 @@ def test_changes_leave_the_repository_as_it_is(project: Project) -> None:
 def test_changes_pass_over_repositories_within(project: Project) -> None:
     project.run("git", "init", "--quiet", "nested")
     (project.root / "nested/file").write_text("other")
+    (project.root / "code.py").write_text("changed\n")
+    assert changes()[0] == ["code.py"]
+
+
+def test_changes_pass_over_new_files_that_are_too_large_for_code(project: Project) -> None:
+    with (project.root / "images.tar").open("wb") as file:
+        file.truncate(LARGEST_CODE + 1)
     (project.root / "code.py").write_text("changed\n")
     assert changes()[0] == ["code.py"]
 
