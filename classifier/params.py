@@ -145,8 +145,8 @@ def load_params(path: Path = PARAMS) -> Params:
         content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PipelineError(f"{path}: missing; run from the folder that holds dvc.yaml") from None
-    except OSError as error:
-        raise PipelineError(f"{path}: not readable: {error.strerror}") from None
+    except IsADirectoryError:
+        raise PipelineError(f"{path}: a folder, not a file") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-01
         raise PipelineError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

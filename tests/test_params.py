@@ -278,7 +278,7 @@ def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="not readable: Is a directory"):
+    with pytest.raises(PipelineError, match="a folder, not a file"):
         load_params(tmp_path)
 
 
