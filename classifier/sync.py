@@ -42,13 +42,13 @@ class OpenRun:
     """The run that a journal speaks of, and what it has already: metrics by name and step.
 
     sent: how many of the journal's records; if it has more by now, another process has sent them.
-    ended_since: the run has ended after the journal's last record, as one whose training was killed and has gone on.
+    end_time: milliseconds since 1970 at which the run had ended when it was opened, 0 if it had not.
     """
 
     run_id: str
     logged: set[tuple[str, int]]
     sent: int
-    ended_since: bool
+    end_time: int
 
 
 class Sender:
@@ -94,28 +94,30 @@ class Sender:
             return
         if first["store"] != masked(os.environ.get(store.ADDRESS_VARIABLE, "")):
             return
-        run = self._open.get(journal.folder)
-        if run and run.sent == journal.sent:
+        known = self._open.get(journal.folder)
+        if known and known.sent == journal.sent:
             store.check_writable()
+            run = known
         else:
-            run = self._open_run(journal, first, last_time=max(record["time"] for record in records if record))
+            run = self._open_run(journal, first)
+        # A training that was killed and has gone on can have ended the run after all that this journal tells
+        last_time = max(record["time"] for record in records if record)
+        is_open = run.end_time <= 1000 * last_time
+        if is_open and run is not known:
+            MlflowClient().update_run(run.run_id, status="RUNNING")
         for number, record in enumerate(records[run.sent :], run.sent + 1):
             if record and record["kind"] != "end":
                 APPLY[record["kind"]](journal, run, record)
             journal.sent = run.sent = number
         end = find_end(records)  # in these: more may be there by now
         if end or not alive:
-            if not run.ended_since:  # also if that was done before: since then, the run was opened again
-                last = max(record["time"] for record in records if record)
-                _end(run, end or {"status": "KILLED", "time": last})
+            if is_open:
+                _end(run, end or {"status": "KILLED", "time": last_time})
             journal.remove()
             del self._open[journal.folder]
 
-    def _open_run(self, journal: Journal, record: dict[str, Any], last_time: float) -> OpenRun:
-        """Find the run that the first record of a journal speaks of, or make it.
-
-        last_time: of the journal's last record.
-        """
+    def _open_run(self, journal: Journal, record: dict[str, Any]) -> OpenRun:
+        """Find the run that the first record of a journal speaks of, or make it."""
         experiment_id = store.connect(record["experiment"])
         client = MlflowClient()  # of this store
         found = _find(journal, record, experiment_id)
@@ -124,13 +126,10 @@ class Sender:
             started = int(1000 * (record["started"] or record["time"]))
             tags = {OPENER_TAG: record["opener"]}
             found = client.create_run(experiment_id, start_time=started, tags=tags, run_name=record["name"])
-        ended_since = (found.info.end_time or 0) > 1000 * last_time
-        if not ended_since:
-            client.update_run(found.info.run_id, status="RUNNING")
         logged = {
             (key, m.step) for key in found.data.metrics for m in client.get_metric_history(found.info.run_id, key)
         }
-        self._open[journal.folder] = OpenRun(found.info.run_id, logged, journal.sent, ended_since)
+        self._open[journal.folder] = OpenRun(found.info.run_id, logged, journal.sent, found.info.end_time or 0)
         return self._open[journal.folder]
 
 

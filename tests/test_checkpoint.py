@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import RunsCodeWhenUnpickled
 from imports import ROOT
 from small_images import CLASSES, write_images
 from torch import Tensor, nn
@@ -190,14 +191,6 @@ def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-class RunsCodeWhenUnpickled:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
-        return Path.touch, (self.path,)
 
 
 def plant_code(path: Path) -> None:

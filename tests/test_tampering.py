@@ -1,20 +1,19 @@
 """Files that were changed behind the pipeline's back, and files that were made to do harm."""
 
 import ast
-import os
 import pickle
 import re
 import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hostile import RunsCodeWhenUnpickled
 from imports import ROOT
 from project import Project, small_project
 
@@ -181,14 +180,6 @@ def test_a_changed_link_into_the_cache_comes_back(copied: Project, reference: Pr
 
 
 # Weights that are code
-
-
-class RunsCodeWhenUnpickled:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[[str, int], object], tuple[str, int]]:
-        return os.mkdir, (str(self.path), 0o777)
 
 
 def write_hostile_weights(path: Path, ran: Path, kind: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import RunsCodeWhenUnpickled
 from small_images import CLASSES, write_images
 from torch import Tensor, nn
 
@@ -464,14 +465,6 @@ def test_a_compressed_file_is_not_unpacked(tmp_path: Path) -> None:
 def test_a_name_longer_than_any_file_has(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="weights: there is no file"):
         load_weights(small_mlp(), tmp_path / ("x" * 300), CPU)
-
-
-class RunsCodeWhenUnpickled:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
-        return Path.touch, (self.path,)
 
 
 def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
