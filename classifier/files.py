@@ -115,7 +115,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(existing(path).read_bytes())
     except ValueError as error:
-        raise PipelineError(f"{path}: not readable as JSON: {error}; `dvc repro --force` makes it again") from None
+        raise PipelineError(f"{path}: not as the pipeline writes it ({error}); `dvc repro` makes it anew") from None
 
 
 def existing(path: Path) -> Path:

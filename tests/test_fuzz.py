@@ -23,7 +23,7 @@ from imports import ROOT
 from classifier.annotations import class_names, read_annotations, write_csv
 from classifier.archive import Images, write_zip
 from classifier.decoding import decode_image
-from classifier.errors import PipelineError
+from classifier.errors import PipelineError, masked
 from classifier.params import Params, load_params, modules_in
 from classifier.png import decode_stored_png, encode_png
 
@@ -50,7 +50,9 @@ contents = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
     max_leaves=9,
 )
-printable = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20)
+printable = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20).filter(
+    lambda text: masked(text) == text
+)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 fractions = st.floats(min_value=0, max_value=1, exclude_max=True)
 counts = st.integers(1, 10**9)
@@ -90,7 +92,7 @@ valid_params = st.fixed_dictionaries(
         "workers": st.integers(0, 100),
         "memory_limit_gib": positive,
         "experiment": printable,
-        "registered_model": printable.filter(lambda name: not set(name) & set("/:")),
+        "registered_model": printable.filter(lambda name: not set(name) & set("/:'\"`")),
     }
 )
 
