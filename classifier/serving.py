@@ -17,7 +17,7 @@ import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image, ImageOps
 
-# Image files are taken by the same rules as for training: see decode_image in classifier/decoding.py
+# As decode_image in classifier/decoding.py has them, which also refuses 16 bits of colours and large tiles of TIFFs
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 LARGEST_PIXELS = 89_478_485
 BATCH = 256  # images that go through the network at once: it bounds the memory

@@ -215,6 +215,45 @@ def test_after_a_changed_parameter_training_starts_anew_and_says_what_was_change
     assert sorted(statuses(project)) == ["FINISHED", "KILLED"]
 
 
+# The train stage with something changed in it first
+CHANGED_STAGE = """
+from pathlib import Path
+from stages import train
+from classifier.errors import run_main
+{change}
+run_main(train.main)
+"""
+SAVING_ALWAYS = "train.CHECKPOINT_SECONDS = 0"
+EDITING_WHILE_DECODING = """
+load_batches = train.load_batches
+def edit_and_load(*arguments, **options):
+    with Path("classifier/training.py").open("a") as code:
+        code.write("# edited")
+    return load_batches(*arguments, **options)
+train.load_batches = edit_and_load
+"""
+
+
+def kill_changed(project: Project, change: str) -> list[str]:
+    """Start a changed stage, kill it before its sixth batch; the names of its checkpoints."""
+    project.set_params(checkpoint_steps="4" if change == EDITING_WHILE_DECODING else "1000")
+    kill_in(project, [sys.executable, "-c", CHANGED_STAGE.format(change=change)], epoch=0, batch=5)
+    return sorted(path.name for path in project.root.glob(".checkpoints/*/*.pt"))
+
+
+def test_where_steps_take_long_there_are_checkpoints_by_the_clock(project: Project, reference: Reference) -> None:
+    assert kill_changed(project, SAVING_ALWAYS)[-1] == "epoch-000000-batch-000000005.pt"
+    assert "Going on in epoch 1 after batch 5\n" in project.dvc("repro", "train").stdout
+    assert_as_uninterrupted(project, reference, TRAINED)
+
+
+def test_code_that_is_edited_while_images_are_decoded_does_not_go_on_from_the_code_before(project: Project) -> None:
+    assert kill_changed(project, EDITING_WHILE_DECODING) == ["epoch-000000-batch-000000004.pt"]
+    repeated = project.dvc("repro", "train")
+    assert "Going on" not in repeated.stdout
+    assert "a training that was given up: classifier/training.py was " in repeated.stdout
+
+
 # Experiments
 
 
