@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from classifier.annotations import faulty_rows, read_annotations
 from classifier.archive import Images
-from classifier.decoding import decode_image
+from classifier.decoding import LARGEST_PIXELS, decode_image
 from classifier.errors import PipelineError
+from classifier.png import decode_stored_png
 from classifier.transforms import accept_tensors, augment, to_float
 
 
@@ -71,13 +72,20 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
     def decode_as(self, shape: tuple[int, int, int] | None, index: int) -> Tensor:
         """Pixels of one image, which must have the shape. Raises PipelineError, naming the file alone, if not."""
         name = f"{self.files[index]} in {self.images.path}"
-        pixels = decode_image(self.images.read(self.files[index]), name)
+        content = self.images.read(self.files[index])
+        # The quick way, for what `annotate` wrote; a stored picture of too many pixels has more bytes
+        pixels = decode_stored_png(content) if len(content) <= LARGEST_PIXELS else None
+        if pixels is None:
+            try:
+                pixels = decode_image(content)
+            except ValueError as error:
+                raise PipelineError(f"{name} is not a usable image: {error}") from None
         if shape and pixels.shape != shape:
             raise PipelineError(
                 f"{name} is {pixels.shape} (channels, height, width), but the first usable image is {shape}; "
                 "images must have one shape"
             )
-        return torch.from_numpy(pixels)
+        return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
 
     def pixels(self, indices: Iterable[int]) -> Tensor:
         """Pixels of some of the images, (n, C, H, W) float32 in [0, 1]; n may be 0."""

@@ -1,60 +1,115 @@
-"""From the bytes of one image file to its pixels: which files are taken, what becomes of them, and the limits."""
+"""From the bytes of one image file to its pixels: which files are taken, what becomes of them, and the limits.
+
+MLflow keeps a copy of this file with every registered model, so it imports nothing of the project.
+"""
 
 import io
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from classifier.errors import PipelineError
-from classifier.png import decode_stored_png
-
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs, as EPS does
 GREY_MODES = ("1", "L", "LA", "La")
 LARGEST_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
 TILE_TAGS = (322, 323)  # TIFF 6.0: width and length of a tile
+TURNED = range(5, 9)  # EXIF orientations that swap width and height
+EXIF_ORIENTATION = 274
 
 
-def decode_image(content: bytes, name: str) -> np.ndarray:
+class Header(NamedTuple):
+    """What a file says of its image, without its pixels being decoded."""
+
+    height: int
+    width: int
+    channels: int  # 1 for grey, 3 for colour
+
+
+def decode_image(content: bytes, size: tuple[int, int] | None = None, channels: int | None = None) -> np.ndarray:
     """Pixels (C, H, W) uint8 of an image file, C = 1 for grey and 3 for colour.
 
     Grey, with or without alpha, and black-and-white become grey; palettes, CMYK, YCbCr and LAB become RGB by Pillow's
     conversion, and so do all pictures in GIF and WebP, which have no grey. Alpha is dropped: the colour below it
     counts, whatever shone through. Of an animation the first picture is taken. A picture that its EXIF data says is
     turned is turned upright.
-    Raises PipelineError, naming the file by `name`, for another format, broken data, more than 8 bits a channel, or
-    more than LARGEST_PIXELS in the image or a tile of it, which are not decoded.
+    size: (H, W) to bring the picture to, as `fit` does; a JPEG far larger is decoded at a reduced scale.
+    channels: 1 or 3, whatever the file has.
+    Raises ValueError, with the reason, for another format, broken data, more than 8 bits a channel, or more than
+    LARGEST_PIXELS in the image or a tile of it, which are not decoded.
     """
-    if len(content) <= LARGEST_PIXELS:  # a stored picture of more pixels has more bytes
-        pixels = decode_stored_png(content)
-        if pixels is not None:
-            return np.require(pixels, requirements=["C", "W"])
+    with _opened(content) as image:
+        is_grey = _is_grey(image)  # before `draft`, which tells other modes
+        if size and image.format == "JPEG":
+            image.draft(image.mode, (2 * max(size), 2 * max(size)))  # each side at least so long, if it is longer
+        ImageOps.exif_transpose(image, in_place=True)
+        mode = "L" if channels == 1 or (is_grey and channels is None) else "RGB"
+        return _array(fit(image.convert(mode), size) if size else image.convert(mode))
+
+
+def read_header(content: bytes) -> Header:
+    """Size and channels that `decode_image` would give, from the head of the file alone; raises ValueError likewise."""
+    with _opened(content) as image:
+        width, height = image.size
+        if image.getexif().get(EXIF_ORIENTATION) in TURNED:
+            width, height = height, width
+        return Header(height, width, 1 if _is_grey(image) else 3)
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Bring an image to (H, W): the largest centred part of that shape, scaled with an antialiasing linear filter.
+
+    An image that has the size stays as it is.
+    """
+    height, width = size
+    if image.size == (width, height):
+        return image
+    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+
+
+def fit_pixels(pixels: np.ndarray, size: tuple[int, int] | None, channels: int | None) -> np.ndarray:
+    """Pixels (H, W) or (H, W, 3) uint8 as (C, H, W), by the rules of `decode_image`."""
+    image = Image.fromarray(pixels)
+    if channels:
+        image = image.convert("L" if channels == 1 else "RGB")
+    return _array(fit(image, size) if size else image)
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    pixels = np.array(image)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+@contextmanager
+def _opened(content: bytes) -> Iterator[ImageFile.ImageFile]:
+    """A file as an image whose pixels are not decoded yet; what goes wrong with it in the block is a ValueError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is taken is decided here, not by Pillow's remarks
-            return _decode(content)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                if max(image.width * image.height, _tile_pixels(image)) > LARGEST_PIXELS:
+                    raise Image.DecompressionBombError
+                if image.mode.startswith(("I", "F")) or _is_deep(image):  # Pillow would cut them off, or drop bits
+                    raise ValueError("its channels have more than 8 bits; convert it to 8 bits")
+                yield image
     except UnidentifiedImageError:
         reason = f"it is none of {', '.join(FORMATS)}, or cut off"
     except Image.DecompressionBombError:
         reason = f"it has more than {LARGEST_PIXELS:,} pixels"
     except Exception as error:  # hostile data makes decoders raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-    raise PipelineError(f"{name} is not a usable image: {reason}")
+    else:
+        return
+    raise ValueError(reason)
 
 
-def _decode(content: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        if max(image.width * image.height, _tile_pixels(image)) > LARGEST_PIXELS:
-            raise Image.DecompressionBombError
-        if image.mode.startswith(("I", "F")) or _is_deep(image):  # Pillow would cut them off, or drop bits
-            raise ValueError("its channels have more than 8 bits; convert it to 8 bits")
-        ImageOps.exif_transpose(image, in_place=True)
-        is_grey = image.mode in GREY_MODES and image.format != "GIF"  # Pillow takes some of its palettes for grey
-        pixels = np.array(image.convert("L" if is_grey else "RGB"))
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+def _is_grey(image: ImageFile.ImageFile) -> bool:
+    return image.mode in GREY_MODES and image.format != "GIF"  # Pillow takes some of its palettes for grey
 
 
 def _tile_pixels(image: ImageFile.ImageFile) -> int:

@@ -70,9 +70,16 @@ class Params(BaseModel):
     val_size: Annotated[int | float, AfterValidator(_count_or_fraction)] = Field(
         description="a count of images (0 or more), or a fraction below 1"
     )
+    test_size: Annotated[int | float, AfterValidator(_count_or_fraction)] = Field(
+        description="a count of images (0 or more), or a fraction below 1"
+    )
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        description="a whole number of pixels from 1 to 4096, or empty"
+    )
+    channels: Literal[1, 3] | None = Field(description="1, 3, or empty")
 
     network: Annotated[str, _one_of_modules("networks")] = Field(description="a module in classifier/networks")
-    weights: Text | None = Field(description="a weights file, or empty")
+    weights: Text | None = Field(description="a weights file, a name of torchvision's weights, or empty")
     freeze: list[Text] = Field(description="a list of parameter-name patterns")
 
     epochs: Count = Field(description="a whole number above 0")
@@ -88,12 +95,17 @@ class Params(BaseModel):
     )
     label_smoothing: Fraction = Field(description="a number from 0 to below 1")
     target_transform: Literal["one_hot"] | None = Field(description="one_hot, or empty")
-    augment: list[Literal["crop", "flip", "erase"]] = Field(description="a list of any of crop, flip, erase")
+    augment: list[Literal["crop", "flip", "erase", "color", "mixup", "cutmix"]] = Field(
+        description="a list of any of crop, flip, erase, color, mixup, cutmix"
+    )
+    balance: Literal["none", "sampler", "loss"] = Field(description="one of none, sampler, loss")
     precision: Literal["float32", "bfloat16"] = Field(description="float32 or bfloat16")
 
-    export_formats: list[Literal["pth", "pt2", "onnx"]] = Field(
-        min_length=1, description="a list of at least one of pth, pt2, onnx"
+    export_formats: list[Literal["pth", "pt2", "onnx", "safetensors", "int8"]] = Field(
+        min_length=1, description="a list of at least one of pth, pt2, onnx, safetensors, int8"
     )
+    int8_max_drop: Fraction = Field(description="a number from 0 to below 1")
+    temperature_scaling: bool = Field(description="true or false")
 
     checkpoint_steps: Count = Field(description="a whole number above 0")
     workers: int = Field(ge=0, description="a whole number, 0 or more")

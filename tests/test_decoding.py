@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from classifier.decoding import FORMATS, LARGEST_PIXELS, decode_image
-from classifier.errors import PipelineError
 from classifier.png import encode_png
 
 GENERATOR = np.random.default_rng(0)
@@ -48,10 +47,11 @@ def chw(pixels: np.ndarray) -> np.ndarray:
 
 def refused(content: bytes) -> str:
     """Why an image is not taken."""
-    with pytest.raises(PipelineError, match=r"^a\.png in images is not a usable image: ") as caught:
-        decode_image(content, "a.png in images")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011, the reason is what is tested
+        decode_image(content)
+    assert type(caught.value) is ValueError
     assert "\n" not in str(caught.value)
-    return str(caught.value).partition(" image: ")[2]
+    return str(caught.value)
 
 
 # What is taken
@@ -62,7 +62,7 @@ def refused(content: bytes) -> str:
 def test_formats_without_loss_give_the_pixels(kind: str, pixels: np.ndarray) -> None:
     if kind == "GIF" and pixels.ndim == 3:
         pixels = np.asarray(picture(pixels, "P").convert("RGB"))
-    decoded = decode_image(saved(picture(pixels), kind, **({"lossless": True} if kind == "WEBP" else {})), "a")
+    decoded = decode_image(saved(picture(pixels), kind, **({"lossless": True} if kind == "WEBP" else {})))
     if kind in ("GIF", "WEBP") and pixels.ndim == 2:  # these have no grey
         pixels = np.stack([pixels] * 3, axis=2)
     assert decoded.dtype == np.uint8
@@ -73,7 +73,7 @@ def test_formats_without_loss_give_the_pixels(kind: str, pixels: np.ndarray) -> 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("CMYK", 3), ("YCbCr", 3)])
 def test_jpeg(mode: str, channels: int) -> None:
-    decoded = decode_image(saved(picture(SMOOTH, "RGB").convert(mode), "JPEG", quality=95), "a")
+    decoded = decode_image(saved(picture(SMOOTH, "RGB").convert(mode), "JPEG", quality=95))
     assert decoded.shape == (channels, *SMOOTH.shape)
     assert abs(decoded.astype(int) - SMOOTH).max() < 8
 
@@ -83,28 +83,28 @@ def test_other_colours_become_rgb_by_pillows_conversion(mode: str) -> None:
     content = saved(Image.frombytes(mode, (5, 6), GENERATOR.bytes(5 * 6 * len(mode))), "TIFF")
     with Image.open(io.BytesIO(content)) as opened:
         assert opened.mode == mode
-        assert np.array_equal(decode_image(content, "a"), chw(np.asarray(opened.convert("RGB"))))
+        assert np.array_equal(decode_image(content), chw(np.asarray(opened.convert("RGB"))))
 
 
 @pytest.mark.parametrize("options", [{}, {"transparency": 0}, {"transparency": bytes(range(256))}], ids=str)
 def test_palettes_become_rgb(options: dict[str, Any]) -> None:
     paletted = picture(RGB, "P")
-    assert np.array_equal(decode_image(saved(paletted, **options), "a"), chw(np.asarray(paletted.convert("RGB"))))
+    assert np.array_equal(decode_image(saved(paletted, **options)), chw(np.asarray(paletted.convert("RGB"))))
 
 
 @pytest.mark.parametrize("pixels", [GREY, RGB], ids=["grey", "RGB"])
 def test_alpha_is_dropped_and_what_lies_below_counts(pixels: np.ndarray) -> None:
     transparent = picture(pixels)
     transparent.putalpha(0)
-    assert np.array_equal(decode_image(saved(transparent), "a"), chw(pixels))
+    assert np.array_equal(decode_image(saved(transparent)), chw(pixels))
     colour: Any = int(GREY[0, 0]) if pixels.ndim == 2 else tuple(int(value) for value in RGB[0, 0])
-    assert np.array_equal(decode_image(saved(picture(pixels), transparency=colour), "a"), chw(pixels))
+    assert np.array_equal(decode_image(saved(picture(pixels), transparency=colour)), chw(pixels))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "PPM"])
 def test_one_bit_becomes_grey(kind: str) -> None:
     bits = GREY > 100
-    assert np.array_equal(decode_image(saved(picture(bits), kind), "a"), chw(bits * np.uint8(255)))
+    assert np.array_equal(decode_image(saved(picture(bits), kind)), chw(bits * np.uint8(255)))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -114,7 +114,7 @@ def test_the_first_picture_of_an_animation_is_taken(kind: str) -> None:
     content = saved(first, kind, save_all=True, append_images=others, **options)
     with Image.open(io.BytesIO(content)) as opened:
         assert opened.n_frames == 3  # type: ignore[attr-defined]
-    assert np.array_equal(decode_image(content, "a"), chw(np.asarray(first)))
+    assert np.array_equal(decode_image(content), chw(np.asarray(first)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -125,7 +125,7 @@ def test_the_first_picture_of_an_animation_is_taken(kind: str) -> None:
 def test_pictures_are_turned_upright(kind: str, orientation: int, turn: Callable[[np.ndarray], np.ndarray]) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    decoded = decode_image(saved(picture(SMOOTH, "RGB"), kind, exif=exif), "a")
+    decoded = decode_image(saved(picture(SMOOTH, "RGB"), kind, exif=exif))
     expected = turn(SMOOTH)
     assert decoded.shape[1:] == expected.shape
     assert abs(decoded.astype(int) - expected).max() < 8
@@ -167,7 +167,7 @@ def test_more_than_eight_bits_are_refused(content: bytes) -> None:
 def test_sixteen_bits_for_all_channels_together_are_taken() -> None:
     header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0) + struct.pack("<III", 0xF800, 0x7E0, 0x1F)
     content = b"BM" + struct.pack("<IHHI", 14 + len(header) + 4, 0, 0, 14 + len(header)) + header
-    assert decode_image(content + struct.pack("<HH", 0xF800, 0x7E0), "a").reshape(3, 2).T.tolist() == [
+    assert decode_image(content + struct.pack("<HH", 0xF800, 0x7E0)).reshape(3, 2).T.tolist() == [
         [255, 0, 0],
         [0, 255, 0],
     ]
@@ -232,7 +232,7 @@ def tiled_tiff(tile: int) -> bytes:
 
 
 def test_a_small_tiff_of_one_large_tile_is_not_unpacked() -> None:
-    assert not decode_image(tiled_tiff(tile=16), "a").any()
+    assert not decode_image(tiled_tiff(tile=16)).any()
     content = tiled_tiff(tile=9600)
     assert len(content) < 100_000
     assert refused(content) == "it has more than 89,478,485 pixels"
@@ -240,10 +240,10 @@ def test_a_small_tiff_of_one_large_tile_is_not_unpacked() -> None:
 
 def test_limit_of_pixels_holds_for_stored_pictures_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("classifier.decoding.LARGEST_PIXELS", 30)
-    decode_image(encode_png(GREY), "a")
+    decode_image(encode_png(GREY))
     assert refused(encode_png(np.zeros((1, 31), np.uint8))) == "it has more than 30 pixels"
 
 
 def test_grey_gifs_are_alike_whatever_their_palette() -> None:
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)  # Pillow takes its palette for grey
-    assert decode_image(saved(picture(ramp), "GIF"), "a").shape == (3, 16, 16)
+    assert decode_image(saved(picture(ramp), "GIF")).shape == (3, 16, 16)

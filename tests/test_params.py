@@ -17,7 +17,7 @@ COMMITTED = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
 def with_values(values: dict[str, str]) -> str:
     """The committed parameters with some lines replaced: YAML text by key."""
-    text = COMMITTED.replace("export_formats:            # any of pth, pt2, onnx\n- pth\n- pt2\n- onnx\n", "")
+    text = re.sub(r"(?m)^export_formats:.*\n(- .*\n)+", "", COMMITTED)
     text += "export_formats: [pth, pt2, onnx]\n"
     for key, value in values.items():
         text, found = re.subn(rf"(?m)^{key}:.*$", lambda _, line=f"{key}: {value}": line, text)  # type: ignore[misc]
@@ -131,6 +131,10 @@ def test_numbers_as_dvc_and_people_write_them(tmp_path: Path, written: str, read
         ("freeze", '["*.0.*", "*bias"]', ["*.0.*", "*bias"]),
         ("augment", "[erase, flip, crop]", ["erase", "flip", "crop"]),
         ("export_formats", "[onnx]", ["onnx"]),
+        ("image_size", "", None),
+        ("image_size", "224", 224),
+        ("channels", "3", 3),
+        ("balance", "none", "none"),
         ("seed", "0", 0),
         ("workers", "0", 0),
         ("memory_limit_gib", "0.5", 0.5),
@@ -181,12 +185,15 @@ def test_allowed_values(tmp_path: Path, key: str, written: str, read: object) ->
         ("schedule", "step", "'step' is not one of constant, linear, cosine, onecycle"),
         ("label_smoothing", "1", "1 is not a number from 0 to below 1"),
         ("target_transform", "onehot", "'onehot' is not one_hot, or empty"),
-        ("augment", "[flop]", "['flop'] is not a list of any of crop, flip, erase"),
-        ("augment", "flip", "'flip' is not a list of any of crop, flip, erase"),
+        ("augment", "[flop]", "['flop'] is not a list of any of crop, flip, erase, color, mixup, cutmix"),
+        ("augment", "flip", "'flip' is not a list of any of crop, flip, erase, color, mixup, cutmix"),
         ("freeze", "[1, 2]", "[1, 2] is not a list of parameter-name patterns"),
         ("precision", "float16", "'float16' is not float32 or bfloat16"),
-        ("export_formats", "[]", "[] is not a list of at least one of pth, pt2, onnx"),
-        ("weights", "''", "'' is not a weights file, or empty"),
+        ("image_size", "0", "0 is not a whole number of pixels from 1 to 4096, or empty"),
+        ("channels", "2", "2 is not 1, 3, or empty"),
+        ("balance", "", "nothing is not one of none, sampler, loss"),
+        ("export_formats", "[]", "[] is not a list of at least one of pth, pt2, onnx, safetensors, int8"),
+        ("weights", "''", "'' is not a weights file, a name of torchvision's weights, or empty"),
         ("experiment", "''", "'' is not a name"),
         ("memory_limit_gib", "0", "0 is not a number above 0"),
         ("batch_size", f"{2**31}", "2147483648 is not a whole number above 0"),
