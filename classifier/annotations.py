@@ -48,7 +48,7 @@ def read_annotations(path: Path, *, classes: int | None = None) -> Annotations:
     seen: dict[str, tuple[int, int | None]] = {}
     known: dict[str, int | None] = {}
     is_first = True
-    for row, values in _rows(path):
+    for row, values in read_rows(path):
         if isinstance(values, str):
             faults.append((row, values))
         elif len(values) != 2:
@@ -61,10 +61,10 @@ def read_annotations(path: Path, *, classes: int | None = None) -> Annotations:
                 known[text] = _number(text, classes)
             label = known[text]
             if label is None:
-                faults.append((row, f"label {_shown(text)} is not {_expected(classes)}"))
+                faults.append((row, f"label {shown(text)} is not {_expected(classes)}"))
             name = values[0]
             if UNUSUAL.search(name) or os.name == "nt":
-                if fault := _name_fault(name):
+                if fault := name_fault(name):
                     faults.append((row, fault))
                     continue
                 name = str(PurePosixPath(name))
@@ -92,7 +92,7 @@ def class_names(folder: Path) -> list[str]:
     PipelineError, with all rows at fault, if not, or if there is no row.
     """
     path = folder / "classes.csv"
-    (_, header), *rows = _rows(path)
+    (_, header), *rows = read_rows(path)
     if header != ["label", "name"]:
         raise PipelineError(f"{path}, row 1: not the header label,name")
     if not rows:
@@ -109,10 +109,10 @@ def class_names(folder: Path) -> list[str]:
             continue
         label, name = _number(values[0], len(rows)), values[1]
         if label is None:
-            faults.append((row, f"label {_shown(values[0])} is not {_expected(len(rows))}"))
+            faults.append((row, f"label {shown(values[0])} is not {_expected(len(rows))}"))
         if not name.strip() or CONTROL.search(name):
-            faults.append((row, f"{_shown(name)} is no name of a class"))
-        for value in [f"name {_shown(name)}"] if label is None else [f"label {label}", f"name {_shown(name)}"]:
+            faults.append((row, f"{shown(name)} is no name of a class"))
+        for value in [f"name {shown(name)}"] if label is None else [f"label {label}", f"name {shown(name)}"]:
             if seen.setdefault(value, row) != row:
                 faults.append((row, f"{value} is also in row {seen[value]}"))
         names[-1 if label is None else label] = name
@@ -121,7 +121,7 @@ def class_names(folder: Path) -> list[str]:
     return [names[label] for label in range(len(rows))]
 
 
-def faulty_rows(path: Path, faults: Sequence[tuple[int, str]]) -> PipelineError:
+def faulty_rows(path: Path | str, faults: Sequence[tuple[int, str]]) -> PipelineError:
     """The error that lists faults of a table by row: the first twenty and their count."""
     if len(faults) == 1:
         return PipelineError(f"{path}, row {faults[0][0]}: {faults[0][1]}")
@@ -138,20 +138,30 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object] | np.ndarray]) 
         table.writerows(zip(*columns.values(), strict=True))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str] | str]]:
-    """Number and values of each row that is not blank, or number and fault of one that is not CSV in UTF-8.
+def read_rows(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+    """Number and values of each row of a CSV that is not blank, or number and fault of one that is not CSV in UTF-8.
 
     Raises PipelineError if the file is missing, unreadable or empty.
     """
     try:
         if not existing(path).is_file():
             raise PipelineError(f"{path}: not a file")
-        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+        content = path.read_bytes()
     except OSError as error:
         raise PipelineError(f"{path}: not readable: {error.strerror}") from None
+    return parse_rows(str(path), content)
+
+
+def parse_rows(name: str, content: bytes, delimiter: str = ",") -> Iterator[tuple[int, list[str] | str]]:
+    """The rows, as `read_rows` gives them, of the content of a file called `name` in errors."""
+    text = content.decode("utf-8-sig", errors="surrogateescape")
     if not text.strip("\r\n"):
-        raise PipelineError(f"{path}: empty, without even a header")
-    table = csv.reader(io.StringIO(text, newline=""), strict=True)
+        raise PipelineError(f"{name}: empty, without even a header")
+    return _parsed(text, delimiter)
+
+
+def _parsed(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     is_utf8 = NOT_UTF8.search(text) is None
     row = 0
     while True:
@@ -181,18 +191,19 @@ def _expected(classes: int | None) -> str:
     return "a whole number of at most 18 digits, 0 or more" if classes is None else f"one of 0..{classes - 1}"
 
 
-def _name_fault(name: str) -> str | None:
+def name_fault(name: str) -> str | None:
+    """What is wrong with the name of a file in an image folder, if something is."""
     if not name:
         return "no file name"
     if len(name) > LONGEST_NAME:
-        return f"file name {_shown(name)} has more than {LONGEST_NAME} characters"
+        return f"file name {shown(name)} has more than {LONGEST_NAME} characters"
     if CONTROL.search(name):
-        return f"file name {_shown(name)} has control characters"
+        return f"file name {shown(name)} has control characters"
     if name.startswith("/") or ".." in name.split("/") or (os.name == "nt" and re.search(r"[\\:]", name)):
-        return f"file name {_shown(name)} leads out of the image folder"
-    return f"file name {_shown(name)} is the image folder itself" if str(PurePosixPath(name)) == "." else None
+        return f"file name {shown(name)} leads out of the image folder"
+    return f"file name {shown(name)} is the image folder itself" if str(PurePosixPath(name)) == "." else None
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """A text from a file in a message: quoted, escaped, and not too long."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")

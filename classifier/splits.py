@@ -1,7 +1,7 @@
-"""Labelled images of a source before they are written: the checks, duplicates, and the validation split."""
+"""Labelled images of a source before they are written: the checks, the splits, and duplicates."""
 
-import hashlib
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -10,20 +10,29 @@ from classifier.annotations import LISTED_FAULTS
 from classifier.errors import PipelineError
 from classifier.sources import LabelledImages
 
+LARGEST_SHARE = 5  # a count of images to hold out takes at most one in so many: the default is made for 60,000
+
+
+class Share(NamedTuple):
+    """Images of one of the source's splits: which, by their places there."""
+
+    origin: str
+    indices: np.ndarray  # (n,) int64
+
 
 class Duplicates(NamedTuple):
-    """Pairs of images with the same pixels: within the training data, within the test data, across the two."""
+    """Pairs of images with the same pixels: within one split, and in two; and the names in each group of the latter."""
 
-    train: int
-    test: int
+    within: int
     across: int
+    groups: list[list[str]]
+    contradicting: int  # groups, wherever they are, whose images do not have one label
 
 
-def check_split(split: str, data: LabelledImages, classes: int, train: LabelledImages) -> None:
-    """Raise PipelineError unless every image has a label in 0..classes-1 and the shape of the first training image.
+def check_labels(split: str, data: LabelledImages, classes: int) -> None:
+    """Raise PipelineError unless every image of a split has a label, a whole number in 0..classes-1.
 
-    That is (H, W) or (H, W, 3), without a zero; pixels are uint8, labels whole numbers. The first twenty images at
-    fault are listed, with their count.
+    The first twenty images at fault are listed, with their count.
     """
     if len(data.images) != len(data.labels):
         raise PipelineError(f"{split}: {len(data.images)} images, but {len(data.labels)} labels")
@@ -35,19 +44,6 @@ def check_split(split: str, data: LabelledImages, classes: int, train: LabelledI
     if wrong.size:
         rows = ", ".join(f"{row} (label {data.labels[row]})" for row in wrong[:LISTED_FAULTS])
         raise PipelineError(f"{split}: {wrong.size} labels are not in 0..{classes - 1}: images {rows}")
-    shape = train.images[0].shape
-    if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)) or 0 in shape:
-        raise PipelineError(f"train: image 0 has shape {shape}, not (height, width) or (height, width, 3)")
-    others = [
-        f"{index} {image.shape} {image.dtype}"
-        for index, image in enumerate(data.images)
-        if (image.shape, image.dtype) != (shape, np.uint8)
-    ]
-    if others:
-        raise PipelineError(
-            f"{split}: {len(others)} images have another shape than the first, {shape}, or pixels that are not uint8: "
-            f"images {', '.join(others[:LISTED_FAULTS])}"
-        )
 
 
 def check_classes(labels: np.ndarray, names: list[str]) -> None:
@@ -57,40 +53,81 @@ def check_classes(labels: np.ndarray, names: list[str]) -> None:
         raise PipelineError(f"train: no image of class {', '.join(f'{label} ({names[label]})' for label in absent)}")
 
 
-def count_duplicates(train: LabelledImages, test: LabelledImages) -> Duplicates:
-    """Count the pairs of images whose shape and pixels are the same."""
-    seen: dict[bytes, list[int]] = defaultdict(lambda: [0, 0])
-    for split, data in enumerate((train, test)):
-        for image in data.images:
-            seen[hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()][split] += 1
-    return Duplicates(
-        train=sum(n * (n - 1) // 2 for n, _ in seen.values()),
-        test=sum(n * (n - 1) // 2 for _, n in seen.values()),
-        across=sum(n * m for n, m in seen.values()),
-    )
+def assign_splits(
+    labels: Mapping[str, np.ndarray], val_size: int | float, test_size: int | float, seed: int
+) -> dict[str, Share]:
+    """Which images train, val and test consist of: those that the source has for it, else some cut from its train.
 
-
-def hold_out(labels: np.ndarray, val_size: int | float, seed: int) -> np.ndarray:
-    """Choose the validation images: a mask over the training images, stratified by class.
-
-    labels: (N,) int64. val_size: a count of images, or a fraction of N.
-    Returns (N,) bool, True for validation. Raises PipelineError if that cannot be stratified, or would leave
-    no training image of a class; a rare class may be missing from the validation images.
+    labels: (N,) int64 by split of the source, "train" at least. val_size, test_size: counts, or fractions; of a count,
+    at most one in LARGEST_SHARE is taken. Test is cut first, so that it does not depend on val_size.
+    Raises PipelineError as `hold_out` does, and if no test image is left.
     """
-    count = round(val_size * len(labels)) if isinstance(val_size, float) else val_size
+    of_class = labels["train"]
+    rest = np.arange(len(of_class))
+    shares = {split: Share(split, np.arange(len(labels[split]))) for split in ("val", "test") if split in labels}
+    for split, key, size in [("test", "test_size", test_size), ("val", "val_size", val_size)]:
+        if split not in shares:
+            if isinstance(size, int) and size > len(rest) // LARGEST_SHARE:
+                print(f"{key}: of {len(rest):,} images, a fifth is held out and not {size:,}", flush=True)
+                size = len(rest) // LARGEST_SHARE
+            held_out = hold_out(of_class[rest], size, seed, key)
+            shares[split] = Share("train", rest[held_out])
+            rest = rest[~held_out]
+    if len(shares["test"].indices) == 0:
+        raise PipelineError(f"test_size: {test_size} leaves no image to test on; the source has no test split")
+    return {"train": Share("train", rest), "val": shares["val"], "test": shares["test"]}
+
+
+def find_duplicates(
+    digests: Mapping[str, list[bytes]], labels: Mapping[str, np.ndarray], names: Mapping[str, list[str]]
+) -> Duplicates:
+    """Find the images whose pixels are the same.
+
+    By split: digests of the images' pixels, their labels (N,) int64, and their names.
+    """
+    seen: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
+    for split, of_split in digests.items():
+        for index, digest in enumerate(of_split):
+            seen[digest].append((split, index))
+    within = across = contradicting = 0
+    groups = []
+    for places in seen.values():
+        if len(places) == 1:
+            continue
+        counts = [sum(split == other for other, _ in places) for split in digests]
+        pairs = len(places) * (len(places) - 1) // 2
+        same_split = sum(count * (count - 1) // 2 for count in counts)
+        within += same_split
+        across += pairs - same_split
+        contradicting += len({int(labels[split][index]) for split, index in places}) > 1
+        if pairs > same_split:
+            groups.append([names[split][index] for split, index in places])
+    return Duplicates(within, across, groups, contradicting)
+
+
+def hold_out(labels: np.ndarray, size: int | float, seed: int, key: str) -> np.ndarray:
+    """Choose images to hold out of training: a mask over the training images, stratified by class.
+
+    labels: (N,) int64. size: a count of images, or a fraction of N. key: its name in params.yaml.
+    Returns (N,) bool, True for those held out. Raises PipelineError if that cannot be stratified, or would leave
+    no training image of a class; a rare class may be missing from the images held out.
+    """
+    count = round(size * len(labels)) if isinstance(size, float) else size
     held_out = np.zeros(len(labels), bool)
-    if val_size and count == 0:
-        raise PipelineError(f"val_size: {val_size} of {len(labels)} images is none; 0 holds out none")
+    if size and count == 0:
+        raise PipelineError(f"{key}: {size} of {len(labels)} images is none; 0 holds out none")
     if count == 0:
         return held_out
 
-    from sklearn.model_selection import train_test_split  # a second of import, not needed for val_size 0
+    from sklearn.model_selection import train_test_split  # a second of import, not needed where nothing is cut
 
     try:
         _, chosen = train_test_split(np.arange(len(labels)), test_size=count, random_state=seed, stratify=labels)
     except ValueError as error:  # fewer images than classes, or a class with a single image
-        raise PipelineError(f"val_size: {val_size} images cannot be held out of {len(labels)}: {error}") from None
+        single = [label for label, images in enumerate(np.bincount(labels)) if images == 1]
+        reason = f"there is only one image of class {single}" if single else str(error)
+        raise PipelineError(f"{key}: {size} images cannot be held out of {len(labels)}: {reason}") from None
     held_out[chosen] = True
     if lost := sorted(set(labels.tolist()) - set(labels[~held_out].tolist())):
-        raise PipelineError(f"val_size: {val_size} images of {len(labels)} leave no training image of class {lost}")
+        raise PipelineError(f"{key}: {size} images of {len(labels)} leave no training image of class {lost}")
     return held_out

@@ -1,4 +1,4 @@
-"""Annotate stage: original files in, one archive of images and one table per split out.
+"""Annotate stage: original files in, one archive of images of one shape and one table per split out.
 
 Reads   data/raw/
 Writes  data/images.zip, data/annotations/{train,val,test,classes}.csv
@@ -6,17 +6,16 @@ Writes  data/images.zip, data/annotations/{train,val,test,classes}.csv
 
 from collections.abc import Iterator
 
-import numpy as np
-from tqdm import tqdm
-
 from classifier.annotations import write_csv
 from classifier.archive import write_zip
 from classifier.errors import run_main
 from classifier.files import ANNOTATIONS, IMAGES, RAW, atomic, verified
 from classifier.params import load_params
-from classifier.png import encode_png
+from classifier.preprocessing import common_shape, file_names, prepare
 from classifier.sources import LabelledImages, load_source
-from classifier.splits import check_classes, check_split, count_duplicates, hold_out
+from classifier.splits import Duplicates, assign_splits, check_classes, check_labels, find_duplicates
+
+SHOWN_GROUPS = 5
 
 
 def main() -> None:
@@ -24,39 +23,49 @@ def main() -> None:
     source = load_source(params.source)
     splits: dict[str, LabelledImages] = source.read(verified(RAW))
     names = source.class_names(RAW)
+    for split, data in splits.items():
+        check_labels(split, data, len(names))
+    shares = assign_splits(
+        {split: data.labels for split, data in splits.items()}, params.val_size, params.test_size, params.seed
+    )
+    labels = {split: splits[share.origin].labels[share.indices] for split, share in shares.items()}
+    check_classes(labels["train"], names)
 
-    train, test = splits["train"], splits["test"]
-    check_split("train", train, len(names), train)
-    check_split("test", test, len(names), train)
-    check_classes(train.labels, names)
-    held_out = hold_out(train.labels, params.val_size, params.seed)
+    shape = common_shape(splits, params.image_size, params.channels)
+    digests: dict[str, bytes] = {}
 
-    pairs = count_duplicates(train, test)
-    print(f"{len(train.labels):,} training and {len(test.labels):,} test images in {len(names)} classes")
-    print(f"{held_out.sum():,} of the training images are held out for validation")
-    print(f"same pixels: {pairs.train} pairs within train, {pairs.test} within test, {pairs.across} across the two")
+    def files() -> Iterator[tuple[str, bytes]]:
+        for image in prepare(splits, shape):
+            digests[image.name] = image.digest
+            yield image.name, image.png
 
     with atomic(IMAGES) as path:
-        write_zip(path, _png_files(splits))
+        write_zip(path, files())
+
+    # An image keeps its name whichever split it goes to, so images.zip does not depend on how they are cut.
+    names_of = {split: file_names(split, data) for split, data in splits.items()}
+    chosen = {split: [names_of[share.origin][place] for place in share.indices] for split, share in shares.items()}
     with atomic(ANNOTATIONS) as folder:
         folder.mkdir()
-        # An image keeps its file name whichever split it goes to, so images.zip does not depend on the split.
-        for split, origin, rows in [("train", "train", ~held_out), ("val", "train", held_out), ("test", "test", None)]:
-            labels = splits[origin].labels
-            chosen = np.arange(len(labels)) if rows is None else np.flatnonzero(rows)
-            files = [_file_name(origin, index) for index in chosen.tolist()]
-            write_csv(folder / f"{split}.csv", {"file": files, "label": labels[chosen]})
+        for split in shares:
+            write_csv(folder / f"{split}.csv", {"file": chosen[split], "label": labels[split]})
         write_csv(folder / "classes.csv", {"label": range(len(names)), "name": names})
 
+    counts = ", ".join(f"{len(files_of_split):,} {split}" for split, files_of_split in chosen.items())
+    print(f"{counts} images in {len(names)} classes, each {' x '.join(map(str, shape))} (channels x height x width)")
+    of_split = {split: [digests[name] for name in files_of_split] for split, files_of_split in chosen.items()}
+    report(find_duplicates(of_split, labels, chosen))
 
-def _file_name(split: str, index: int) -> str:
-    return f"{split}/{index:05d}.png"
 
-
-def _png_files(splits: dict[str, LabelledImages]) -> Iterator[tuple[str, bytes]]:
-    for split, data in splits.items():
-        for index, image in enumerate(tqdm(data.images, desc=f"{split} images", unit="image", disable=None)):
-            yield _file_name(split, index), encode_png(image)
+def report(found: Duplicates) -> None:
+    """Print how many images have the same pixels, and which of them are in two splits."""
+    print(f"same pixels: {found.within} pairs within a split, {found.across} across splits", flush=True)
+    for group in found.groups[:SHOWN_GROUPS]:
+        print(f"  {' = '.join(group)}")
+    if len(found.groups) > SHOWN_GROUPS:
+        print(f"  and {len(found.groups) - SHOWN_GROUPS} more groups across splits")
+    if found.contradicting:
+        print(f"  {found.contradicting} groups of the same pixels have several labels")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from classifier.interrupts import Interrupted
 from classifier.params import load_params
 from classifier.sources import load_source
 
+SHOWN_FILES = 8
 # DVC removes a stage's outputs before it starts.
 WAY_BACK = "If there was an earlier download, `dvc checkout data/raw` brings it back."
 
@@ -25,9 +26,10 @@ def main() -> None:
     except Interrupted as interrupt:
         interrupt.add_note(WAY_BACK)
         raise
-    for file in sorted(RAW.rglob("*")):
-        if file.is_file():
-            print(f"{file}  {file.stat().st_size:,} bytes")
+    sizes = {file: file.stat().st_size for file in sorted(RAW.rglob("*")) if file.is_file()}
+    for file in list(sizes)[:SHOWN_FILES]:
+        print(f"{file}  {sizes[file]:,} bytes")
+    print(f"files: {len(sizes):,}, {sum(sizes.values()):,} bytes")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from classifier.decoding import FORMATS, LARGEST_PIXELS, decode_image
+from classifier.decoding import FORMATS, LARGEST_PIXELS, decode_image, read_header
 from classifier.png import encode_png
 
 GENERATOR = np.random.default_rng(0)
@@ -247,3 +247,65 @@ def test_limit_of_pixels_holds_for_stored_pictures_too(monkeypatch: pytest.Monke
 def test_grey_gifs_are_alike_whatever_their_palette() -> None:
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)  # Pillow takes its palette for grey
     assert decode_image(saved(picture(ramp), "GIF")).shape == (3, 16, 16)
+
+
+# Sizes and channels
+
+
+def test_the_largest_centred_part_is_taken_and_scaled() -> None:
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200  # the middle third, which alone is to be left
+    for pixels in (wide, wide.transpose(1, 0, 2)):
+        decoded = decode_image(saved(picture(pixels)), (5, 5))
+        assert decoded.shape == (3, 5, 5)
+        assert (decoded[:, 1:-1, 1:-1] == 200).all()
+        assert (decoded >= 150).all()  # the filter takes a little of what is beyond the edge
+
+
+def test_scaling_down_takes_the_mean_and_not_single_pixels() -> None:
+    stripes = np.tile(np.array([0, 255], np.uint8), (64, 32))
+    decoded = decode_image(saved(picture(stripes)), (8, 8))
+    assert abs(decoded.astype(int) - 127).max() <= 20
+
+
+@pytest.mark.parametrize("size", [(6, 5), (3, 5), (12, 20)])
+def test_size_and_channels_are_those_asked_for(size: tuple[int, int]) -> None:
+    for pixels in (GREY, RGB):
+        for channels in (1, 3):
+            assert decode_image(saved(picture(pixels)), size, channels).shape == (channels, *size)
+    assert np.array_equal(decode_image(saved(picture(RGB)), (6, 5)), chw(RGB))
+    assert np.array_equal(decode_image(saved(picture(GREY)), None, 3), np.stack([GREY] * 3))
+    assert np.array_equal(decode_image(saved(picture(RGB)), None, 1)[0], np.asarray(picture(RGB, "L")))
+
+
+def test_a_large_jpeg_is_decoded_at_a_reduced_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = np.mgrid[0:1200, 0:1600]
+    smooth = np.stack([rows // 8, columns // 8, (rows + columns) // 16], axis=2).astype(np.uint8)
+    content = saved(picture(smooth), "JPEG", quality=95)
+    fitted = []
+    fit = ImageOps.fit
+
+    def watched(image: Image.Image, *arguments: Any) -> Image.Image:
+        fitted.append(image.size)
+        return fit(image, *arguments)
+
+    monkeypatch.setattr(ImageOps, "fit", watched)
+    reduced = decode_image(content, (64, 64))
+    assert fitted == [(200, 150)]  # an eighth, and still twice what is asked for
+    monkeypatch.undo()
+    whole = np.asarray(ImageOps.fit(picture(smooth), (64, 64), Image.Resampling.BILINEAR))
+    assert abs(reduced.astype(int) - chw(whole)).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
+@pytest.mark.parametrize("pixels", [GREY, RGB], ids=["grey", "colour"])
+def test_the_head_of_a_file_tells_what_it_becomes(kind: str, pixels: np.ndarray) -> None:
+    content = saved(picture(pixels), kind)
+    header = read_header(content)
+    assert (header.channels, header.height, header.width) == decode_image(content).shape
+
+
+def test_the_head_of_a_broken_file_is_refused() -> None:
+    for content in (b"", b"no image", saved(picture(GREY))[:20]):
+        with pytest.raises(ValueError, match=r"it is none of BMP, GIF, .* or cut off|Truncated"):
+            read_header(content)

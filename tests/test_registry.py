@@ -318,7 +318,7 @@ def test_files_that_are_refused_for_training_are_refused(champion: Any, tmp_path
         Image.new("L", (6, 4)).save(path, "EPS")
     else:
         path.write_text("no image")
-    with pytest.raises(ValueError, match="8 bits|it is none of"):
+    with pytest.raises(ValueError, match=r"8 bits|it is none of"):
         decode_image(path.read_bytes())
     with pytest.raises(ValueError, match=r"a\.png: not a usable image: "):
         champion.predict([str(path)])

@@ -29,8 +29,8 @@ SETTINGS = {
     "checkpoint_steps": "7", "export_formats": "[pth]",
 }  # fmt: skip
 TRAINED = ["models/model_weights.pth", "metrics/epochs.csv", "metrics/train.json", "metrics/environment.json"]
-# Put behind the network: a training stops itself, as SIGSTOP does, before the batch whose number is in $HOLD; when it is
-# told to go on, each batch takes long, so that what is to end it comes in time.
+# Put behind the network: a training stops itself, as SIGSTOP does, before the batch whose number is in $HOLD; when it
+# is told to go on, each batch takes long, so that what is to end it comes in time.
 HOLDING = """
 
 import os, signal, time

@@ -7,7 +7,7 @@ import pytest
 
 from classifier.errors import PipelineError
 from classifier.sources import LabelledImages, fashion_mnist
-from classifier.splits import check_classes, check_split, count_duplicates, hold_out
+from classifier.splits import Duplicates, assign_splits, check_classes, check_labels, find_duplicates, hold_out
 
 BALANCED = np.repeat(np.arange(10), 30)
 SKEWED = np.repeat(np.arange(3), [100, 50, 10])
@@ -20,7 +20,7 @@ def labelled(count: int, seed: int = 0) -> LabelledImages:
 
 @pytest.mark.parametrize(("val_size", "count"), [(50, 50), (0.2, 60), (0.1, 30), (0, 0), (0.0, 0), (290, 290)])
 def test_val_size_is_a_count_or_a_fraction(val_size: int | float, count: int) -> None:
-    held_out = hold_out(BALANCED, val_size, seed=42)
+    held_out = hold_out(BALANCED, val_size, seed=42, key="val_size")
     assert held_out.dtype == bool
     assert held_out.shape == BALANCED.shape
     assert held_out.sum() == count
@@ -28,54 +28,77 @@ def test_val_size_is_a_count_or_a_fraction(val_size: int | float, count: int) ->
 
 
 def test_split_keeps_the_shares_of_the_classes() -> None:
-    assert np.bincount(SKEWED[hold_out(SKEWED, 0.2, seed=1)]).tolist() == [20, 10, 2]
+    assert np.bincount(SKEWED[hold_out(SKEWED, 0.2, seed=1, key="val_size")]).tolist() == [20, 10, 2]
 
 
 def test_split_is_a_function_of_the_seed() -> None:
-    first, again, other = (hold_out(BALANCED, 50, seed) for seed in (1, 1, 2))
+    first, again, other = (hold_out(BALANCED, 50, seed, "val_size") for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 def test_split_is_pinned() -> None:
     """Another version of scikit-learn that drew other images would change everyone's validation figures."""
-    assert np.flatnonzero(hold_out(BALANCED, 10, seed=42)).tolist() == [6, 39, 66, 110, 126, 175, 207, 226, 266, 278]
+    assert np.flatnonzero(hold_out(BALANCED, 10, seed=42, key="val_size")).tolist() == [
+        6,
+        39,
+        66,
+        110,
+        126,
+        175,
+        207,
+        226,
+        266,
+        278,
+    ]
 
 
 @pytest.mark.parametrize("val_size", [300, 301, 295, 5, 0.01, 0.999])
 def test_impossible_val_size(val_size: int | float) -> None:
     with pytest.raises(PipelineError, match=f"val_size: {val_size} images"):
-        hold_out(BALANCED, val_size, seed=0)
+        hold_out(BALANCED, val_size, seed=0, key="val_size")
 
 
 def test_class_with_a_single_image() -> None:
-    with pytest.raises(PipelineError, match="val_size: 5 images cannot be held out of 31"):
-        hold_out(np.array([0] * 30 + [1]), 5, seed=0)
+    with pytest.raises(
+        PipelineError, match=r"val_size: 5 images cannot be held out of 31: there is only one image of class \[1\]"
+    ):
+        hold_out(np.array([0] * 30 + [1]), 5, seed=0, key="val_size")
 
 
 def test_split_never_takes_all_training_images_of_a_class() -> None:
     with pytest.raises(PipelineError, match=r"leave no training image of class \[1\]"):
-        hold_out(np.array([0] * 998 + [1] * 2), 990, seed=0)
+        hold_out(np.array([0] * 998 + [1] * 2), 990, seed=0, key="val_size")
+
+
+def duplicates(**splits: list[tuple[str, int]]) -> Duplicates:
+    """Of images given as pixels and label, by split."""
+    digests = {split: [pixels.encode() for pixels, _ in images] for split, images in splits.items()}
+    labels = {split: np.array([label for _, label in images]) for split, images in splits.items()}
+    names = {split: [f"{split}/{index}" for index in range(len(images))] for split, images in splits.items()}
+    return find_duplicates(digests, labels, names)
 
 
 def test_duplicates_are_counted_in_pairs() -> None:
-    a, b, c, d = labelled(4).images
-    train = LabelledImages(np.stack([a, b, a, a, c]), np.zeros(5, np.int64))
-    test = LabelledImages(np.stack([a, b, b, d]), np.ones(4, np.int64))
+    found = duplicates(
+        train=[("a", 0), ("b", 1), ("a", 0), ("a", 0), ("c", 2)], val=[("d", 3)], test=[("a", 0), ("b", 1), ("b", 1)]
+    )
     # a thrice in train: 3 pairs; b twice in test: 1; across: a 3 x 1, b 1 x 2
-    assert count_duplicates(train, test) == (3, 1, 5)
-    assert count_duplicates(labelled(50, seed=1), labelled(50, seed=2)) == (0, 0, 0)
+    assert (found.within, found.across, found.contradicting) == (4, 5, 0)
+    assert found.groups == [["train/0", "train/2", "train/3", "test/0"], ["train/1", "test/1", "test/2"]]
 
 
-def test_same_bytes_in_another_shape_are_no_duplicate() -> None:
-    image = np.zeros((4, 6), np.uint8)
-    data = [LabelledImages([image.reshape(shape)], np.zeros(1, np.int64)) for shape in ((4, 6), (6, 4))]
-    assert count_duplicates(*data) == (0, 0, 0)
+def test_duplicates_with_several_labels_are_counted() -> None:
+    found = duplicates(train=[("a", 0), ("a", 1), ("b", 0), ("b", 0)], test=[("c", 1)])
+    assert found == (2, 0, [], 1)
 
 
-def test_right_split_passes() -> None:
-    check_split("train", labelled(20), classes=10, train=labelled(20))
-    check_split("test", labelled(3), classes=10, train=labelled(20))
+def test_without_duplicates_there_are_none() -> None:
+    assert duplicates(train=[("a", 0), ("b", 0)], val=[("c", 0)], test=[("d", 0)]) == (0, 0, [], 0)
+
+
+def test_right_labels_pass() -> None:
+    check_labels("train", labelled(20), classes=10)
     check_classes(labelled(20).labels, fashion_mnist.CLASS_NAMES)
 
 
@@ -85,42 +108,14 @@ def test_right_split_passes() -> None:
         (LabelledImages(labelled(5).images, np.arange(4)), "train: 5 images, but 4 labels"),
         (LabelledImages([], np.arange(0)), "train: no images"),
         (labelled(5)._replace(labels=np.array([0, 1, 10, 3, -1])), r"2 labels .* 0\.\.9: images 2 \(label 10\), 4 \(l"),
-        (labelled(50)._replace(labels=np.full(50, 77)), "train: 50 labels are not in 0..9"),
-        (
-            LabelledImages([np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.uint8)], np.zeros(2, np.int64)),
-            r"train: 1 images have another shape than the first, \(4, 4\), or .*: images 1 \(4, 4, 3\) uint8$",
-        ),
-        (
-            labelled(5)._replace(images=np.full((5, 4, 4), 300, np.uint16)),
-            r"5 images have .* pixels that are not uint8: images 0 \(4, 4\) uint16, 1 ",
-        ),
+        (labelled(50)._replace(labels=np.full(50, 77)), r"train: 50 labels are not in 0\.\.9"),
         (labelled(5)._replace(labels=np.full(5, np.nan)), "train: labels are float64, not whole numbers"),
-        *(
-            (LabelledImages(np.zeros((2, *shape), np.uint8), np.zeros(2, np.int64)), "image 0 has shape .* not .height")
-            for shape in [(0, 4), (4, 0, 3), (4, 4, 2), (4,), (4, 4, 3, 3)]
-        ),
     ],
     ids=str,
 )
-def test_wrong_split_is_named(data: LabelledImages, complaint: str) -> None:
+def test_wrong_labels_are_named(data: LabelledImages, complaint: str) -> None:
     with pytest.raises(PipelineError, match=complaint):
-        check_split("train", data, classes=10, train=data)
-
-
-def test_test_images_have_the_shape_of_the_training_images() -> None:
-    other = LabelledImages([np.zeros((4, 6, 3), np.uint8)], np.zeros(1, np.int64))
-    with pytest.raises(PipelineError, match=r"test: 1 images have another shape .*: images 0 \(4, 6, 3\) uint8"):
-        check_split("test", other, classes=10, train=labelled(5))
-
-
-def test_all_images_of_another_shape_are_counted_and_twenty_listed() -> None:
-    mixed = [np.zeros((4, 4 if index % 2 == 0 else 5), np.uint8) for index in range(100)]
-    data = LabelledImages(mixed, np.zeros(100, np.int64))
-    with pytest.raises(
-        PipelineError, match=r"train: 50 images .*: images 1 \(4, 5\) uint8, 3 \(4, 5\) uint8, "
-    ) as caught:
-        check_split("train", data, classes=10, train=data)
-    assert str(caught.value).count("(4, 5)") == 20
+        check_labels("train", data, classes=10)
 
 
 def test_class_without_images_is_named() -> None:
@@ -128,17 +123,68 @@ def test_class_without_images_is_named() -> None:
         check_classes(np.array([0, 2, 2]), ["bag", "boot", "coat", "hat"])
 
 
+# The splits
+
+
+def sizes(val_size: int | float, test_size: int | float, **labels: np.ndarray) -> dict[str, tuple[str, int]]:
+    shares = assign_splits(labels, val_size, test_size, seed=42)
+    return {split: (share.origin, len(share.indices)) for split, share in shares.items()}
+
+
+def test_splits_that_the_source_has_are_taken_and_the_others_cut_from_train() -> None:
+    few = np.arange(10)
+    assert sizes(0.1, 0.2, train=BALANCED) == {"train": ("train", 216), "val": ("train", 24), "test": ("train", 60)}
+    assert sizes(0.1, 0.2, train=BALANCED, test=few) == {
+        "train": ("train", 270), "val": ("train", 30), "test": ("test", 10),
+    }  # fmt: skip
+    assert sizes(0.1, 0.2, train=BALANCED, val=few) == {
+        "train": ("train", 240), "val": ("val", 10), "test": ("train", 60),
+    }  # fmt: skip
+    assert sizes(0.1, 0.2, train=BALANCED, val=few, test=few)["train"] == ("train", 300)
+    assert sizes(0, 0.2, train=BALANCED)["val"] == ("train", 0)
+
+
+def test_no_image_is_in_two_splits_and_none_is_lost() -> None:
+    shares = assign_splits({"train": BALANCED}, 0.1, 0.2, seed=1)
+    assert sorted(np.concatenate([share.indices for share in shares.values()]).tolist()) == list(range(300))
+    for split, count in {"train": 216, "val": 24, "test": 60}.items():
+        assert np.bincount(BALANCED[shares[split].indices]).tolist() == pytest.approx([count / 10] * 10, abs=1)
+
+
+def test_the_test_images_do_not_depend_on_val_size() -> None:
+    shares = [assign_splits({"train": BALANCED}, val_size, 0.2, seed=1)["test"].indices for val_size in (0, 0.1, 60)]
+    assert np.array_equal(shares[0], shares[1])
+    assert np.array_equal(shares[0], shares[2])
+
+
+def test_of_a_count_at_most_a_fifth_is_taken_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sizes(48, 60, train=BALANCED) == {"train": ("train", 192), "val": ("train", 48), "test": ("train", 60)}
+    assert capsys.readouterr().out == ""
+    assert sizes(5000, 61, train=BALANCED)["val"] == ("train", 48)
+    assert capsys.readouterr().out == (
+        "test_size: of 300 images, a fifth is held out and not 61\n"
+        "val_size: of 240 images, a fifth is held out and not 5,000\n"
+    )
+
+
+def test_without_test_images_nothing_can_be_evaluated() -> None:
+    with pytest.raises(PipelineError, match="test_size: 0 leaves no image to test on"):
+        sizes(0.1, 0, train=BALANCED)
+
+
 def test_counts_of_fashion_mnist(fashion_mnist_dir: Path) -> None:
     """The copy published since 31 August 2017 has the ten train/test duplicates of issue 44 replaced."""
     splits = fashion_mnist.read(fashion_mnist_dir)
     train, test = splits["train"], splits["test"]
     for split, data in splits.items():
-        check_split(split, data, classes=10, train=train)
+        check_labels(split, data, classes=10)
     assert np.asarray(train.images).shape == (60_000, 28, 28)
     assert np.asarray(test.images).shape == (10_000, 28, 28)
     assert np.bincount(train.labels).tolist() == [6000] * 10
     assert np.bincount(test.labels).tolist() == [1000] * 10
-    held_out = hold_out(train.labels, 5000, seed=42)
+    held_out = hold_out(train.labels, 5000, seed=42, key="val_size")
     assert np.bincount(train.labels[held_out]).tolist() == [500] * 10
     assert np.bincount(train.labels[~held_out]).tolist() == [5500] * 10
-    assert count_duplicates(train, test) == (0, 0, 0)
+    digests = {split: [image.tobytes() for image in np.asarray(data.images)] for split, data in splits.items()}
+    labels = {split: data.labels for split, data in splits.items()}
+    assert find_duplicates(digests, labels, dict.fromkeys(splits, [""] * 60_000)) == (0, 0, [], 0)

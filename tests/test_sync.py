@@ -44,8 +44,8 @@ from classifier.tracking import Tracker
 pytestmark = pytest.mark.slow
 
 RESULTS = ("models/model_weights.pth", "metrics/train.json", "metrics/epochs.csv")
-# Seconds that a tracker may hold up a stage: it takes six, on a machine that has nothing else to do. MLflow's own client
-# would take minutes.
+# Seconds that a tracker may hold up a stage: it takes six, on a machine that has nothing else to do. MLflow's own
+# client would take minutes.
 DELAY = 30
 
 

@@ -5,7 +5,8 @@ fetch(raw: Path, data_path: Path) -> None
 class_names(raw: Path) -> list[str]
     The name of class 0, 1, ...
 read(raw: Path) -> dict[str, LabelledImages]
-    The splits "train" and "test", in the order in which they are to be kept.
+    The splits that the data has, in the order in which they are to be kept: "train", and "val" and "test" unless these
+    are to be cut from it.
 """
 
 import importlib
@@ -17,10 +18,16 @@ import numpy as np
 
 
 class LabelledImages(NamedTuple):
-    """images: N arrays of (H, W) or (H, W, 3) uint8, maybe read only when asked for; labels: (N,) int64."""
+    """N images of a split, read only when they are asked for.
 
-    images: Sequence[np.ndarray] | np.ndarray
+    images: each the bytes of an image file, or pixels as an array (H, W) or (H, W, 3) uint8.
+    labels: (N,) int64.
+    names: what the N images are called in images.zip, each once in all splits; None for numbers.
+    """
+
+    images: Sequence[np.ndarray | bytes] | np.ndarray
     labels: np.ndarray
+    names: list[str] | None = None
 
 
 def load_source(name: str) -> ModuleType:

@@ -1,0 +1,128 @@
+"""From the images of a source to those of images.zip: one shape, the same pixels, and all that cannot be used."""
+
+import hashlib
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from classifier.decoding import decode_image
+from classifier.errors import PipelineError
+from classifier.png import decode_stored_png
+from classifier.preprocessing import common_shape, prepare
+from classifier.sources import LabelledImages
+
+GENERATOR = np.random.default_rng(0)
+
+
+def encoded(height: int, width: int, channels: int = 3, kind: str = "PNG", **options: Any) -> bytes:
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    file = io.BytesIO()
+    Image.fromarray(GENERATOR.integers(0, 256, shape, dtype=np.uint8)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def images(*contents: Any) -> LabelledImages:
+    return LabelledImages(contents, np.zeros(len(contents), np.int64))
+
+
+GREY, COLOUR = encoded(20, 30, 1), encoded(20, 30)
+
+
+@pytest.mark.parametrize(
+    ("contents", "image_size", "channels", "shape"),
+    [
+        ([GREY, GREY], None, None, (1, 20, 30)),
+        ([GREY, COLOUR], None, None, (3, 20, 30)),
+        ([COLOUR, COLOUR], None, 1, (1, 20, 30)),
+        ([GREY, encoded(30, 20, 1)], None, None, (1, 128, 128)),
+        ([encoded(129, 30, 1)], None, None, (1, 128, 128)),
+        ([encoded(128, 30, 1)], None, None, (1, 128, 30)),
+        ([GREY], 16, None, (1, 16, 16)),
+        ([GREY], 16, 3, (3, 16, 16)),
+        ([np.zeros((6, 5), np.uint8)], None, None, (1, 6, 5)),
+        ([np.zeros((6, 5, 3), np.uint8)], None, None, (3, 6, 5)),
+        ([np.zeros((6, 5), np.uint8), np.zeros((5, 6), np.uint8)], None, None, (1, 128, 128)),
+    ],
+)
+def test_the_shape_that_all_are_brought_to(
+    contents: list[Any], image_size: int | None, channels: int | None, shape: tuple[int, int, int]
+) -> None:
+    assert common_shape({"train": images(*contents)}, image_size, channels) == shape
+
+
+def test_the_shape_is_of_all_splits() -> None:
+    assert common_shape({"train": images(GREY), "test": images(COLOUR)}, None, None) == (3, 20, 30)
+
+
+def test_a_picture_that_is_turned_has_its_upright_size() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(20, 30, kind="JPEG", exif=exif)
+    assert common_shape({"train": images(turned)}, None, None) == (3, 30, 20) == decode_image(turned).shape
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 30), (3, 20, 30), (3, 8, 8), (1, 64, 32)])
+def test_images_are_decoded_scaled_and_written_in_order(shape: tuple[int, int, int]) -> None:
+    contents = [encoded(20 + index % 3, 30, (1, 3)[index % 2]) for index in range(150)]
+    made = list(prepare({"train": images(*contents[:100]), "test": images(*contents[100:])}, shape))
+    assert [image.name for image in made] == [
+        *(f"train/{index:05d}.png" for index in range(100)),
+        *(f"test/{index:05d}.png" for index in range(50)),
+    ]
+    for image, content in zip(made, contents, strict=True):
+        pixels = decode_stored_png(image.png)
+        assert pixels is not None
+        assert np.array_equal(pixels, decode_image(content, shape[1:], shape[0]))
+        assert image.digest == hashlib.sha256(pixels.tobytes()).digest()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_become_what_files_of_them_become(channels: int) -> None:
+    pixels = GENERATOR.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    for shape in ((channels, 9, 12), (channels, 6, 6)):
+        first, second = prepare({"train": images(pixels, file.getvalue())}, shape)
+        assert first.png == second.png
+
+
+def test_all_images_that_cannot_be_used_are_told_by_their_names() -> None:
+    class Files(list[Any]):
+        names = ("cat/0.jpg", "cat/1.jpg", "dog/2.jpg", "dog/3.jpg")
+
+    contents = Files([COLOUR, b"no image", COLOUR[:40], np.zeros((4, 4), np.uint16)])
+    data = {"train": LabelledImages(contents, np.zeros(4, np.int64))}
+    with pytest.raises(PipelineError) as from_headers:
+        common_shape(data, None, None)
+    with pytest.raises(PipelineError) as from_pixels:
+        list(prepare(data, (3, 8, 8)))
+    for caught in (from_headers, from_pixels):
+        first, *faults, last = str(caught.value).splitlines()
+        assert first == "3 images cannot be used:"
+        assert [fault.split(": ")[0].strip() for fault in faults] == ["cat/1.jpg", "dog/2.jpg", "dog/3.jpg"]
+        assert faults[2].endswith("uint16 of shape (4, 4), not uint8 (height, width) or (height, width, 3)")
+        assert last == "Mend them, or take them away."
+
+
+def test_of_many_faults_twenty_are_listed() -> None:
+    with pytest.raises(PipelineError, match="50 images cannot be used, the first 20:") as caught:
+        list(prepare({"train": images(*[b""] * 50)}, (1, 8, 8)))
+    assert len(str(caught.value).splitlines()) == 22
+
+
+def test_only_a_few_images_are_read_ahead() -> None:
+    class Counted(list[Any]):
+        read = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            self.read += 1
+            return super().__getitem__(index)
+
+    contents = Counted([GREY] * 3000)
+    made = prepare({"train": LabelledImages(contents, np.zeros(3000, np.int64))}, (1, 8, 8))
+    next(made)
+    assert contents.read < 1000
+    made.close()  # type: ignore[attr-defined]
