@@ -5,6 +5,7 @@ The clone has an empty cache and none of the user's settings, so nothing is rest
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,18 @@ from typing import Any
 import yaml
 
 from classifier.errors import PipelineError
-from classifier.files import ENVIRONMENT, EXPORT, IMAGES, LOCK, PLOTS, TEST_METRICS, TRAIN_METRICS, hash_path, md5s_in
+from classifier.files import (
+    ENVIRONMENT,
+    EXPORT,
+    IMAGES,
+    LOCK,
+    PARAMS,
+    PLOTS,
+    TEST_METRICS,
+    TRAIN_METRICS,
+    hash_path,
+    md5s_in,
+)
 from classifier.lineage import stale
 from classifier.params import read_yaml
 from classifier.repository import changes, commit_of, git
@@ -157,7 +169,25 @@ def _make_clone(clone: Path, revision: str | None) -> Path:
     _git("-C", str(clone), "checkout", "--quiet", "--detach", commit)
     if revision is None and (patch := changes(".")[1]):
         _git("-C", str(project), "apply", "--whitespace=nowarn", "-", given=patch)
+    _link_own_files(project)
     return project
+
+
+def _link_own_files(project: Path) -> None:
+    """Give the clone what its params.yaml names and Git does not have, your own images and weights, by links to them."""
+    params = read_yaml(_content(project / PARAMS) or b"") or {}
+    for key in ("data_path", "weights"):
+        path = Path(str(params.get(key) or ""))
+        if path.is_absolute() or not params.get(key) or not path.exists():
+            continue
+        link = project / path
+        if link.exists() and hash_path(link) == hash_path(path):
+            continue
+        if link.is_dir():  # data/own, of which Git has the page that explains it
+            shutil.rmtree(link)
+        link.unlink(missing_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.absolute(), target_is_directory=path.is_dir())
 
 
 def _git(*arguments: str, given: bytes = b"") -> None:

@@ -309,7 +309,7 @@ def _split_of_table(name: str) -> str | None:
 
 
 def _finder(pictures: list[str]) -> Callable[[str, str], list[str]]:
-    """A function that gives the images that a table for a split can mean by a name, with or without folders and suffix."""
+    """A function that gives the images that a table for a split can mean by a name, in part or without suffix."""
     by_last: dict[str, list[str]] = defaultdict(list)
     for name in pictures:
         last = name.rpartition("/")[2]
