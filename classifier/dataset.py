@@ -105,7 +105,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         counts = self.labels.bincount(minlength=len(names))
         if without := [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]:
             raise PipelineError(
-                f"{self.annotations}: balance: no image is of class {', '.join(without)}; add some, or set balance: none"
+                f"{self.annotations}: balance: no image of class {', '.join(without)}; add some, or set balance: none"
             )
         return len(self) / (len(names) * counts.double())
 
