@@ -13,16 +13,16 @@ from classifier.dataset import Batches, CustomImageDataset
 from classifier.params import Params, load_params
 from classifier.plots import save_grid
 
-ROWS, COLUMNS = 5, 8
+ROWS, COLUMNS = 5, 8  # a row a batch: mixup and cutmix draw their shares for a batch
 
 
 def draw_samples(target: Path) -> None:
-    """Write a PNG of the first images of the first epoch with the parameters of now, atomically.
+    """Write a PNG of images of the first batches of the first epoch with the parameters of now, atomically.
 
     It needs the outputs of annotate alone. Raises PipelineError if they are missing, were changed or cannot be used.
     """
     names = class_names(files.verified(files.ANNOTATIONS))
-    pixels, targets = first_images(training_batches(load_params(), names), ROWS * COLUMNS)
+    pixels, targets = first_images(training_batches(load_params(), names), ROWS, COLUMNS)
     with files.atomic(target) as path:
         save_grid(path, pixels.numpy(), titles(targets, names), ROWS, COLUMNS)
 
@@ -44,11 +44,15 @@ def training_batches(params: Params, names: list[str]) -> Batches:
     )
 
 
-def first_images(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
-    """Pixels (n, C, H, W) and targets of the first images of the first epoch: `count`, or all if there are fewer."""
-    parts = islice(batches.epoch(), -(-count // batches.batch_size))
-    pixels, targets = (torch.cat(part)[:count] for part in zip(*parts, strict=True))
-    return pixels, targets
+def first_images(batches: Batches, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Pixels (n, C, H, W) and targets of the first `columns` images of each of the first `rows` batches.
+
+    Where batches, or the epoch, have fewer: of as many batches as it takes, or there are.
+    """
+    count = rows * columns
+    parts = islice(batches.epoch(), -(-count // min(columns, batches.batch_size)))
+    pixels, targets = (torch.cat([part[:columns] for part in of_batches]) for of_batches in zip(*parts, strict=True))
+    return pixels[:count], targets[:count]
 
 
 def titles(targets: Tensor, names: Sequence[str]) -> list[str]:

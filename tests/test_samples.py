@@ -41,7 +41,7 @@ def annotated(tmp_path_factory: pytest.TempPathFactory) -> Project:
         {"augment": "[]", "balance": "none", "target_transform": ""},
         {"augment": "[]", "balance": "none", "shuffle": "false"},
         {"augment": "[crop, flip, erase, color]", "balance": "sampler"},
-        {"augment": "[mixup, cutmix, crop]", "balance": "loss", "seed": "3", "batch_size": "9"},
+        {"augment": "[mixup, cutmix, crop]", "balance": "loss", "seed": "3", "batch_size": "3"},
         {"augment": "[mixup]", "target_transform": "one_hot", "batch_size": "500"},
     ],
     ids=lambda params: " ".join(params.values()),
@@ -53,11 +53,11 @@ def test_they_are_the_images_and_targets_of_the_train_stage(
     defaults = {"seed": "42", "batch_size": "32", "shuffle": "true"}
     annotated.set_params(**(defaults | params))
     names = class_names(ANNOTATIONS)
-    pixels, targets = first_images(training_batches(load_params(), names), 40)
+    pixels, targets = first_images(training_batches(load_params(), names), rows=4, columns=8)
     trained, _, _ = load_batches(load_params(), torch.device("cpu"), names)
     batches = list(trained.epoch(0))
-    assert torch.equal(pixels, torch.cat([images for images, _ in batches])[:40])
-    expected = torch.cat([of_batch for _, of_batch in batches])[:40]
+    assert torch.equal(pixels, torch.cat([images[:8] for images, _ in batches])[:32])
+    expected = torch.cat([of_batch[:8] for _, of_batch in batches])[:32]
     assert torch.equal(targets if targets.ndim == expected.ndim else one_hot(targets, len(names)), expected)
 
 
