@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test slow check format ui report verify seeds bench lock clean
+.PHONY: help env repro test slow check format ui samples report verify seeds bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -48,6 +48,9 @@ format: env  ## mend formatting and lint where it can be done by itself
 
 ui: env  ## MLflow's pages on http://127.0.0.1:5000 (another port: make ui PORT=5001)
 	$(RUN) classifier ui --port $(PORT)
+
+samples: env  ## draw reports/samples.png: training images as the network sees them with params.yaml as it is
+	$(RUN) classifier samples
 
 report: env  ## write reports/report.html about the model here (make report AGAINST=main: compared with another commit)
 	$(RUN) classifier report $(if $(AGAINST),--against $(AGAINST))

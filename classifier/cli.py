@@ -143,6 +143,16 @@ def report(
     print(f"Written: {target}")
 
 
+@app.command()
+def samples() -> None:
+    """Draw the first training images as the network sees them: augmented, balanced and mixed as params.yaml says."""
+    from classifier.samples import draw_samples
+
+    target = REPORTS / "samples.png"
+    draw_samples(target)
+    print(f"Written: {target}")
+
+
 def _send_journals() -> int:
     """Send what stages had to tell MLflow while it was away; print what is in the way, and return in how many cases."""
     from classifier.sync import send_to_every_store

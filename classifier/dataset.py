@@ -24,7 +24,7 @@ from classifier.archive import Images
 from classifier.decoding import LARGEST_PIXELS, decode_image
 from classifier.errors import PipelineError
 from classifier.png import decode_stored_png
-from classifier.transforms import accept_tensors, augment, to_float
+from classifier.transforms import accept_tensors, augment, mix, to_float
 
 
 class CustomImageDataset(Dataset[tuple[Any, Any]]):
@@ -33,7 +33,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
     annotations_file: CSV of two columns, file name in `img_dir` and label, as `read_annotations` takes it.
     transform: called with each image, a uint8 tensor (C, H, W); torchvision's ToTensor works too.
     target_transform: called with each label, an int; `targets` calls it with all labels, (N,) int64.
-    classes: the number of classes, if labels beyond them are to be refused.
+    classes: the number of classes, if labels beyond them are to be refused; mixup and cutmix need it.
     What becomes of an image is said at `decode_image`, which files are read at `Images.read`.
     Raises PipelineError, naming file and rows, if the annotations cannot be used; and so do its methods for images.
     """
@@ -50,6 +50,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         self.annotations = Path(annotations_file)
         self.files, labels, self.rows = read_annotations(self.annotations, classes=classes)
         self.labels = torch.from_numpy(labels)
+        self.classes = classes
         self.images = Images(Path(img_dir))
         self.transform: Any = accept_tensors(transform) if transform else None
         self.target_transform = target_transform
@@ -94,6 +95,19 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
     def targets(self) -> Tensor:
         """All labels, (N,) int64, or what the target transform makes of them."""
         return self.target_transform(self.labels) if self.target_transform else self.labels
+
+    def class_weights(self, names: Sequence[str]) -> Tensor:
+        """What an image of each class weighs if all classes are to weigh alike, (classes,) float64.
+
+        N / (classes x images of the class), which scikit-learn calls balanced: over all N images the mean is 1.
+        names: of all classes. Raises PipelineError that names those without an image.
+        """
+        counts = self.labels.bincount(minlength=len(names))
+        if without := [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]:
+            raise PipelineError(
+                f"{self.annotations}: balance: no image of class {', '.join(without)}; add some, or set balance: none"
+            )
+        return len(self) / (len(names) * counts.double())
 
     def md5(self) -> str:
         """Digest of the images' bytes and labels, in order: of what the data set is, whatever its files are called."""
@@ -149,11 +163,20 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         return pixels
 
 
-def epoch_order(count: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
-    """The order of the images in an epoch, (count,) int64: a function of (seed, epoch), drawn on the CPU."""
+def epoch_order(count: int, seed: int, epoch: int, shuffle: bool, weights: Tensor | None = None) -> Tensor:
+    """The order of the images in an epoch, (count,) int64: a function of (seed, epoch), drawn on the CPU.
+
+    weights: (count,) float64; with them images are drawn with replacement, in proportion to their weights.
+    """
     if not shuffle:
         return torch.arange(count)
-    return torch.randperm(count, generator=_generator(seed, epoch))
+    generator = _generator(seed, epoch)
+    if weights is None:
+        return torch.randperm(count, generator=generator)
+    # torch.multinomial, which says the same in one line, takes 2^24 images at most.
+    ends = weights.cumsum(0)
+    drawn = torch.rand(count, dtype=torch.float64, generator=generator) * ends[-1:]
+    return torch.searchsorted(ends, drawn, right=True).clamp_(max=count - 1)  # the product may be rounded to the end
 
 
 def _generator(*key: int) -> torch.Generator:
@@ -166,6 +189,8 @@ class Batches:
     """A dataset in batches on a device: pixels (B, C, H, W) float32 in [0, 1], and targets.
 
     `dataset.transform` is not used here: pixels are scaled, and augmented if asked, a batch at a time.
+    weights: of the images, (N,) float64, as `epoch_order` takes them: an epoch is then N images drawn by them.
+    Raises PipelineError if there are weights, but no `shuffle`.
     """
 
     def __init__(
@@ -176,15 +201,21 @@ class Batches:
         *,
         seed: int = 0,
         shuffle: bool = False,
+        weights: Tensor | None = None,
         augmentations: Sequence[str] = (),
         memory_limit_gib: float,
         workers: int,
     ) -> None:
+        if weights is not None and not shuffle:
+            raise PipelineError(
+                "balance: sampler draws the images of an epoch at random; set shuffle: true, or balance: loss"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.device = device
         self.seed = seed
         self.shuffle = shuffle
+        self.weights = weights
         self.augmentations = augmentations
         self.workers = workers
         self.image_count = len(dataset)
@@ -199,14 +230,16 @@ class Batches:
 
     def epoch(self, epoch: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from number `first` on, each a function of (seed, epoch, number) alone."""
-        order = epoch_order(self.image_count, self.seed, epoch, self.shuffle)[first * self.batch_size :]
+        order = epoch_order(self.image_count, self.seed, epoch, self.shuffle, self.weights)[first * self.batch_size :]
         on_device = order.to(self.device)
         indices = on_device.split(self.batch_size) if len(order) else ()
         for number, (index, pixels) in enumerate(zip(indices, self._pixels(order, on_device), strict=True), first):
-            images = to_float(pixels)
+            images, targets = to_float(pixels), self.targets[index]
             if self.augmentations:
-                images = augment(images, self.augmentations, _generator(self.seed, epoch, 1, number))
-            yield images, self.targets[index]
+                generator = _generator(self.seed, epoch, 1, number)
+                images = augment(images, self.augmentations, generator)
+                images, targets = mix(images, targets, self.augmentations, generator, self.dataset.classes)
+            yield images, targets
 
     def _pixels(self, order: Tensor, on_device: Tensor) -> Iterator[Tensor]:
         """uint8 pixels of each batch, from memory or from the worker processes."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NoReturn
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from classifier.dataset import Batches
 from classifier.errors import PipelineError
+from classifier.transforms import one_hot
 
 Precision = Literal["float32", "bfloat16"]
 REPORT_EVERY = 100  # batches, as in the tutorial
@@ -131,7 +133,7 @@ def _set_random_states(states: dict[str, Any]) -> None:
 def train_loop(
     batches: Batches,
     state: TrainState,
-    loss_fn: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
     *,
     accumulate_steps: int,
     precision: Precision,
@@ -140,6 +142,7 @@ def train_loop(
 ) -> float:
     """Train to the end of the state's epoch; return the mean of the batches' losses.
 
+    loss_fn: of logits and targets of a batch, the mean over its images.
     accumulate_steps: so many batches make one update, the same as that of one batch with all their images.
     after_update: called after each update, when the state is one to go on from.
     report: called every REPORT_EVERY batches with the images seen so far and the loss of the current batch,
@@ -223,6 +226,32 @@ def saliency(network: nn.Module, pixels: Tensor) -> Tensor:
     winning = network(pixels).max(dim=1).values
     (gradient,) = torch.autograd.grad(winning.sum(), pixels)
     return gradient.abs().amax(dim=1).cpu()
+
+
+def build_loss(label_smoothing: float, class_weights: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross entropy, the mean over a batch's images, of which each weighs what its class does if there are weights."""
+    if class_weights is None:
+        return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+    return partial(weighted_cross_entropy, class_weights=class_weights, label_smoothing=label_smoothing)
+
+
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: float) -> Tensor:
+    """The mean over a batch's images of each one's cross entropy times the weight of its class.
+
+    logits: (N, C); targets: (N,) int64, or (N, C) float32 probabilities, each of which has the weight of its class;
+    class_weights: (C,) float32. As nn.CrossEntropyLoss(class_weights, label_smoothing=...), but for two things:
+
+    - The sum is divided by the number of images. torch divides it by the sum of their weights if targets are class
+      numbers: in a batch of one class the weights would cancel out, and accumulated batches would not add up to a
+      larger one. Over a whole epoch both are the same, as the mean weight of an image is 1.
+    - A smoothed target has its image's weight as a whole. torch weighs the shares that smoothing gives away by the
+      classes that get them: most of what an image of a common class says would speak for a rare one.
+    """
+    if targets.ndim == 1:
+        targets = one_hot(targets, len(class_weights))
+    weighted = targets * class_weights
+    smoothing = weighted.sum(1, keepdim=True) * (label_smoothing / len(class_weights))
+    return nn.functional.cross_entropy(logits, weighted * (1 - label_smoothing) + smoothing)
 
 
 def build_optimizer(

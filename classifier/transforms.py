@@ -16,6 +16,14 @@ CROP_PADDING = 4
 ERASE_PROBABILITY = 0.5
 ERASE_AREA = (0.02, 0.4)
 ERASE_ASPECT = (0.3, 1 / 0.3)
+# Brightness, contrast and saturation are multiplied by 0.6 to 1.4: He et al. 2018, arXiv:1812.01187, section 2.1.
+COLOR_JITTER = 0.4
+# Both alphas of the Beta distribution that the shares of two pictures are drawn from, as for pictures of about 32 x 32
+# pixels: 1, an even distribution. Zhang et al. 2017, arXiv:1710.09412, section 3.2; Yun et al. 2019, arXiv:1905.04899,
+# section 3.1.
+MIX_ALPHA = 1.0
+MIXING = ("mixup", "cutmix")
+LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue in grey: ITU-R BT.601, rounded as in torchvision
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -52,16 +60,81 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
     """Change float images (N, C, H, W) at random, each image by its own draw from the CPU generator.
 
     crop: shifted by up to CROP_PADDING pixels each way, black beyond the edge; flip: left to right, every
-    second image; erase: a rectangle of noise. They are applied in this order whatever the order of `names`.
+    second image; color: brightness, contrast and, of images with three channels, saturation times 1 ± COLOR_JITTER
+    at most; erase: a rectangle of noise. They are applied in this order whatever the order of `names`, in which those
+    of `mix` are passed over.
     """
     if "crop" in names:
         images = _crop(images, generator)
     if "flip" in names:
         flipped = torch.rand(len(images), generator=generator) < 0.5
         images = torch.where(flipped.to(images.device)[:, None, None, None], images.flip(3), images)
+    if "color" in names:
+        images = _jitter(images, generator)
     if "erase" in names:
         images = _erase(images, generator)
     return images
+
+
+def mix(
+    images: Tensor, targets: Tensor, names: Sequence[str], generator: torch.Generator, classes: int | None
+) -> tuple[Tensor, Tensor]:
+    """Mix each image of a batch, and its target, with the one before it in the batch, the first with the last.
+
+    mixup: both images shine through each other; cutmix: a rectangle comes from the other; with both in `names` one of
+    them, by a coin for the batch. One share is drawn for the whole batch, from the CPU generator. Batches that are not
+    shuffled mix the same pairs in every epoch.
+    images: (N, C, H, W) float; targets: (N,) int64 below `classes`, or (N, classes) float32 probabilities.
+    Returns images and (N, classes) float32 probabilities; without one of the two names, what was given.
+    """
+    chosen = [name for name in MIXING if name in names]
+    if not chosen:
+        return images, targets
+    from torchvision.transforms import v2  # two seconds of import, not needed without these two
+
+    name = chosen[int(torch.randint(len(chosen), (), generator=generator))]
+    transform = {"mixup": v2.MixUp, "cutmix": v2.CutMix}[name](alpha=MIX_ALPHA, num_classes=classes)
+    # torchvision draws from the global generator, which dropout draws from: it gets ours for as long as that takes.
+    # torch.manual_seed would also seed the accelerators' generators, which fork_rng does not bring back here.
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator.get_state())
+        images, targets = transform(images, targets)
+    return images, targets
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] times a factor (N,), cut off at 1."""
+    return (images * factor[:, None, None, None]).clamp(max=1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Images (N, C, H, W) in [0, 1], each moved by its factor (N,) away from its mean grey, or towards it."""
+    return _blend(images, _grey(images).mean(dim=(1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1], each pixel moved by its image's factor (N,) away from its grey, or towards it."""
+    return _blend(images, _grey(images), factor)
+
+
+def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
+    operations = [adjust_brightness, adjust_contrast] + ([adjust_saturation] if images.shape[1] == 3 else [])
+    factors = 1 + COLOR_JITTER * (2 * torch.rand((len(operations), len(images)), generator=generator) - 1)
+    for adjust, factor in zip(operations, factors.to(images.device), strict=True):
+        images = adjust(images, factor)
+    return images
+
+
+def _grey(images: Tensor) -> Tensor:
+    """(N, 1, H, W) of images with one channel or three."""
+    if images.shape[1] == 1:
+        return images
+    return (images * torch.tensor(LUMA, device=images.device)[:, None, None]).sum(dim=1, keepdim=True)
+
+
+def _blend(images: Tensor, others: Tensor, factor: Tensor) -> Tensor:
+    factor = factor[:, None, None, None]
+    return (images * factor + others * (1 - factor)).clamp(0, 1)
 
 
 def _crop(images: Tensor, generator: torch.Generator) -> Tensor:

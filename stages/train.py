@@ -13,7 +13,6 @@ from time import monotonic
 
 import pandas as pd
 import torch
-from torch import nn
 
 from classifier import files
 from classifier.annotations import class_names
@@ -27,6 +26,7 @@ from classifier.params import Params, load_params
 from classifier.tracking import Tracker
 from classifier.training import (
     TrainState,
+    build_loss,
     build_optimizer,
     build_scheduler,
     describe,
@@ -51,7 +51,7 @@ def main() -> None:
     made_of = makings("train", params.model_dump(), recorded)  # now: while images are decoded, code may be edited
 
     names = class_names(files.verified(files.ANNOTATIONS))
-    train_batches, val_batches, selects = load_batches(params, device, classes=len(names))
+    train_batches, val_batches, selects = load_batches(params, device, names)
 
     seed_everything(params.seed)  # just before the weights are drawn, as in the tutorial
     network = build_network(params.network, train_batches.dataset.image_shape(), len(names)).to(device)
@@ -62,7 +62,8 @@ def main() -> None:
     optimizer = build_optimizer(params.optimizer, trainable, params.lr, params.momentum, params.weight_decay)
     updates = params.epochs * -(-len(train_batches) // params.accumulate_steps)
     state = TrainState(network, optimizer, build_scheduler(params.schedule, optimizer, updates))
-    loss_fn = nn.CrossEntropyLoss(label_smoothing=params.label_smoothing)
+    class_weights = train_batches.dataset.class_weights(names).float().to(device) if params.balance == "loss" else None
+    loss_fn = build_loss(params.label_smoothing, class_weights)
 
     with (
         checkpoints(made_of) as saved,
@@ -118,14 +119,17 @@ def resume(state: TrainState, saved: Checkpoints) -> None:
         print(f"Starting anew, not from the checkpoint of a training that was given up: {other}", flush=True)
 
 
-def load_batches(params: Params, device: torch.device, classes: int) -> tuple[Batches, Batches, bool]:
+def load_batches(params: Params, device: torch.device, names: list[str]) -> tuple[Batches, Batches, bool]:
     """Batches for training, batches for the figures of each epoch, and whether these select the weights to keep.
 
     Without validation images there is nothing to select by, and the figures are the tutorial's: on test.
     """
+    classes = len(names)
     encode = partial(one_hot, classes=classes) if params.target_transform == "one_hot" else None
     images = files.verified(files.IMAGES)
     train_set = CustomImageDataset(files.ANNOTATIONS / "train.csv", images, target_transform=encode, classes=classes)
+    # Here for `loss` too: what it refuses is told before images are decoded
+    weights = None if params.balance == "none" else train_set.class_weights(names)[train_set.labels]
     val_set = CustomImageDataset(files.ANNOTATIONS / "val.csv", images, classes=classes)
     selects = len(val_set) > 0
     if not selects:
@@ -137,7 +141,13 @@ def load_batches(params: Params, device: torch.device, classes: int) -> tuple[Ba
         memory_limit_gib=params.memory_limit_gib,
         workers=params.workers,
     )
-    train_batches = batches(train_set, seed=params.seed, shuffle=params.shuffle, augmentations=params.augment)
+    train_batches = batches(
+        train_set,
+        seed=params.seed,
+        shuffle=params.shuffle,
+        weights=weights if params.balance == "sampler" else None,
+        augmentations=params.augment,
+    )
     return train_batches, batches(val_set), selects
 
 

@@ -67,9 +67,10 @@ def give_up(**makings: Any) -> Path:
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
     csv, images = write_images(tmp_path_factory.mktemp("images"), count=37, size=8)  # the last batch is of five
+    dataset = CustomImageDataset(csv, images, classes=CLASSES)
     return Batches(
-        CustomImageDataset(csv, images), 8, torch.device("cpu"), seed=3, shuffle=True,
-        augmentations=["crop", "flip", "erase"], memory_limit_gib=1, workers=0,
+        dataset, 8, torch.device("cpu"), seed=3, shuffle=True, weights=(1.0 + dataset.labels).double(),
+        augmentations=["crop", "flip", "erase", "color", "mixup", "cutmix"], memory_limit_gib=1, workers=0,
     )  # fmt: skip
 
 

@@ -1,11 +1,15 @@
 """The dataset class as the tutorial uses it, faults of its images, and batches in their order."""
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from project import small_project
+from sklearn.utils.class_weight import compute_class_weight
 from small_data import write_idx_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,8 +24,11 @@ from classifier.sources import fashion_mnist
 from classifier.transforms import augment, one_hot, to_float
 
 CPU = torch.device("cpu")
+ALL_AUGMENTATIONS = ["crop", "flip", "erase", "color", "mixup", "cutmix"]
 IN_MEMORY, STREAMED = 1.0, 1e-9  # memory limits in GiB
 COUNT = 130
+PINNED_BALANCED_ORDER = [0, 8, 0, 9, 5, 9, 9, 7, 5, 8]
+DIGITS = [str(label) for label in range(10)]  # as names of classes
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +59,7 @@ def pixels_and_labels(small: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def zipped(small: Path) -> CustomImageDataset:
-    return CustomImageDataset(small / "labels.csv", small / "images.zip")
+    return CustomImageDataset(small / "labels.csv", small / "images.zip", classes=10)
 
 
 # As in the tutorial
@@ -257,9 +264,13 @@ def test_batches_hold_each_image_with_its_label(zipped: CustomImageDataset, smal
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("augmentations", [[], ["crop", "flip", "erase"]], ids=["plain", "augmented"])
-def test_streamed_batches_are_the_same(zipped: CustomImageDataset, workers: int, augmentations: list[str]) -> None:
-    options = {"seed": 7, "shuffle": True, "augmentations": augmentations}
+@pytest.mark.parametrize("augmentations", [[], ALL_AUGMENTATIONS], ids=["plain", "augmented"])
+@pytest.mark.parametrize("balanced", [False, True], ids=["shuffled", "balanced"])
+def test_streamed_batches_are_the_same(
+    zipped: CustomImageDataset, workers: int, augmentations: list[str], balanced: bool
+) -> None:
+    weights = zipped.class_weights(DIGITS)[zipped.labels] if balanced else None
+    options = {"seed": 7, "shuffle": True, "augmentations": augmentations, "weights": weights}
     for epoch in (0, 1):
         streamed = epoch_of(zipped, epoch, memory_limit_gib=STREAMED, workers=workers, **options)
         assert same(epoch_of(zipped, epoch, **options), streamed)
@@ -275,17 +286,36 @@ def test_memory_limit_decides(zipped: CustomImageDataset) -> None:
 def test_global_random_numbers_are_left_alone(zipped: CustomImageDataset, limit: float) -> None:
     """Dropout draws from them: streaming must not change a training."""
     before = torch.get_rng_state()
-    epoch_of(zipped, shuffle=True, augmentations=["crop"], memory_limit_gib=limit)
+    weights = zipped.class_weights(DIGITS)[zipped.labels]
+    epoch_of(zipped, shuffle=True, weights=weights, augmentations=ALL_AUGMENTATIONS, memory_limit_gib=limit)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_epochs_do_not_depend_on_each_other(zipped: CustomImageDataset) -> None:
     """A resumed training, which never saw epochs 0 and 1, gets the same epoch 2."""
-    options: dict[str, Any] = {"seed": 1, "shuffle": True, "augmentations": ["crop", "erase"]}
+    options: dict[str, Any] = {"seed": 1, "shuffle": True, "augmentations": ALL_AUGMENTATIONS}
     batches = Batches(zipped, 64, CPU, memory_limit_gib=IN_MEMORY, workers=0, **options)
     epochs = [list(batches.epoch(epoch)) for epoch in range(3)]
     assert same(epochs[2], epoch_of(zipped, epoch=2, **options))
     assert not same(epochs[0], epochs[1])
+    for first in range(4):  # nor batches on those before them
+        assert same(list(batches.epoch(2, first)), epochs[2][first:])
+
+
+@pytest.mark.parametrize("names", [["mixup"], ["cutmix"], ["mixup", "cutmix"]], ids="+".join)
+@pytest.mark.parametrize("target_transform", [None, partial(one_hot, classes=10)], ids=["numbers", "one_hot"])
+def test_mixed_batches_have_probabilities(small: Path, names: list[str], target_transform: Any) -> None:
+    """Those of `mix`, for batches of 43 and one image too."""
+    dataset = CustomImageDataset(small / "labels.csv", small / "images.zip", None, target_transform, classes=10)
+    for size in (43, 1):
+        batches = Batches(dataset, size, CPU, augmentations=names, memory_limit_gib=IN_MEMORY, workers=0)
+        for index, (pixels, targets) in enumerate(batches.epoch()):
+            labels = dataset.labels[index * size : (index + 1) * size]
+            assert targets.shape == (len(pixels), 10)
+            assert targets.dtype == torch.float32
+            others = targets.scatter(1, torch.stack([labels, labels.roll(1)], 1), 0)
+            assert not others.any()
+            torch.testing.assert_close(targets.sum(1), torch.ones(len(targets)), rtol=0, atol=1e-6)
 
 
 def test_augmentations_differ_by_epoch_and_seed(zipped: CustomImageDataset) -> None:
@@ -333,3 +363,103 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 def test_order_is_pinned() -> None:
     """Another order would change every published figure that was trained with shuffle: true."""
     assert epoch_order(10, seed=42, epoch=3, shuffle=True).tolist() == [3, 6, 5, 7, 8, 9, 0, 1, 2, 4]
+
+
+# Balanced classes
+
+
+def skewed_labels(*counts: int) -> Tensor:
+    return torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+
+
+def with_labels(folder: Path, labels: Tensor) -> CustomImageDataset:
+    """A data set that has these labels, and no images."""
+    rows = [f"{index}.png,{label}\n" for index, label in enumerate(labels.tolist())]
+    (folder / "train.csv").write_text("file,label\n" + "".join(rows))
+    return CustomImageDataset(folder / "train.csv", folder)
+
+
+def test_class_weights_are_those_of_scikit_learn(tmp_path: Path) -> None:
+    labels = skewed_labels(70, 1, 29)
+    weights = with_labels(tmp_path, labels).class_weights(["a", "b", "c"])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-15)
+    assert float(weights[labels].mean()) == pytest.approx(1, abs=1e-12)
+
+
+def test_classes_without_an_image_are_named(tmp_path: Path) -> None:
+    dataset = with_labels(tmp_path, skewed_labels(3, 0, 2, 0))
+    with pytest.raises(
+        PipelineError, match=r"train\.csv: balance: no image of class dog, owl; add some, or set balance"
+    ):
+        dataset.class_weights(["cat", "dog", "eel", "owl"])
+
+
+def test_balanced_order_draws_each_class_alike_and_each_of_its_images_alike(tmp_path: Path) -> None:
+    labels = skewed_labels(9000, 900, 90, 10)
+    weights = with_labels(tmp_path, labels).class_weights(["a", "b", "c", "d"])[labels]
+    orders = torch.stack([epoch_order(10_000, 3, epoch, True, weights) for epoch in range(8)])
+    assert orders.dtype == torch.int64
+    assert (labels[orders].flatten().bincount() / orders.numel() - 0.25).abs().max() < 0.01
+    for epoch in orders:
+        assert (labels[epoch].bincount() / 10_000 - 0.25).abs().max() < 0.03
+    drawn = orders.flatten().bincount(minlength=10_000)
+    for label, (count, least, most) in enumerate([(9000, 0, 15), (900, 5, 50), (90, 150, 300), (10, 1800, 2200)]):
+        of_class = drawn[labels == label]
+        assert len(of_class) == count
+        assert least <= of_class.min() <= of_class.max() <= most
+
+
+def test_balanced_order_is_a_function_of_seed_and_epoch() -> None:
+    weights = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    keys = [(seed, epoch) for seed in (0, 1, 42) for epoch in (0, 1, 2)]
+    before = torch.get_rng_state()
+    orders = [epoch_order(50, seed, epoch, True, weights).tolist() for seed, epoch in keys]
+    assert len({tuple(order) for order in orders}) == len(keys)
+    assert orders == [epoch_order(50, seed, epoch, True, weights).tolist() for seed, epoch in keys]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert epoch_order(10, 42, 3, True, torch.tensor([1.0] * 8 + [4.0] * 2).double()).tolist() == PINNED_BALANCED_ORDER
+
+
+@pytest.mark.slow
+def test_order_of_more_images_than_multinomial_takes() -> None:
+    """As many as 2^24 + 1, of which only the last weighs something."""
+    weights = torch.zeros(2**24 + 1, dtype=torch.float64)
+    weights[-1] = 1
+    assert (epoch_order(len(weights), 0, 0, True, weights) == 2**24).all()
+
+
+def test_balanced_batches_hold_the_images_drawn(zipped: CustomImageDataset, small: Path) -> None:
+    images, _ = pixels_and_labels(small)
+    weights = torch.zeros(COUNT, dtype=torch.float64)
+    weights[[3, 77]] = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    batches = epoch_of(zipped, epoch=2, seed=1, shuffle=True, weights=weights)
+    order = epoch_order(COUNT, 1, 2, True, weights)
+    assert [len(targets) for _, targets in batches] == [64, 64, 2]
+    assert set(order.tolist()) == {3, 77}
+    assert 80 < int((order == 77).sum()) < 115
+    assert torch.equal(torch.cat([pixels for pixels, _ in batches]), to_float(torch.tensor(images)[order][:, None]))
+    assert torch.equal(torch.cat([targets for _, targets in batches]), zipped.labels[order])
+
+
+def test_balanced_order_needs_shuffle(zipped: CustomImageDataset) -> None:
+    with pytest.raises(
+        PipelineError, match=r"balance: sampler draws .* at random; set shuffle: true, or balance: loss"
+    ):
+        epoch_of(zipped, weights=torch.ones(COUNT, dtype=torch.float64))
+
+
+# In the stage
+
+
+@pytest.mark.slow
+def test_streaming_and_workers_leave_the_weights_as_they_are(tmp_path: Path) -> None:
+    """Byte for byte, with everything that is drawn at random."""
+    project = small_project(tmp_path, epochs="2", augment=f"[{', '.join(ALL_AUGMENTATIONS)}]", balance="sampler")
+    project.dvc("repro", "annotate")
+    written = set()
+    for limit, workers in [("8", "0"), ("0.00001", "0"), ("0.00001", "1"), ("0.00001", "2")]:
+        project.set_params(memory_limit_gib=limit, workers=workers)
+        project.run(sys.executable, "-m", "stages.train")
+        written.add((project.root / "models/model_weights.pth").read_bytes())
+    assert len(written) == 1

@@ -2,7 +2,7 @@
 
 import math
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from hostile import RunsCodeWhenUnpickled
 from small_images import CLASSES, write_images
 from torch import Tensor, nn
 
+from classifier.archive import write_zip
 from classifier.dataset import Batches, CustomImageDataset
 from classifier.errors import PipelineError
 from classifier.networks import build_network
+from classifier.png import encode_png
 from classifier.training import (
     TrainState,
+    build_loss,
     build_optimizer,
     build_scheduler,
     describe,
@@ -30,11 +33,14 @@ from classifier.training import (
     score,
     test_loop,
     train_loop,
+    weighted_cross_entropy,
 )
 from classifier.transforms import one_hot
 
 CPU = torch.device("cpu")
+WEIGHTS = torch.tensor([0.25, 3.0, 0.5, 1.0])  # of classes
 PINNED_LOSSES = [1.29352989, 0.83373013, 0.32433271, 0.16194701, 0.13042829]  # of an epoch each
+MIXES = [["mixup"], ["cutmix"], ["mixup", "cutmix"]]
 SCHEDULES = ["constant", "linear", "cosine", "onecycle"]
 
 BatchMaker = Callable[..., Batches]
@@ -60,10 +66,20 @@ def make_batches(tmp_path_factory: pytest.TempPathFactory) -> BatchMaker:
         target_transform: Callable[[Any], Any] | None = None,
         seed: int = 0,
         shuffle: bool = False,
+        augmentations: Sequence[str] = (),
     ) -> Batches:
         csv, images = write_images(tmp_path_factory.mktemp("images"), count, size)
-        dataset = CustomImageDataset(csv, images, target_transform=target_transform)
-        return Batches(dataset, batch_size, CPU, seed=seed, shuffle=shuffle, memory_limit_gib=1, workers=0)
+        dataset = CustomImageDataset(csv, images, target_transform=target_transform, classes=CLASSES)
+        return Batches(
+            dataset,
+            batch_size,
+            CPU,
+            seed=seed,
+            shuffle=shuffle,
+            augmentations=augmentations,
+            memory_limit_gib=1,
+            workers=0,
+        )
 
     return make
 
@@ -89,6 +105,7 @@ def train(
     weight_decay: float = 0.0,
     schedule: str = "constant",
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
     accumulate_steps: int = 1,
     precision: str = "float32",
     report: Callable[[int, float], None] | None = None,
@@ -102,7 +119,7 @@ def train(
         loss = train_loop(
             batches,
             state,
-            nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+            build_loss(label_smoothing, class_weights),
             accumulate_steps=accumulate_steps,
             precision=precision,  # type: ignore[arg-type]
             report=report,
@@ -144,12 +161,15 @@ def test_returned_loss_is_the_mean_over_batches(make_batches: BatchMaker, target
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_one_hot_targets_train_alike(make_batches: BatchMaker, label_smoothing: float) -> None:
+@pytest.mark.parametrize("class_weights", [None, WEIGHTS], ids=["plain", "weighted"])
+def test_one_hot_targets_train_alike(
+    make_batches: BatchMaker, label_smoothing: float, class_weights: Tensor | None
+) -> None:
     runs = []
     for target_transform in (None, partial(one_hot, classes=CLASSES)):
         network = small_mlp()
         batches = make_batches(16, target_transform=target_transform)
-        losses = train(batches, network, epochs=3, label_smoothing=label_smoothing)
+        losses = train(batches, network, epochs=3, label_smoothing=label_smoothing, class_weights=class_weights)
         runs.append((losses, network.state_dict()))
     (losses, weights), (one_hot_losses, one_hot_weights) = runs
     assert one_hot_losses == pytest.approx(losses, abs=1e-6)
@@ -163,13 +183,37 @@ def test_label_smoothing_changes_the_loss(make_batches: BatchMaker) -> None:
 
 @pytest.mark.parametrize("count", [128, 160, 150], ids=["whole groups", "short last group", "short last batch"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_accumulated_batches_update_as_one_batch(make_batches: BatchMaker, optimizer: str, count: int) -> None:
+@pytest.mark.parametrize("class_weights", [None, WEIGHTS], ids=["plain", "weighted"])
+def test_accumulated_batches_update_as_one_batch(
+    make_batches: BatchMaker, optimizer: str, count: int, class_weights: Tensor | None
+) -> None:
     together, accumulated = small_mlp(), small_mlp()
-    settings = {"epochs": 2, "optimizer": optimizer, "lr": 0.01, "schedule": "linear"}
+    settings = {"epochs": 2, "optimizer": optimizer, "lr": 0.01, "schedule": "linear", "class_weights": class_weights}
     train(make_batches(64, count, seed=3, shuffle=True), together, **settings)  # type: ignore[arg-type]
     batches = make_batches(16, count, seed=3, shuffle=True)
     train(batches, accumulated, accumulate_steps=4, **settings)  # type: ignore[arg-type]
     torch.testing.assert_close(accumulated.state_dict(), together.state_dict(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", MIXES, ids="+".join)
+def test_mixed_images_teach_the_classes(make_batches: BatchMaker, names: list[str]) -> None:
+    network = small_mlp()
+    train(make_batches(16, count=64, shuffle=True, augmentations=names), network, epochs=12)
+    _, accuracy = test_loop(make_batches(64, count=64), network, "float32")
+    assert accuracy > 0.9
+
+
+@pytest.mark.parametrize("names", MIXES, ids="+".join)
+@pytest.mark.parametrize("class_weights", [None, WEIGHTS], ids=["plain", "weighted"])
+def test_mixed_images_go_with_every_other_setting(
+    make_batches: BatchMaker, names: list[str], class_weights: Tensor | None
+) -> None:
+    """With smoothing, one-hot targets, bfloat16, and batches of one image that are accumulated."""
+    encode = partial(one_hot, classes=CLASSES)
+    batches = make_batches(1, count=64, target_transform=encode, shuffle=True, augmentations=names)
+    settings = {"class_weights": class_weights, "accumulate_steps": 8, "precision": "bfloat16"}
+    losses = train(batches, small_mlp(), epochs=4, label_smoothing=0.1, **settings)  # type: ignore[arg-type]
+    assert losses[-1] < losses[0]
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(make_batches: BatchMaker) -> None:
@@ -187,6 +231,91 @@ def test_report_is_called_every_hundred_batches(make_batches: BatchMaker) -> Non
     losses = train(batches, linear(pixels=4), lr=1e-12, report=lambda seen, loss: reports.append((seen, loss)))
     assert [seen for seen, _ in reports] == [64, 6464]
     assert [loss for _, loss in reports] == pytest.approx(losses * 2, abs=0.1)
+
+
+# Weights of classes
+
+
+def logits_and_labels(count: int = 40) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((count, CLASSES), generator=generator), torch.randint(CLASSES, (count,), generator=generator)
+
+
+def test_weighted_loss_is_torchs_divided_by_the_number_of_images() -> None:
+    logits, labels = logits_and_labels()
+    torchs = nn.CrossEntropyLoss(WEIGHTS, reduction="none")(logits, labels)
+    for targets in (labels, one_hot(labels, CLASSES)):
+        torch.testing.assert_close(weighted_cross_entropy(logits, targets, WEIGHTS, 0.0), torchs.mean())
+    torchs_mean = nn.CrossEntropyLoss(WEIGHTS)(logits, one_hot(labels, CLASSES))  # of probabilities, it divides alike
+    torch.testing.assert_close(weighted_cross_entropy(logits, labels, WEIGHTS, 0.0), torchs_mean)
+
+
+def test_balanced_loss_of_all_images_is_torchs_weighted_mean() -> None:
+    logits, labels = logits_and_labels()
+    balanced = len(labels) / (CLASSES * labels.bincount())
+    expected = nn.CrossEntropyLoss(balanced)(logits, labels)
+    torch.testing.assert_close(weighted_cross_entropy(logits, labels, balanced, 0.0), expected)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.9])
+def test_weighted_loss_weighs_images(label_smoothing: float) -> None:
+    """As if each image stood in the batch as often as its class weighs."""
+    logits, labels = logits_and_labels()
+    weights = torch.tensor([1, 3, 2, 5])
+    repeated = torch.arange(len(labels)).repeat_interleave(weights[labels])
+    expected = nn.CrossEntropyLoss(label_smoothing=label_smoothing, reduction="sum")(logits[repeated], labels[repeated])
+    loss = weighted_cross_entropy(logits, labels, weights.float(), label_smoothing)
+    torch.testing.assert_close(loss, expected / len(labels))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_weighted_loss_of_a_mixture_is_the_mixture_of_the_losses(label_smoothing: float) -> None:
+    logits, labels = logits_and_labels()
+    others = labels.roll(1)
+    mixed = 0.3 * one_hot(labels, CLASSES) + 0.7 * one_hot(others, CLASSES)
+    loss, own, other = (
+        weighted_cross_entropy(logits, targets, WEIGHTS, label_smoothing) for targets in (mixed, labels, others)
+    )
+    torch.testing.assert_close(loss, 0.3 * own + 0.7 * other)
+
+
+def test_without_weights_the_loss_is_torchs() -> None:
+    logits, labels = logits_and_labels()
+    for label_smoothing in (0.0, 0.1):
+        expected = nn.CrossEntropyLoss(label_smoothing=label_smoothing)(logits, labels)
+        assert torch.equal(build_loss(label_smoothing, None)(logits, labels), expected)
+
+
+def skewed(folder: Path, common: int, rare: int) -> CustomImageDataset:
+    """Noise, a little brighter in the upper half where the class is the rare one, 1."""
+    labels = (np.arange(common + rare) < rare).astype(int)
+    pictures = np.random.default_rng(common).integers(0, 200, (len(labels), 8, 8))
+    pictures[:, :4] += 40 * labels[:, None, None]
+    files = [(f"{index}.png", encode_png(picture.astype(np.uint8))) for index, picture in enumerate(pictures)]
+    folder.mkdir()
+    write_zip(folder / "images.zip", files)
+    rows = [f"{name},{label}\n" for (name, _), label in zip(files, labels, strict=True)]
+    (folder / "images.csv").write_text("file,label\n" + "".join(rows))
+    return CustomImageDataset(folder / "images.csv", folder / "images.zip", classes=2)
+
+
+def test_a_rare_class_is_found_more_often_when_balanced(tmp_path: Path) -> None:
+    train_set, test_set = skewed(tmp_path / "train", 475, 25), skewed(tmp_path / "test", 300, 300)
+    class_weights = train_set.class_weights(["common", "rare"])
+    options: dict[str, Any] = {"memory_limit_gib": 1, "workers": 0}
+    recalls = {}
+    for balance in ("none", "sampler", "loss"):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        weights = class_weights[train_set.labels] if balance == "sampler" else None
+        batches = Batches(train_set, 25, CPU, seed=1, shuffle=True, weights=weights, **options)
+        train(batches, network, epochs=10, class_weights=class_weights.float() if balance == "loss" else None)
+        answers = predict(Batches(test_set, 100, CPU, **options), network, "float32").argmax(1)
+        recalls[balance] = [float((answers[test_set.labels == label] == label).float().mean()) for label in (0, 1)]
+    assert recalls["none"][1] < 0.2
+    for balance in ("sampler", "loss"):
+        assert recalls[balance][1] > 0.6
+        assert recalls[balance][0] > 0.6
 
 
 # Optimisers and schedules

@@ -1,6 +1,7 @@
-"""Scaling, one-hot targets, and what each augmentation does."""
+"""Scaling, one-hot targets, and what each augmentation does, on its own and compared with torchvision."""
 
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,16 +12,23 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from classifier.transforms import (
+    COLOR_JITTER,
     CROP_PADDING,
     ERASE_AREA,
+    ERASE_ASPECT,
     ERASE_PROBABILITY,
     accept_tensors,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
     augment,
+    mix,
     one_hot,
     to_float,
 )
 
-AUGMENTATIONS = [["crop"], ["flip"], ["erase"], ["crop", "flip", "erase"]]
+AUGMENTATIONS = [["crop"], ["flip"], ["color"], ["erase"], ["crop", "flip", "color", "erase"]]
+MIXES = [["mixup"], ["cutmix"], ["mixup", "cutmix"]]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -112,20 +120,21 @@ def test_augment_is_a_function_of_the_generator(names: list[str]) -> None:
 def test_augment_order_is_fixed_and_nothing_is_nothing() -> None:
     images = pictures(16)
     assert torch.equal(
-        augment(images, ["erase", "crop", "flip"], seeded()), augment(images, ["crop", "flip", "erase"], seeded())
+        augment(images, ["erase", "color", "crop", "flip"], seeded()),
+        augment(images, ["crop", "flip", "color", "erase"], seeded()),
     )
-    assert torch.equal(augment(images, [], seeded()), images)
+    assert torch.equal(augment(images, ["mixup", "cutmix"], seeded()), images)  # those of mix
 
 
 def test_crop_shifts_within_the_padding() -> None:
     images = pictures(600, channels=1, size=12)
     cropped = augment(images, ["crop"], seeded())
     reach = range(-CROP_PADDING, CROP_PADDING + 1)
-    padded = functional.pad(images, [CROP_PADDING] * 4)
+    padded = v2.functional.pad(images, [CROP_PADDING])
     matches = torch.zeros((len(images), len(reach), len(reach)), dtype=torch.bool)
     for row in range(len(reach)):
         for column in range(len(reach)):
-            shifted = padded[:, :, row : row + 12, column : column + 12]
+            shifted = v2.functional.crop(padded, row, column, 12, 12)
             matches[:, row, column] = (shifted == cropped).flatten(1).all(1)
     assert matches.flatten(1).sum(1).tolist() == [1] * len(images)  # each image is one shift of itself
     uses = matches.sum(0)
@@ -136,7 +145,7 @@ def test_crop_shifts_within_the_padding() -> None:
 def test_flip_mirrors_about_half_of_the_images() -> None:
     images = pictures(1000)
     flipped = augment(images, ["flip"], seeded())
-    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+    mirrored = (flipped == v2.functional.horizontal_flip(images)).flatten(1).all(1)
     kept = (flipped == images).flatten(1).all(1)
     assert torch.equal(mirrored, ~kept)
     assert 440 < mirrored.sum() < 560
@@ -170,3 +179,145 @@ def test_each_image_has_its_own_draw() -> None:
     same = pictures(1).expand(64, -1, -1, -1)
     augmented = augment(same, ["crop", "flip", "erase"], seeded())
     assert len(augmented.flatten(1).unique(dim=0)) > 48
+    assert len(augment(same, ["color"], seeded()).flatten(1).unique(dim=0)) == 64
+
+
+def test_erase_is_torchvisions_of_the_same_rectangle() -> None:
+    """And rectangles are as tall, wide and often as those of its RandomErasing with the same settings."""
+    images = pictures(1500, size=32)
+    erased = augment(images, ["erase"], seeded())
+    torch.manual_seed(0)
+    theirs = v2.RandomErasing(ERASE_PROBABILITY, ERASE_AREA, ERASE_ASPECT, value=0)
+    sides: dict[str, list[tuple[int, int]]] = {"ours": [], "theirs": []}
+    for image, ours in zip(images, erased, strict=True):
+        if changed := (ours != image)[0].nonzero().tolist():
+            (top, left), (bottom, right) = changed[0], changed[-1]
+            height, width = bottom - top + 1, right - left + 1
+            noise = ours[:, top : bottom + 1, left : right + 1]
+            assert torch.equal(ours, v2.functional.erase(image, top, left, height, width, noise))
+            sides["ours"].append((height, width))
+        black = theirs(image)[0] == 0
+        if black.any():
+            sides["theirs"].append((int(black.any(1).sum()), int(black.any(0).sum())))
+    assert abs(len(sides["ours"]) - len(sides["theirs"])) < 100
+    means = [np.mean(sides[whose], axis=0) for whose in ("ours", "theirs")]
+    # Where a side would be longer than the picture, torchvision draws both anew, and here it is cut.
+    assert np.abs(means[0] - means[1]).max() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("adjust", "torchvisions"),
+    [
+        (adjust_brightness, v2.functional.adjust_brightness),
+        (adjust_contrast, v2.functional.adjust_contrast),
+        (adjust_saturation, v2.functional.adjust_saturation),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_adjustments_are_torchvisions(
+    adjust: Callable[[Tensor, Tensor], Tensor], torchvisions: Callable[[Tensor, float], Tensor], channels: int
+) -> None:
+    images = pictures(9, channels)
+    images[0], images[1] = 0, 1  # black and white
+    factors = torch.linspace(1 - COLOR_JITTER, 1 + COLOR_JITTER, 9).roll(4)
+    expected = [torchvisions(image, float(factor)) for image, factor in zip(images, factors, strict=True)]
+    torch.testing.assert_close(adjust(images, factors), torch.stack(expected), rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_color_is_a_jitter_of_what_there_is(channels: int) -> None:
+    """Brightness, then contrast, then saturation, of which grey images have none."""
+    images = pictures(500, channels, size=4)
+    jittered = augment(images, ["color"], seeded())
+    factors = 1 - COLOR_JITTER + 2 * COLOR_JITTER * torch.rand((3 if channels == 3 else 2, 500), generator=seeded())
+    expected = adjust_contrast(adjust_brightness(images, factors[0]), factors[1])
+    if channels == 3:
+        expected = adjust_saturation(expected, factors[2])
+    torch.testing.assert_close(jittered, expected, rtol=0, atol=1e-6)
+
+
+# Mixing
+
+
+def labels_of(images: Tensor) -> Tensor:
+    return torch.arange(len(images)) % 10
+
+
+@pytest.mark.parametrize("names", MIXES, ids="+".join)
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_mix_is_a_function_of_the_generator(names: list[str], count: int) -> None:
+    images = pictures(count, channels=3)
+    before, labels, global_state = images.clone(), labels_of(images), torch.get_rng_state()
+    (first, targets), again, *others = (mix(images, labels, names, seeded(seed), 10) for seed in (1, 1, *range(2, 9)))
+    assert torch.equal(first, again[0])
+    assert torch.equal(targets, again[1])
+    assert count == 1 or not any(torch.equal(first, other) for other, _ in others)
+    assert torch.equal(images, before)
+    assert torch.equal(labels, labels_of(images))
+    assert torch.equal(torch.get_rng_state(), global_state)
+    assert first.shape == images.shape
+    assert (targets.shape, targets.dtype, first.dtype) == ((count, 10), torch.float32, torch.float32)
+    torch.testing.assert_close(targets.sum(1), torch.ones(count), rtol=0, atol=1e-6)
+    for mixed, _ in [(first, targets), *others]:
+        assert 0 <= mixed.min() <= mixed.max() <= 1
+
+
+@pytest.mark.parametrize("names", MIXES, ids="+".join)
+def test_an_error_while_mixing_leaves_the_global_generator_alone(names: list[str]) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="num_classes"):
+        mix(pictures(2), torch.tensor([0, 1]), names, seeded(), classes=None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("names", MIXES, ids="+".join)
+def test_mixed_one_hot_targets_are_those_of_class_numbers(names: list[str]) -> None:
+    images = pictures(16)
+    labels = labels_of(images)
+    by_number, by_row = (mix(images, given, names, seeded(), 10) for given in (labels, one_hot(labels, 10)))
+    assert torch.equal(by_number[0], by_row[0])
+    assert torch.equal(by_number[1], by_row[1])
+
+
+def test_mixup_adds_what_the_targets_say() -> None:
+    images = pictures(8)
+    labels = labels_of(images)
+    shares = []
+    for seed in range(200):
+        mixed, targets = mix(images, labels, ["mixup"], seeded(seed), 10)
+        own, other = targets[torch.arange(8), labels], targets[torch.arange(8), labels.roll(1)]
+        expected = own[:, None, None, None] * images + other[:, None, None, None] * images.roll(1, 0)
+        torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-6)
+        assert own.unique().numel() == 1  # one share for the batch
+        shares.append(float(own[0]))
+    assert abs(np.mean(shares) - 0.5) < 0.05  # Beta(1, 1) is even
+    assert abs(np.mean(np.array(shares) < 0.25) - 0.25) < 0.08
+
+
+def test_cutmix_puts_in_a_rectangle_as_large_as_the_targets_say() -> None:
+    images = pictures(8, channels=3)
+    labels = labels_of(images)
+    others = images.roll(1, 0)
+    for seed in range(50):
+        mixed, targets = mix(images, labels, ["cutmix"], seeded(seed), 10)
+        inside = (mixed != images)[:, 0]
+        assert (inside == inside[:1]).all()  # one rectangle for the batch
+        assert torch.equal(inside[0], inside[0].any(1)[:, None] & inside[0].any(0)[None, :])
+        assert torch.equal(mixed, torch.where(inside[:, None], others, images))
+        share = targets[torch.arange(8), labels.roll(1)]
+        torch.testing.assert_close(share, inside[0].float().mean().expand(8), rtol=0, atol=1e-6)
+
+
+def test_both_mixes_take_turns_by_a_coin() -> None:
+    images = pictures(4)
+    drawn = [mix(images, labels_of(images), ["cutmix", "mixup"], seeded(seed), 10)[0] for seed in range(200)]
+    cut = sum(((mixed == images) | (mixed == images.roll(1, 0))).all().item() for mixed in drawn)
+    assert 75 < cut < 125
+
+
+def test_nothing_is_mixed_unasked() -> None:
+    images = pictures(4)
+    labels = labels_of(images)
+    mixed, targets = mix(images, labels, ["crop", "color"], seeded(), None)
+    assert mixed is images
+    assert targets is labels
