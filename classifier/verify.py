@@ -174,7 +174,7 @@ def _make_clone(clone: Path, revision: str | None) -> Path:
 
 
 def _link_own_files(project: Path) -> None:
-    """Give the clone what its params.yaml names and Git does not have, your own images and weights, by links to them."""
+    """Give the clone what params.yaml names and Git does not have, your own images and weights, by links to them."""
     params = read_yaml(_content(project / PARAMS) or b"") or {}
     for key in ("data_path", "weights"):
         path = Path(str(params.get(key) or ""))
