@@ -1,0 +1,144 @@
+"""Your own images through the whole pipeline: real dvc, scikit-learn's digits as files in the layouts that users have."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from digits import LAYOUTS, write_digits
+from project import Project
+
+from classifier.files import hash_file
+
+pytestmark = pytest.mark.slow
+
+STAGES = ["download", "annotate", "train", "evaluate", "export"]
+# docs/own-images.md states it
+RECIPE = {
+    "network": "cnn", "epochs": "15", "batch_size": "32", "optimizer": "adamw", "lr": "0.003", "schedule": "onecycle",
+}  # fmt: skip
+
+
+def write_layout(project: Project, layout: str) -> str:
+    """Write the digits below data/own; the data_path for them."""
+    name = f"data/own/digits-{layout}{'.zip' if layout == 'zip' else ''}"
+    write_digits(project.root / name, layout)
+    return name
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project in which the digits in folders were classified, committed; tests leave it as it is."""
+    project = Project.create(tmp_path_factory.mktemp("digits") / "project")
+    project.set_params(source="folder", threads="1", export_formats="[onnx]", **RECIPE)
+    for layout in LAYOUTS:
+        project.set_params(data_path=write_layout(project, layout))
+    project.set_params(data_path="data/own/digits-folder")
+    project.commit()
+    done = project.dvc("repro")
+    assert project.stages_run(done.stdout) == STAGES
+    project.commit()
+    return project
+
+
+@pytest.fixture
+def project(digits: Project, tmp_path: Path) -> Project:
+    return digits.copy(tmp_path / "project")
+
+
+def learnt(project: Project) -> dict[str, str]:
+    """The md5s of what was made of the images, but for the export, which names data_path."""
+    prefixes = ("data/images", "data/annotations", "models/model_weights", "metrics/")
+    return {path: md5 for path, md5 in project.outputs().items() if path.startswith(prefixes)}
+
+
+def test_digits_are_told_apart(digits: Project) -> None:
+    scores = json.loads((digits.root / "metrics/test.json").read_text())
+    assert scores["accuracy"] >= 0.97
+    assert (digits.root / "data/annotations/test.csv").read_text().count("\n") == 1 + 359
+    assert digits.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_the_layouts_of_the_same_images_give_the_same_annotations_and_weights(project: Project) -> None:
+    expected = learnt(project)
+    assert "models/model_weights.pth" in expected
+    for layout in ("table", "zip"):
+        path = f"data/own/digits-{layout}{'.zip' if layout == 'zip' else ''}"
+        project.set_params(data_path=path)
+        # Nothing is taken from what was learnt before
+        shutil.rmtree(project.root / ".dvc/cache/runs")
+        done = project.dvc("repro", "--force", "train")
+        assert project.stages_run(done.stdout) == ["download", "annotate", "train"]
+        assert learnt(project) == expected
+
+
+def test_one_image_more_changes_what_it_must_and_without_it_all_comes_back_from_the_cache(project: Project) -> None:
+    before = project.outputs()
+    folder = project.root / "data/own/digits-folder"
+    (folder / "README.txt").write_text("Not an image\n")
+    assert project.stages_run(project.dvc("repro").stdout) == ["download"]
+    assert project.outputs() == before
+    (folder / "README.txt").unlink()
+
+    shutil.copy(folder / "3/0003.png", folder / "3/another.png")
+    done = project.dvc("repro")
+    assert project.stages_run(done.stdout) == STAGES
+    assert "same pixels: 1 pairs" in done.stdout
+    assert project.outputs() != before
+    assert project.run("git", "status", "--porcelain", "data").stdout == ""
+
+    (folder / "3/another.png").unlink()
+    assert project.stages_run(project.dvc("repro").stdout) == []
+    assert project.outputs() == before
+    assert project.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_another_size_makes_the_images_anew_and_downloads_nothing(project: Project) -> None:
+    project.set_params(image_size="12", epochs="1")
+    done = project.dvc("repro")
+    assert project.stages_run(done.stdout) == STAGES[1:]
+    assert "each 1 x 12 x 12" in done.stdout
+
+
+def test_originals_are_in_the_cache_once_also_if_dvc_has_them_already(project: Project) -> None:
+    def copies(path: Path) -> int:
+        md5 = hash_file(path)
+        files = (project.root / ".dvc/cache").rglob("*")
+        return sum(file.is_file() and hash_file(file) == md5 for file in files)
+
+    original = project.root / "data/own/digits-folder/0/0000.png"
+    assert copies(original) == 1
+    project.dvc("add", "data/own/digits-folder")
+    assert copies(original) == 1
+    archive = project.root / "data/own/digits-zip.zip"
+    project.set_params(data_path="data/own/digits-zip.zip")
+    project.dvc("repro", "download")
+    project.dvc("add", "data/own/digits-zip.zip")
+    assert copies(archive) == 1
+
+
+def test_images_that_dvc_has_are_there_in_temporary_experiments(project: Project) -> None:
+    project.dvc("add", "data/own/digits-zip.zip")
+    project.set_params(data_path="data/own/digits-zip.zip", epochs="1")
+    project.commit()
+    assert "data/own/digits-zip.zip.dvc" in project.run("git", "ls-files").stdout.split()
+    done = project.dvc("exp", "run", "--temp", "-S", "lr=0.001")
+    assert project.stages_run(done.stdout) == STAGES
+    assert project.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_images_that_git_does_not_have_are_rebuilt_from_by_verify(project: Project) -> None:
+    done = project.run(sys.executable, "-m", "classifier", "verify")
+    verdicts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if "environment:" not in line)
+    assert set(verdicts.values()) == {"bit-identical"}
+    assert "data/raw" in verdicts
+
+
+def test_images_in_the_work_tree_that_git_would_take_fail_with_one_message(project: Project) -> None:
+    shutil.copytree(project.root / "data/own/digits-folder", project.root / "photos")
+    project.set_params(data_path="photos")
+    failed = project.dvc("repro", check=False)
+    assert failed.returncode != 0
+    assert "`dvc add photos`" in failed.stderr + failed.stdout
+    assert "Traceback" not in failed.stderr
