@@ -21,12 +21,12 @@ class Share(NamedTuple):
 
 
 class Duplicates(NamedTuple):
-    """Pairs of images with the same pixels: within one split, and in two; and the names in each group of the latter."""
+    """Pairs of images with the same pixels, within one split and in two, and the names of groups of such images."""
 
     within: int
     across: int
-    groups: list[list[str]]
-    contradicting: int  # groups, wherever they are, whose images do not have one label
+    in_several_splits: list[list[str]]
+    with_several_labels: list[list[str]]
 
 
 def check_labels(split: str, data: LabelledImages, classes: int) -> None:
@@ -89,8 +89,8 @@ def find_duplicates(
     for split, of_split in digests.items():
         for index, digest in enumerate(of_split):
             seen[digest].append((split, index))
-    within = across = contradicting = 0
-    groups = []
+    within = across = 0
+    in_several_splits, with_several_labels = [], []
     for places in seen.values():
         if len(places) == 1:
             continue
@@ -99,10 +99,12 @@ def find_duplicates(
         same_split = sum(count * (count - 1) // 2 for count in counts)
         within += same_split
         across += pairs - same_split
-        contradicting += len({int(labels[split][index]) for split, index in places}) > 1
+        group = [names[split][index] for split, index in places]
         if pairs > same_split:
-            groups.append([names[split][index] for split, index in places])
-    return Duplicates(within, across, groups, contradicting)
+            in_several_splits.append(group)
+        if len({int(labels[split][index]) for split, index in places}) > 1:
+            with_several_labels.append(group)
+    return Duplicates(within, across, in_several_splits, with_several_labels)
 
 
 def hold_out(labels: np.ndarray, size: int | float, seed: int, key: str) -> np.ndarray:

@@ -58,14 +58,13 @@ def main() -> None:
 
 
 def report(found: Duplicates) -> None:
-    """Print how many images have the same pixels, and which of them are in two splits."""
+    """Print how many images have the same pixels, and which of them spoil the test, or contradict each other."""
     print(f"same pixels: {found.within} pairs within a split, {found.across} across splits", flush=True)
-    for group in found.groups[:SHOWN_GROUPS]:
-        print(f"  {' = '.join(group)}")
-    if len(found.groups) > SHOWN_GROUPS:
-        print(f"  and {len(found.groups) - SHOWN_GROUPS} more groups across splits")
-    if found.contradicting:
-        print(f"  {found.contradicting} groups of the same pixels have several labels")
+    for what, groups in [("splits", found.in_several_splits), ("labels", found.with_several_labels)]:
+        for group in groups[:SHOWN_GROUPS]:
+            print(f"  in several {what}: {' = '.join(group)}")
+        if len(groups) > SHOWN_GROUPS:
+            print(f"  in several {what}: {len(groups) - SHOWN_GROUPS} more")
 
 
 if __name__ == "__main__":

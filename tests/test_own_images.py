@@ -1,4 +1,4 @@
-"""Your own images through the whole pipeline: real dvc, scikit-learn's digits as files in the layouts that users have."""
+"""Your own images through the whole pipeline: real dvc, and digits as image files in the layouts that users have."""
 
 import json
 import shutil

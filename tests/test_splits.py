@@ -84,17 +84,17 @@ def test_duplicates_are_counted_in_pairs() -> None:
         train=[("a", 0), ("b", 1), ("a", 0), ("a", 0), ("c", 2)], val=[("d", 3)], test=[("a", 0), ("b", 1), ("b", 1)]
     )
     # a thrice in train: 3 pairs; b twice in test: 1; across: a 3 x 1, b 1 x 2
-    assert (found.within, found.across, found.contradicting) == (4, 5, 0)
-    assert found.groups == [["train/0", "train/2", "train/3", "test/0"], ["train/1", "test/1", "test/2"]]
+    assert (found.within, found.across, found.with_several_labels) == (4, 5, [])
+    assert found.in_several_splits == [["train/0", "train/2", "train/3", "test/0"], ["train/1", "test/1", "test/2"]]
 
 
 def test_duplicates_with_several_labels_are_counted() -> None:
     found = duplicates(train=[("a", 0), ("a", 1), ("b", 0), ("b", 0)], test=[("c", 1)])
-    assert found == (2, 0, [], 1)
+    assert found == (2, 0, [], [["train/0", "train/1"]])
 
 
 def test_without_duplicates_there_are_none() -> None:
-    assert duplicates(train=[("a", 0), ("b", 0)], val=[("c", 0)], test=[("d", 0)]) == (0, 0, [], 0)
+    assert duplicates(train=[("a", 0), ("b", 0)], val=[("c", 0)], test=[("d", 0)]) == (0, 0, [], [])
 
 
 def test_right_labels_pass() -> None:
@@ -187,4 +187,4 @@ def test_counts_of_fashion_mnist(fashion_mnist_dir: Path) -> None:
     assert np.bincount(train.labels[~held_out]).tolist() == [5500] * 10
     digests = {split: [image.tobytes() for image in np.asarray(data.images)] for split, data in splits.items()}
     labels = {split: data.labels for split, data in splits.items()}
-    assert find_duplicates(digests, labels, dict.fromkeys(splits, [""] * 60_000)) == (0, 0, [], 0)
+    assert find_duplicates(digests, labels, dict.fromkeys(splits, [""] * 60_000)) == (0, 0, [], [])
