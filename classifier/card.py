@@ -52,5 +52,5 @@ def model_card(manifest: dict[str, Any], scores: pd.DataFrame, labels: dict[str,
 
 
 def _text(value: str) -> str:
-    """A text as it is: what Markdown or HTML would take for their own is escaped."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+.!|~&$-])", r"\\\1", value)
+    """A text within a line as it is: what Markdown, its tables or HTML would take for their own is escaped."""
+    return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", value)

@@ -70,9 +70,7 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
     return program
 
 
-def write_weights(
-    network: nn.Module, name: str, image_shape: tuple[int, int, int], classes: int, path: Path
-) -> None:
+def write_weights(network: nn.Module, name: str, image_shape: tuple[int, int, int], classes: int, path: Path) -> None:
     """Write the weights of a network of classifier/networks as .safetensors, with what it takes to build it again.
 
     That is the metadata, of texts: `network`, its name; `image_shape`, (C, H, W) as JSON; `classes`, their number; and
@@ -107,7 +105,7 @@ def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
         (logits,) = session.run(["logits"], {"pixels": pixels})
         return np.asarray(logits)
     if path.suffix == ".pt2":
-        network = torch.export.load(path).module()
+        network: nn.Module = torch.export.load(path).module()
     elif path.suffix == ".pth":
         network = torch.load(path, weights_only=False)
     elif path.suffix == ".safetensors":
@@ -135,7 +133,9 @@ def _read_weights(path: Path) -> nn.Module:
         if not 0 < temperature < math.inf:
             raise ValueError(f"its temperature is {temperature}")
         with torch.device("meta"):  # without memory: a hostile file may name any size
-            expected = {key: value.shape for key, value in build_network(name, image_shape, classes).state_dict().items()}
+            expected = {
+                key: value.shape for key, value in build_network(name, image_shape, classes).state_dict().items()
+            }
         if {key: value.shape for key, value in tensors.items()} != expected:
             raise ValueError(f"its tensors are not those of {name} for images {image_shape} and {classes} classes")
     except Exception as error:  # of many kinds: hostile metadata goes through the network's own code

@@ -54,7 +54,7 @@ class _Images:
 def accuracy_cost(int8: Path, float32: Path, batches: Batches, split: str, max_drop: float) -> dict[str, Any]:
     """The accuracies of both ONNX files on the same images and the bytes that int8 saves, for the manifest.
 
-    split: the name of the images. Raises PipelineError if int8 costs more than `max_drop`, a fraction.
+    split: what the images are called. Raises PipelineError if int8 costs more than `max_drop`, a fraction.
     """
     images = batches.image_count
     right, right_float = _count_right(int8, batches), _count_right(float32, batches)

@@ -115,10 +115,10 @@ def write_int8(
     """Write the float ONNX file's network in 8-bit integers and return what that costs, see `accuracy_cost`."""
     chosen = np.random.default_rng(params.seed).permutation(len(splits["train"]))[:CALIBRATION_IMAGES]
     quantize(onnx, splits["train"].pixels(chosen).numpy(), path)
-    split = "val" if len(splits["val"]) else "test"
-    cost = accuracy_cost(path, onnx, batches(splits[split]), split, params.int8_max_drop)
+    split, called = ("val", "validation") if len(splits["val"]) else ("test", "test")
+    cost = accuracy_cost(path, onnx, batches(splits[split]), called, params.int8_max_drop)
     print(
-        f"{path.name}: right for {cost['accuracy']:.2%} of {cost['images']} {split} images, "
+        f"{path.name}: right for {cost['accuracy']:.2%} of {cost['images']} {called} images, "
         f"the float network for {cost['float_accuracy']:.2%}"
     )
     return cost

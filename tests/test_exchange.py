@@ -131,12 +131,12 @@ def test_check_files_refuses_half_a_file(exported: Path, tmp_path: Path, suffix:
 
 def test_unknown_formats_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.h5"
-    with pytest.raises(PipelineError, match=r"model\.h5: the formats are \.pth, \.pt2 and \.onnx"):
+    with pytest.raises(PipelineError, match=r"model\.h5: the formats are \.pth, \.pt2, \.onnx and \.safetensors"):
         write(mlp(), some_pixels(2), path)
     assert not path.exists()
     write(mlp(), some_pixels(2), tmp_path / "model.pth")
     (tmp_path / "model.pth").rename(path)
-    with pytest.raises(PipelineError, match=r"model\.h5: the formats are \.pth, \.pt2 and \.onnx"):
+    with pytest.raises(PipelineError, match=r"model\.h5: the formats are \.pth, \.pt2, \.onnx and \.safetensors"):
         read_logits(path, some_pixels(1).numpy())
 
 
