@@ -1,11 +1,14 @@
 """The exported formats: how each is written, and how each is read back.
 
-Every file takes pixels (N, C, H, W) float32 in [0, 1] for any N, and gives logits (N, classes).
+Every file takes pixels (N, C, H, W) float32 in [0, 1] for any N, and gives logits (N, classes). The int8 format is an
+ONNX file too; classifier/quantization.py writes it.
 `python -m classifier.exchange FILE` reads a file in a process that knows nothing of the training: it takes pixels, as
 numpy.save writes them, and gives the logits of all images in one batch, then of the first image alone.
 """
 
 import io
+import json
+import math
 import os
 import subprocess
 import sys
@@ -16,16 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from classifier.calibration import TemperatureScaled
 from classifier.errors import PipelineError
+from classifier.networks import build_network
+from classifier.params import modules_in
 
 # Largest difference between two logits that counts as the same. Formats differ by the order in which they sum, which
 # float32 rounds at about 1e-6 of a logit.
 TOLERANCE = 1e-4
-UNKNOWN_FORMAT = "{}: the formats are .pth, .pt2 and .onnx"
+UNKNOWN_FORMAT = "{}: the formats are .pth, .pt2, .onnx and .safetensors"
 
 
 def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
-    """Write the network, on the CPU and in evaluation mode, in the format that the file's suffix names.
+    """Write the network, on the CPU and in evaluation mode, in the format that the suffix names: .pth, .pt2 or .onnx.
 
     pixels: (N, C, H, W) float32 with N >= 2, an example: with one image the batch size would be fixed to 1.
     """
@@ -64,10 +70,33 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
     return program
 
 
+def write_weights(network: nn.Module, name: str, image_shape: tuple[int, int, int], classes: int, path: Path) -> None:
+    """Write the weights of a network of classifier/networks as .safetensors, with what it takes to build it again.
+
+    That is the metadata, of texts: `network`, its name; `image_shape`, (C, H, W) as JSON; `classes`, their number; and
+    `temperature`, by which its logits are to be divided, if it is scaled.
+    """
+    import safetensors.torch
+
+    metadata = {"network": name, "image_shape": json.dumps(image_shape), "classes": str(classes)}
+    if isinstance(network, TemperatureScaled):
+        metadata["temperature"] = repr(network.temperature)
+        network = network.network
+    tensors = {key: value.cpu().clone().contiguous() for key, value in network.state_dict().items()}
+    content = safetensors.torch.save(tensors)
+    # The metadata is put into the header here: the package writes it in another order every time. A file is the
+    # length of its header in eight bytes, the header, JSON filled up to a multiple of eight, and the tensors.
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({"__metadata__": metadata} | json.loads(content[8:start]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])
+
+
 def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
     """Logits (N, classes) float32 that an exported file gives for pixels (N, C, H, W) float32, on the CPU.
 
     A .pth file is a pickle and a .pt2 file may hold one, which can run any code: read only what you exported yourself.
+    A .safetensors file holds numbers alone. Raises PipelineError if one is not as `write_weights` writes it.
     """
     if path.suffix == ".onnx":
         import onnxruntime
@@ -76,14 +105,45 @@ def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
         (logits,) = session.run(["logits"], {"pixels": pixels})
         return np.asarray(logits)
     if path.suffix == ".pt2":
-        network = torch.export.load(path).module()
+        network: nn.Module = torch.export.load(path).module()
     elif path.suffix == ".pth":
         network = torch.load(path, weights_only=False)
+    elif path.suffix == ".safetensors":
+        network = _read_weights(path).eval()
     else:
         raise PipelineError(UNKNOWN_FORMAT.format(path))
     with torch.inference_mode():
         logits = network(torch.from_numpy(pixels)).numpy()
     return np.asarray(logits)
+
+
+def _read_weights(path: Path) -> nn.Module:
+    """The network that `write_weights` wrote. Raises PipelineError if the file is another or broken."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        name = metadata["network"]
+        if name not in modules_in("networks"):  # before it is imported
+            raise ValueError(f"its network {name!r} is not one of {', '.join(modules_in('networks'))}")
+        image_shape, classes = tuple(json.loads(metadata["image_shape"])), int(metadata["classes"])
+        temperature = float(metadata.get("temperature", 1))
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"its temperature is {temperature}")
+        with torch.device("meta"):  # without memory: a hostile file may name any size
+            expected = {
+                key: value.shape for key, value in build_network(name, image_shape, classes).state_dict().items()
+            }
+        if {key: value.shape for key, value in tensors.items()} != expected:
+            raise ValueError(f"its tensors are not those of {name} for images {image_shape} and {classes} classes")
+    except Exception as error:  # of many kinds: hostile metadata goes through the network's own code
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise PipelineError(f"{path}: broken, or not a file that export wrote: {reason}") from None
+    network = build_network(name, image_shape, classes)
+    network.load_state_dict(tensors)
+    return TemperatureScaled(network, temperature)
 
 
 def check_files(paths: Sequence[Path], network: nn.Module, pixels: Tensor) -> dict[str, float]:

@@ -35,6 +35,11 @@ PLOTS = Path("metrics/plots")
 CLOCK_SECONDS = 60  # by which a process may seem to have started too late: clocks are set
 
 
+def exported_name(export_format: str) -> str:
+    """The name of the file in EXPORT that holds a format of `export_formats`; int8 is ONNX too."""
+    return f"model.{'int8.onnx' if export_format == 'int8' else export_format}"
+
+
 def repository_root() -> Path:
     """The main checkout, also when DVC runs an experiment in a temporary copy of it."""
     if root := os.environ.get("DVC_ROOT"):

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import yaml
 
 from classifier.errors import PipelineError
-from classifier.files import EXPORT, LOCK, PARAMS, WEIGHTS, hash_bytes, hash_file, md5s_in
+from classifier.files import EXPORT, LOCK, PARAMS, WEIGHTS, exported_name, hash_bytes, hash_file, md5s_in
 from classifier.params import Params, read_yaml
 from classifier.registry import Version, find_versions
 from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, metrics_at, read_at
@@ -93,7 +93,8 @@ def _of_file(path: Path, storage: Storage) -> Lineage:
     """By the SHA-256, which the registry has of exported files, or the md5, which runs and dvc.lock have."""
     md5, sha256 = hash_file(path), hash_file(path, "sha256")
     lineage = Lineage(f"{path} (md5 {md5}, SHA-256 {sha256})")
-    lineage.versions = [v for suffix in FORMATS for v in find_versions(f"tags.`sha256.model.{suffix}` = '{sha256}'")]
+    names = [exported_name(export_format) for export_format in FORMATS]
+    lineage.versions = [v for name in names for v in find_versions(f"tags.`sha256.{name}` = '{sha256}'")]
     runs = find_runs(f"tags.`{WEIGHTS_TAG}` = '{md5}'")
     if lineage.versions:
         run_id = lineage.versions[0].run_id

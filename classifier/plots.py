@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -38,6 +39,25 @@ def save_saliency(path: Path, pixels: np.ndarray, saliency: np.ndarray, titles: 
         _show(axes[column], pixels[column])
         axes[column].set_title(titles[column], fontsize=8, parse_math=False)
         axes[count + column].imshow(saliency[column], cmap="inferno")
+    _save(figure, path)
+
+
+@_default_style
+def save_reliability(path: Path, bins: pd.DataFrame) -> None:
+    """Accuracy by confidence, with the diagonal on which both are the same, and below it the images of each bin.
+
+    bins: `images`, `confidence` and `accuracy` of bins of equal width, as metrics.calibration_bins gives them.
+    """
+    figure = Figure(figsize=(4.8, 5.4), dpi=100, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    edges = np.linspace(0, 1, len(bins) + 1)
+    upper.bar(edges[:-1], bins["accuracy"].fillna(0), np.diff(edges), align="edge", edgecolor="white")
+    upper.plot([0, 1], [0, 1], color="grey", linestyle="--")
+    upper.plot(bins["confidence"], bins["accuracy"], "k.", label="mean confidence of the bin")
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    upper.legend(loc="upper left", fontsize=8)
+    lower.bar(edges[:-1], bins["images"], np.diff(edges), align="edge", edgecolor="white")
+    lower.set(xlabel="confidence", ylabel="images")
     _save(figure, path)
 
 

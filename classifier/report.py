@@ -41,6 +41,10 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("Test accuracy", "accuracy", +1, PERCENT),
     Metric("Test loss", "loss", -1, LOSS),
+    Metric("Balanced accuracy", "balanced_accuracy", +1, PERCENT),
+    Metric("Macro F1", "macro_f1", +1, PERCENT),
+    Metric("Top-3 accuracy", "top3_accuracy", +1, PERCENT),  # of more than three classes
+    Metric("Calibration error", "ece", -1, PERCENT),
     Metric("Validation accuracy", "val_accuracy", +1, PERCENT),
     Metric("Validation loss", "val_loss", -1, LOSS),
     Metric("Training loss", "train_loss", -1, LOSS),
@@ -93,7 +97,11 @@ def write_report(target: Path, against: str | None, lineage: str) -> None:
         changed=changes()[0],
         stale=_stale(),
         baseline=baseline,
-        rows=[_row(metric, test | train, baseline.metrics if baseline else {}) for metric in METRICS],
+        rows=[
+            _row(metric, test | train, baseline.metrics if baseline else {})
+            for metric in METRICS
+            if metric.key in test | train
+        ],
         parameters=_differing(params, baseline.params) if baseline and baseline.params else None,
         test=test,
         interval=interval,

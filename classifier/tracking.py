@@ -102,7 +102,7 @@ class Tracker:
         low, high = test["accuracy_ci95"]
         self._write(
             "evaluation",
-            values={"test_loss": test["loss"], "test_accuracy": test["accuracy"]}
+            values={f"test_{name}": value for name, value in test.items() if name != "accuracy_ci95"}
             | {"test_accuracy_ci95_low": low, "test_accuracy_ci95_high": high},
             files=[[self.journal.keep(CLASS_METRICS), None], [self.journal.keep(PLOTS), "plots"]],
             tags={TEST_SET_TAG: test_set},

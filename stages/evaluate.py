@@ -17,7 +17,13 @@ from classifier.annotations import class_names
 from classifier.dataset import Batches, CustomImageDataset
 from classifier.device import environment, seed_everything, select_device, set_threads
 from classifier.errors import run_main
-from classifier.metrics import class_scores, most_confident_mistakes, wilson_interval
+from classifier.metrics import (
+    calibration_bins,
+    class_scores,
+    most_confident_mistakes,
+    overall_scores,
+    wilson_interval,
+)
 from classifier.networks import build_network
 from classifier.params import load_params
 from classifier.tracking import Tracker
@@ -48,7 +54,9 @@ def main() -> None:
     loss, accuracy = score(logits, test_set.labels, params.batch_size)
     low, high = wilson_interval(round(accuracy * len(test_set)), len(test_set))
     scores = class_scores(logits.numpy(), test_set.labels.numpy(), names)
+    overall = overall_scores(logits.numpy(), test_set.labels.numpy())
     print(f"Accuracy: {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}), Avg loss: {loss:.6f}")
+    print(", ".join(f"{name}: {value:.3f}" for name, value in overall.items()))
     print(scores.to_string(index=False, float_format="%.3f"))
 
     with files.atomic(files.CLASS_METRICS) as path:
@@ -56,7 +64,8 @@ def main() -> None:
     with files.atomic(files.PLOTS) as folder:
         folder.mkdir()
         draw(folder, network, test_set, logits.numpy(), names, params.seed)
-    files.write_json(files.TEST_METRICS, {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [low, high]})
+    figures = {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [low, high]} | overall
+    files.write_json(files.TEST_METRICS, figures)
 
     with tracker.weights(params, environment(device)):
         tracker.log_evaluation(test_set.md5())
@@ -80,6 +89,8 @@ def draw(
     mistakes = most_confident_mistakes(logits, labels, math.prod(MISTAKES))
     titles = [f"is {truth[i]}\nsaid {said[i]} {probabilities[i].max():.0%}" for i in mistakes]
     plots.save_grid(folder / "mistakes.png", test_set.pixels(mistakes).numpy(), titles, *MISTAKES)
+
+    plots.save_reliability(folder / "reliability.png", calibration_bins(probabilities, labels))
 
     explained = chosen[:SALIENCIES]
     pixels = test_set.pixels(explained)

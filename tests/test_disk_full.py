@@ -260,7 +260,7 @@ def room_for(*names: str) -> Callable[[Path], int]:
     return lambda root: sum(bytes_on_disk(root / name) for name in names)
 
 
-MODELS = [f"models/export/model.{suffix}" for suffix in ("pth", "pt2", "onnx")]
+MODELS = [f"models/export/model.{suffix}" for suffix in ("pth", "pt2", "onnx", "safetensors")]
 # The stage; the folder that is a disk; how much room it has; the outputs that are not there, for their room would be
 # free again; and what there is no room for.
 FULL_DISKS = {
@@ -275,7 +275,9 @@ FULL_DISKS = {
     "pth": ("export", "models", room_for("metrics/plots"), [], "models/export"),
     "pt2": ("export", "models", room_for(*MODELS[:1]), [], "models/export"),
     "onnx": ("export", "models", room_for(*MODELS[:2]), [], "models/export"),
+    "safetensors": ("export", "models", room_for(*MODELS[:3]), [], "models/export"),
     "manifest": ("export", "models", room_for(*MODELS), [], "models/export"),
+    "card": ("export", "models", room_for(*MODELS, "models/export/manifest.json"), [], "models/export"),
 }
 
 

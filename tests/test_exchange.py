@@ -1,19 +1,25 @@
 """The exported formats: read back in other processes, they give the network's logits, or an error."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from hostile import RunsCodeWhenUnpickled
 from torch import Tensor, nn
 
+from classifier.calibration import TemperatureScaled
 from classifier.errors import PipelineError
-from classifier.exchange import TOLERANCE, check_files, read_logits, write
+from classifier.exchange import TOLERANCE, check_files, read_logits, write, write_weights
 from classifier.networks import build_network
 
-FORMATS = ["pth", "pt2", "onnx"]
+FORMATS = ["pth", "pt2", "onnx", "safetensors"]
 IMAGE_SHAPE, CLASSES = (3, 6, 6), 5
 BATCH_SIZES = [1, 2, 5, 256]
 
@@ -32,12 +38,13 @@ WRITE_ALL = f"""
 import sys
 from pathlib import Path
 import torch
-from classifier.exchange import write
+from classifier.exchange import write, write_weights
 from classifier.networks import build_network
 torch.manual_seed(0)
 network = build_network("mlp", {IMAGE_SHAPE}, {CLASSES})
-for suffix in {FORMATS}:
+for suffix in {FORMATS[:3]}:
     write(network, torch.rand(2, *{IMAGE_SHAPE}), Path(sys.argv[1]) / f"model.{{suffix}}")
+write_weights(network, "mlp", {IMAGE_SHAPE}, {CLASSES}, Path(sys.argv[1]) / "model.safetensors")
 """
 
 
@@ -50,12 +57,17 @@ def some_pixels(count: int) -> Tensor:
     return torch.rand(count, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(0))
 
 
+def write_all(network: nn.Module, folder: Path) -> None:
+    """The network in every format."""
+    for suffix in FORMATS[:3]:
+        write(network, some_pixels(2), folder / f"model.{suffix}")
+    write_weights(network, "mlp", IMAGE_SHAPE, CLASSES, folder / "model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the network in every format."""
     folder = tmp_path_factory.mktemp("export")
-    for suffix in FORMATS:
-        write(mlp(), some_pixels(2), folder / f"model.{suffix}")
+    write_all(mlp(), folder)
     return folder
 
 
@@ -70,6 +82,18 @@ def test_every_format_gives_the_logits_at_every_batch_size(exported: Path) -> No
             logits = np.load(exported / f"{suffix}-{size}.npy")
             assert logits.dtype == np.float32
             np.testing.assert_allclose(logits, expected[:size], rtol=0, atol=TOLERANCE, err_msg=f"{suffix}, {size}")
+
+
+@pytest.mark.slow
+def test_every_format_gives_the_logits_of_a_scaled_network(tmp_path: Path) -> None:
+    scaled = TemperatureScaled(mlp(), 0.7)
+    write_all(scaled, tmp_path)
+    paths = [tmp_path / f"model.{suffix}" for suffix in FORMATS]
+    differences = check_files(paths, scaled, some_pixels(7))
+    assert len(differences) == len(FORMATS)
+    assert differences["model.safetensors"] == 0
+    with pytest.raises(PipelineError, match=r"model\.pth: its logits differ"):
+        check_files(paths, scaled.network, some_pixels(7))
 
 
 def test_a_network_in_training_mode_is_exported_in_evaluation_mode(tmp_path: Path) -> None:
@@ -119,7 +143,7 @@ def test_check_files_refuses_what_is_not_a_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "suffix",
-    ["onnx", pytest.param("pt2", marks=pytest.mark.slow), pytest.param("pth", marks=pytest.mark.slow)],
+    ["onnx", *(pytest.param(suffix, marks=pytest.mark.slow) for suffix in ("pt2", "pth", "safetensors"))],
 )
 def test_check_files_refuses_half_a_file(exported: Path, tmp_path: Path, suffix: str) -> None:
     content = (exported / f"model.{suffix}").read_bytes()
@@ -131,13 +155,129 @@ def test_check_files_refuses_half_a_file(exported: Path, tmp_path: Path, suffix:
 
 def test_unknown_formats_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.h5"
-    with pytest.raises(PipelineError, match=r"model\.h5: the formats are \.pth, \.pt2 and \.onnx"):
+    with pytest.raises(PipelineError, match=r"model\.h5: the formats are \.pth, \.pt2, \.onnx and \.safetensors"):
         write(mlp(), some_pixels(2), path)
     assert not path.exists()
     write(mlp(), some_pixels(2), tmp_path / "model.pth")
     (tmp_path / "model.pth").rename(path)
-    with pytest.raises(PipelineError, match=r"model\.h5: the formats are \.pth, \.pt2 and \.onnx"):
+    with pytest.raises(PipelineError, match=r"model\.h5: the formats are \.pth, \.pt2, \.onnx and \.safetensors"):
         read_logits(path, some_pixels(1).numpy())
+
+
+# Weights alone: a file tells how to build the network, and is believed nothing that does not fit together
+
+
+def test_weights_of_known_metadata_and_bytes(exported: Path, tmp_path: Path) -> None:
+    with safetensors.safe_open(exported / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"network": "mlp", "image_shape": "[3, 6, 6]", "classes": "5"}
+        assert set(file.keys()) == mlp().state_dict().keys()
+    write_weights(TemperatureScaled(mlp(), 1 / 3), "mlp", IMAGE_SHAPE, CLASSES, tmp_path / "scaled.safetensors")
+    with safetensors.safe_open(tmp_path / "scaled.safetensors", "pt") as file:
+        assert float(file.metadata()["temperature"]) == 1 / 3
+        assert set(file.keys()) == mlp().state_dict().keys()
+    for name, tensor in safetensors.torch.load_file(exported / "model.safetensors").items():
+        assert torch.equal(tensor, mlp().state_dict()[name])
+
+
+def test_weights_that_share_their_memory_are_written(tmp_path: Path) -> None:
+    network = mlp()
+    first, *_ = network.parameters()
+    network.register_buffer("same", first.detach().T)
+    write_weights(network, "mlp", IMAGE_SHAPE, CLASSES, tmp_path / "model.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert torch.equal(tensors["same"], first.T)
+
+
+METADATA = {"network": "mlp", "image_shape": "[3, 6, 6]", "classes": "5"}
+
+
+def without(key: str) -> dict[str, str]:
+    return {name: value for name, value in METADATA.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        (without("network"), "it has no 'network'"),
+        (without("image_shape"), "it has no 'image_shape'"),
+        (without("classes"), "it has no 'classes'"),
+        (METADATA | {"network": "os"}, "its network 'os' is not one of "),
+        (METADATA | {"network": "../stages/train"}, "its network '../stages/train' is not one of "),
+        (METADATA | {"network": "__init__"}, "its network '__init__' is not one of "),
+        (METADATA | {"classes": "6"}, "its tensors are not those of mlp for images (3, 6, 6) and 6 classes"),
+        (METADATA | {"classes": "10000000000"}, "its tensors are not those of mlp for images (3, 6, 6) and 10000000000"),
+        (METADATA | {"image_shape": "[1, 99999, 99999]"}, "its tensors are not those of mlp for images (1, 99999, 99"),
+        (METADATA | {"image_shape": "[3, 6"}, "Expecting ',' delimiter"),
+        (METADATA | {"image_shape": "108"}, "'int' object is not iterable"),
+        (METADATA | {"image_shape": "[" * 100_000}, "maximum recursion depth exceeded"),
+        (METADATA | {"image_shape": '["3", "6"]'}, ""),
+        (METADATA | {"image_shape": "[-3, 6, 6]"}, ""),
+        (METADATA | {"classes": "9" * 5000}, "Exceeds the limit"),
+        (METADATA | {"temperature": "0"}, "its temperature is 0.0"),
+        (METADATA | {"temperature": "nan"}, "its temperature is nan"),
+        (METADATA | {"temperature": "warm"}, "could not convert string to float: 'warm'"),
+    ],
+)
+def test_weights_with_other_metadata_are_refused(tmp_path: Path, metadata: dict[str, str], reason: str) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(mlp().state_dict(), path, metadata)
+    check_refused(path, reason)
+
+
+def check_refused(path: Path, reason: str) -> None:
+    with pytest.raises(PipelineError) as caught:
+        read_logits(path, some_pixels(2).numpy())
+    line = str(caught.value)
+    assert line.startswith(f"{path}: broken, or not a file that export wrote: {reason}")
+    assert "\n" not in line
+    assert len(line) < len(str(path)) + 400
+
+
+def edited_header(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    def edit(content: bytes) -> bytes:
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        change(header)
+        spelt = json.dumps(header).encode()
+        return len(spelt).to_bytes(8, "little") + spelt + content[start:]
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: b"",
+        lambda content: content[:7],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: content + b"more",
+        lambda content: (2**62).to_bytes(8, "little") + content[8:],
+        lambda content: content[:8] + b"\xff" + content[9:],
+        edited_header(lambda header: header.pop("linear_relu_stack.0.bias")),
+        edited_header(lambda header: header["linear_relu_stack.0.bias"].update(shape=[2**40])),
+        edited_header(lambda header: header["linear_relu_stack.0.bias"].update(data_offsets=[0, 2**60])),
+        edited_header(lambda header: header["linear_relu_stack.0.bias"].update(dtype="I8")),
+        edited_header(lambda header: header.update({"more": header.pop("linear_relu_stack.0.bias")})),
+        edited_header(lambda header: header.pop("__metadata__")),
+        edited_header(lambda header: header.update(__metadata__={"network": ["mlp"]})),
+    ],
+)
+def test_broken_weights_are_refused(exported: Path, tmp_path: Path, edit: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(edit((exported / "model.safetensors").read_bytes()))
+    check_refused(path, "")
+
+
+def test_a_pickle_that_is_called_weights_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    torch.save(RunsCodeWhenUnpickled(tmp_path / "ran"), path)
+    check_refused(path, "")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_weights_are_told(tmp_path: Path) -> None:
+    check_refused(tmp_path / "model.safetensors", "No such file or directory")
 
 
 @pytest.mark.slow

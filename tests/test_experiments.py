@@ -121,7 +121,7 @@ def test_the_artifacts_of_a_run_open(client: MlflowClient, experiment: Experimen
     run_id = experiment.run.info.run_id
     folder = Path(client.download_artifacts(run_id, ""))
     assert {path.name for path in (folder / "plots").iterdir()} == {
-        "confusion.csv", "mistakes.png", "saliency.png", "samples.png",
+        "confusion.csv", "mistakes.png", "reliability.png", "saliency.png", "samples.png",
     }  # fmt: skip
     for picture in (folder / "plots").glob("*.png"):
         with Image.open(picture) as image:

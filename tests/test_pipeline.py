@@ -58,13 +58,16 @@ def test_it_writes_the_files_of_the_contract(reproduced: Project) -> None:
     assert kept == epochs.to_dict("records")[epochs.val_accuracy.argmax()]
 
     test = read_json(root / "metrics/test.json")
-    assert sorted(test) == ["accuracy", "accuracy_ci95", "loss"]
+    assert list(test) == [
+        "accuracy", "loss", "accuracy_ci95", "balanced_accuracy", "macro_f1", "top3_accuracy", "ece",
+    ]  # fmt: skip
     low, high = test["accuracy_ci95"]
     assert 0.5 < test["accuracy"] <= 1
     assert 0 <= low < test["accuracy"] <= high <= 1
     assert sorted(path.name for path in (root / "metrics/plots").iterdir()) == [
         "confusion.csv",
         "mistakes.png",
+        "reliability.png",
         "saliency.png",
         "samples.png",
     ]
@@ -76,12 +79,14 @@ def test_it_writes_the_files_of_the_contract(reproduced: Project) -> None:
 def test_the_manifest_says_what_was_exported_and_what_made_it(reproduced: Project) -> None:
     root = reproduced.root
     manifest = read_json(root / "models/export/manifest.json")
-    assert sorted(manifest["files"]) == ["model.onnx", "model.pt2", "model.pth"]
+    assert list(manifest["files"]) == ["model.pth", "model.pt2", "model.onnx", "model.safetensors"]
+    exported = {path.name for path in (root / "models/export").iterdir()}
+    assert exported == {*manifest["files"], "manifest.json", "README.md"}
     for name, entry in manifest["files"].items():
         content = (root / "models/export" / name).read_bytes()
         assert entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert entry["bytes"] == len(content)
-        assert entry["trusted_source_only"] is (name != "model.onnx")
+        assert entry["trusted_source_only"] is (name in ("model.pth", "model.pt2"))
     lock = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
     locked = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
     assert manifest["md5"] == {path: locked[path] for path in manifest["md5"]}
@@ -114,7 +119,7 @@ def test_mlflow_has_one_finished_run_with_all_that_made_the_model(reproduced: Pr
     assert run.data.params.keys() == params.keys()
     assert run.data.params["lr"] == "0.1"
     assert run.data.params["data_path"] == params["data_path"]
-    assert json.loads(run.data.params["export_formats"]) == ["pth", "pt2", "onnx"]
+    assert json.loads(run.data.params["export_formats"]) == ["pth", "pt2", "onnx", "safetensors"]
 
     epochs = pd.read_csv(reproduced.root / "metrics/epochs.csv")
     for name in ("train_loss", "val_loss", "val_accuracy"):
@@ -122,7 +127,9 @@ def test_mlflow_has_one_finished_run_with_all_that_made_the_model(reproduced: Pr
         assert [metric.step for metric in history] == [1, 2, 3, 4]
         assert [metric.value for metric in history] == pytest.approx(epochs[name].tolist(), rel=1e-12)
     assert run.data.metrics["images_per_second"] > 0
-    assert run.data.metrics["test_accuracy"] == read_json(reproduced.root / "metrics/test.json")["accuracy"]
+    test = read_json(reproduced.root / "metrics/test.json")
+    for name in ("accuracy", "loss", "balanced_accuracy", "macro_f1", "top3_accuracy", "ece"):
+        assert run.data.metrics[f"test_{name}"] == test[name]
 
     lock = yaml.safe_load((reproduced.root / "dvc.lock").read_text())["stages"]
     md5 = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}

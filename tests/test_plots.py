@@ -5,10 +5,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from classifier.plots import save_grid, save_saliency
+from classifier.plots import save_grid, save_reliability, save_saliency
 
 Draw = Callable[[Path, int, int], None]  # a path, the number of images and of channels
 
@@ -33,7 +34,18 @@ def draw_saliency(path: Path, count: int, channels: int) -> None:
     save_saliency(path, images(count, channels), images(count, 1)[:, 0], names(count))
 
 
-PICTURES = [(draw_samples, 9, (480, 540)), (draw_mistakes, 15, (800, 540)), (draw_saliency, 8, (1280, 360))]
+def draw_reliability(path: Path, count: int, _: int) -> None:
+    """`count` images in the lowest of three bins, one in the highest, none between."""
+    bins = {"images": [count, 0, 1], "confidence": [0.25, np.nan, 1], "accuracy": [0.5, np.nan, 1]}
+    save_reliability(path, pd.DataFrame(bins))
+
+
+PICTURES = [
+    (draw_samples, 9, (480, 540)),
+    (draw_mistakes, 15, (800, 540)),
+    (draw_saliency, 8, (1280, 360)),
+    (draw_reliability, 8, (480, 540)),
+]
 
 
 @pytest.mark.parametrize(("draw", "count", "size"), PICTURES)
@@ -88,6 +100,16 @@ def test_class_names_are_not_formulas(tmp_path: Path) -> None:
     titles = ["$x^$", "_", "50 %", "a\\b", "$"]
     save_grid(tmp_path / "samples.png", images(5, 1), titles, 3, 3)
     save_saliency(tmp_path / "saliency.png", images(1, 1), images(1, 1)[:, 0], titles)
+
+
+def test_the_bars_of_a_reliability_picture_are_as_high_as_the_accuracies(tmp_path: Path) -> None:
+    draw_reliability(tmp_path / "picture.png", 8, 1)
+    with Image.open(tmp_path / "picture.png") as picture:
+        upper = np.asarray(picture.convert("RGB"))[:350]
+    heights = (upper == (31, 119, 180)).all(axis=2).sum(axis=0)  # of matplotlib's first colour, by column
+    low, empty, high = (heights[column] for column in (110, 270, 400))
+    assert empty == 0
+    assert 0.45 < low / high < 0.55
 
 
 def test_saliency_without_any_gradient(tmp_path: Path) -> None:

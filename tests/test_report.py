@@ -24,6 +24,7 @@ COLOURS = """["body", ".matrix .right", "svg text"].map(place => {
     const style = getComputedStyle(document.querySelector(place));
     return style.backgroundColor + style.fill;
 })"""
+PICTURES = {"samples": (480, 540), "mistakes": (800, 540), "saliency": (1280, 360), "reliability": (480, 540)}
 TRAIN = {"epoch": 2, "train_loss": 0.75, "val_loss": 0.5, "val_accuracy": 0.875}
 
 
@@ -46,7 +47,7 @@ def write_outputs(root: Path, names: Sequence[str] = NAMES, loss: float = 0.5) -
     pd.DataFrame([{"class": name, **scores} for name in names]).to_csv(root / "metrics/classes.csv", index=False)
     (root / "metrics/plots").mkdir(exist_ok=True)
     pd.DataFrame(answers, columns=["actual", "predicted"]).to_csv(root / "metrics/plots/confusion.csv", index=False)
-    for name, size in {"samples": (480, 540), "mistakes": (800, 540), "saliency": (1280, 360)}.items():
+    for name, size in PICTURES.items():
         Image.new("RGB", size, "grey").save(root / f"metrics/plots/{name}.png")
 
 
@@ -138,6 +139,17 @@ def test_changed_metrics_are_compared_with_head(project: Project) -> None:
     assert "Test accuracy 91.67% 91.67% unchanged Test loss 0.50000 0.62500 +0.12500 worse" in text
     write_outputs(project.root, loss=0.5 - 1e-7)
     assert "Test loss 0.50000 0.50000 −1e−07 better" in words(report())
+
+
+def test_scores_that_only_one_state_has_are_shown_without_a_difference(project: Project) -> None:
+    test = json.loads((project.root / "metrics/test.json").read_text())
+    write_json(project.root / "metrics/test.json", test | {"macro_f1": 0.9, "ece": 0.0625})
+    text = words(report())
+    assert "Macro F1 – 90.00% Calibration error – 6.25% Validation accuracy" in text
+    assert "Top-3 accuracy" not in text
+    project.commit()
+    write_json(project.root / "metrics/test.json", test | {"macro_f1": 0.9, "ece": 0.05})
+    assert "Macro F1 90.00% 90.00% unchanged Calibration error 6.25% 5.00% −1.25 points better" in words(report())
 
 
 def test_committed_metrics_are_compared_with_the_commit_before(project: Project) -> None:
@@ -305,7 +317,7 @@ def test_a_browser_without_a_network_shows_all_of_it(project: Project) -> None:
         assert page.get_by_text("2 (kept)").is_visible()
 
         widths = page.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
-        assert widths == [480, 800, 1280]
+        assert widths == [480, 800, 1280, 480]
         colours = []
         for width, dark in ((1200, False), (400, True)):
             page.set_viewport_size({"width": width, "height": 800})

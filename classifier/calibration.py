@@ -1,0 +1,68 @@
+"""Temperature scaling: logits divided by one number, so that probabilities are as high as the answers are right.
+
+The answers stay the same. Source: Guo et al. 2017, arXiv:1706.04599.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from scipy.special import softmax
+from torch import Tensor, nn
+
+from classifier.dataset import Batches
+from classifier.metrics import expected_calibration_error, negative_log_likelihood
+from classifier.training import predict
+
+# Where all answers are right, no temperature is too low: then it is the lowest, or one at which all are certain.
+LOWEST, HIGHEST = 0.05, 20.0
+
+
+class TemperatureScaled(nn.Module):
+    """A network whose logits are divided by the temperature."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network = network
+        self.temperature = temperature
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
+        logits: Tensor = self.network(pixels) / self.temperature
+        return logits
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature from LOWEST to HIGHEST that makes the labels (N,) int64 of logits (N, C) most likely.
+
+    The likelihood has one maximum over it, for its logarithm is concave in 1 / temperature.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def loss(log_temperature: float) -> float:
+        return negative_log_likelihood(logits / math.exp(log_temperature), labels)
+
+    bounds = math.log(LOWEST), math.log(HIGHEST)
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
+
+
+def calibrated(network: nn.Module, validation: Batches, test: Batches) -> tuple[TemperatureScaled, dict[str, Any]]:
+    """The network with the temperature that fits the validation images, and what it does on the test images.
+
+    The latter is for the manifest: the temperature, the number of validation images, and the expected calibration
+    error and negative log likelihood before and after, on the test images.
+    """
+    fitted_on = predict(validation, network, "float32").double().numpy()
+    temperature = fit_temperature(fitted_on, validation.dataset.labels.numpy())
+    logits, labels = predict(test, network, "float32").double().numpy(), test.dataset.labels.numpy()
+
+    def figures(logits: np.ndarray) -> dict[str, float]:
+        ece = expected_calibration_error(softmax(logits, axis=1), labels)
+        return {"ece": ece, "nll": negative_log_likelihood(logits, labels)}
+
+    return TemperatureScaled(network, temperature), {
+        "temperature": temperature,
+        "validation_images": len(fitted_on),
+        "test_before": figures(logits),
+        "test_after": figures(logits / temperature),
+    }
