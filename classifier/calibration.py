@@ -8,28 +8,15 @@ from typing import Any
 
 import numpy as np
 from scipy.special import softmax
-from torch import Tensor, nn
+from torch import nn
 
 from classifier.dataset import Batches
+from classifier.exchange import TemperatureScaled
 from classifier.metrics import expected_calibration_error, negative_log_likelihood
 from classifier.training import predict
 
 # Where all answers are right, no temperature is too low: then it is the lowest, or one at which all are certain.
 LOWEST, HIGHEST = 0.05, 20.0
-
-
-class TemperatureScaled(nn.Module):
-    """A network whose logits are divided by the temperature."""
-
-    def __init__(self, network: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.network = network
-        self.temperature = temperature
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
-        logits: Tensor = self.network(pixels) / self.temperature
-        return logits
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:

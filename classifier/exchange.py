@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from classifier.calibration import TemperatureScaled
 from classifier.errors import PipelineError
 from classifier.networks import build_network
 from classifier.params import modules_in
@@ -28,6 +27,20 @@ from classifier.params import modules_in
 # float32 rounds at about 1e-6 of a logit.
 TOLERANCE = 1e-4
 UNKNOWN_FORMAT = "{}: the formats are .pth, .pt2, .onnx and .safetensors"
+
+
+class TemperatureScaled(nn.Module):
+    """A network whose logits are divided by the temperature, which classifier/calibration.py finds."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network = network
+        self.temperature = temperature
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
+        logits: Tensor = self.network(pixels) / self.temperature
+        return logits
 
 
 def write(network: nn.Module, pixels: Tensor, path: Path) -> None:

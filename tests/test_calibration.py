@@ -10,8 +10,9 @@ from scipy.special import softmax
 from small_images import write_images
 from torch import nn
 
-from classifier.calibration import HIGHEST, LOWEST, TemperatureScaled, calibrated, fit_temperature
+from classifier.calibration import HIGHEST, LOWEST, calibrated, fit_temperature
 from classifier.dataset import Batches, CustomImageDataset
+from classifier.exchange import TemperatureScaled
 from classifier.metrics import expected_calibration_error, negative_log_likelihood
 from classifier.training import predict
 

@@ -14,9 +14,8 @@ import torch
 from hostile import RunsCodeWhenUnpickled
 from torch import Tensor, nn
 
-from classifier.calibration import TemperatureScaled
 from classifier.errors import PipelineError
-from classifier.exchange import TOLERANCE, check_files, read_logits, write, write_weights
+from classifier.exchange import TOLERANCE, TemperatureScaled, check_files, read_logits, write, write_weights
 from classifier.networks import build_network
 
 FORMATS = ["pth", "pt2", "onnx", "safetensors"]
@@ -205,7 +204,10 @@ def without(key: str) -> dict[str, str]:
         (METADATA | {"network": "../stages/train"}, "its network '../stages/train' is not one of "),
         (METADATA | {"network": "__init__"}, "its network '__init__' is not one of "),
         (METADATA | {"classes": "6"}, "its tensors are not those of mlp for images (3, 6, 6) and 6 classes"),
-        (METADATA | {"classes": "10000000000"}, "its tensors are not those of mlp for images (3, 6, 6) and 10000000000"),
+        (
+            METADATA | {"classes": "10000000000"},
+            "its tensors are not those of mlp for images (3, 6, 6) and 10000000000",
+        ),
         (METADATA | {"image_shape": "[1, 99999, 99999]"}, "its tensors are not those of mlp for images (1, 99999, 99"),
         (METADATA | {"image_shape": "[3, 6"}, "Expecting ',' delimiter"),
         (METADATA | {"image_shape": "108"}, "'int' object is not iterable"),

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from project import Project, small_project
 
-from classifier.calibration import TemperatureScaled
 from classifier.dataset import CustomImageDataset
-from classifier.exchange import TOLERANCE, read_logits
+from classifier.exchange import TOLERANCE, TemperatureScaled, read_logits
 from classifier.networks import build_network
 from classifier.training import load_weights
 
