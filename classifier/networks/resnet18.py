@@ -29,10 +29,11 @@ class ResNet18(nn.Module):
         channels, height, width = image_shape
         model = models.resnet18(num_classes=classes)
         small = min(height, width) < SMALL
-        if small or channels != 3:
-            size = {"kernel_size": 3, "padding": 1} if small else {"kernel_size": 7, "stride": 2, "padding": 3}
-            model.conv1 = nn.Conv2d(channels, 64, bias=False, **size)
-            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        if small:
+            model.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
+        else:
+            model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
         self.conv1 = model.conv1
         self.bn1 = model.bn1
         self.relu = model.relu
@@ -65,6 +66,6 @@ def build(image_shape: tuple[int, int, int], classes: int) -> ResNet18:
     if max(height, width) <= 8:
         raise PipelineError(
             f"network: resnet18 needs images of more than 8 x 8 pixels, and these are {height} x {width}; "
-            "set `image_size: 16` or more"
+            "set `image_size: 9` or more"
         )
     return ResNet18(image_shape, classes)
