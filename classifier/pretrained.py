@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from classifier.errors import NO_ROOM, PipelineError
+from classifier.errors import PipelineError
 from classifier.files import hash_file
 from classifier.training import read_weights
 
