@@ -10,7 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 from ssl import SSLError
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
 import torch
@@ -145,6 +145,8 @@ def _download(url: str, path: Path) -> None:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=expected and expected[1])
     except (URLError, SSLError, TimeoutError, ConnectionError, HTTPException, RuntimeError) as error:
         # RuntimeError is torch's for a wrong hash; other kinds of OSError are the disk's, which `run_main` tells
+        if isinstance(error, HTTPError):
+            error.close()  # an answer, whose connection is open
         reason = " ".join(str(error).split())
         raise PipelineError(
             f"weights: {url} cannot be downloaded: {reason}. Fetch it in another way, then put it into {path.parent}, "

@@ -234,8 +234,16 @@ def test_resnet18_trains_on_one_image(image_shape: Shape) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("resnet18", (8, 8), r"network: resnet18 needs images of more than 8 x 8 pixels, .* 8 x 8; set `image_size: 9`"),
-        ("vgg16", (28, 28), r"network: vgg16 needs images of at least 32 x 32 .* 28 x 28; set `image_size: 32` or more"),
+        (
+            "resnet18",
+            (8, 8),
+            r"network: resnet18 needs images of more than 8 x 8 pixels, .* 8 x 8; set `image_size: 9`",
+        ),
+        (
+            "vgg16",
+            (28, 28),
+            r"network: vgg16 needs images of at least 32 x 32 .* 28 x 28; set `image_size: 32` or more",
+        ),
         ("vgg16", (31, 64), r"network: vgg16 needs .* these are 31 x 64; set `image_size: 32` or more"),
     ],
 )
