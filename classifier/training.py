@@ -151,7 +151,7 @@ def train_loop(
     would have to be waited for in every step, at the next report or checkpoint. The state's kept weights stay.
     """
     network, optimizer = state.network, state.optimizer
-    network.train()
+    set_training_mode(network)
     group_size = accumulate_steps * batches.batch_size
     started = perf_counter() - state.seconds
     with tqdm(total=batches.image_count, desc=f"epoch {state.epoch + 1}", unit="image", disable=None) as bar:
@@ -299,8 +299,9 @@ def lr_factor(schedule: str, progress: float) -> float:
 def freeze(network: nn.Module, patterns: list[str]) -> list[nn.Parameter]:
     """Stop the parameters whose names match a pattern from changing; return those that are left to train.
 
-    Patterns are as in a shell: `linear_relu_stack.0.*`. Raises PipelineError, with the names there are, for a
-    pattern that matches none, and if nothing is left to train.
+    Patterns are as in a shell: `linear_relu_stack.0.*`. The running statistics of batch normalisation stay with its
+    parameters, see `set_training_mode`. Raises PipelineError, with the names there are, for a pattern that matches
+    none, and if nothing is left to train.
     """
     named = dict(network.named_parameters())
     for pattern in patterns:
@@ -315,6 +316,16 @@ def freeze(network: nn.Module, patterns: list[str]) -> list[nn.Parameter]:
     return trainable
 
 
+def set_training_mode(network: nn.Module) -> None:
+    """Training mode, but for batch normalisation whose parameters are all frozen: its statistics stay as well."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
+
+
 def describe(network: nn.Module) -> str:
     """The network's structure and its number of parameters, for people."""
     total = sum(parameter.numel() for parameter in network.parameters())
@@ -327,22 +338,30 @@ def load_weights(network: nn.Module, path: Path, device: torch.device) -> None:
 
     Raises PipelineError if the file is missing, is not such a file, or holds weights of another network.
     """
-    if not os.path.isfile(path):  # noqa: PTH113, pathlib raises an error for a name that is too long
-        raise PipelineError(f"weights: there is no file {path}")
-    try:
-        _refuse_compressed(path)
-        with warnings.catch_warnings(action="ignore"):  # torch's, about files of other programs
-            state = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # of many kinds; their text is the advice to load the file as code
-        raise PipelineError(
-            f"weights: {path} cannot be read; it must be a whole file of tensors alone, as "
-            "torch.save(network.state_dict(), path) writes"
-        ) from None
+    state = read_weights(path, device)
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:  # the latter two if it is not a dict by name
         reason = " ".join(str(error).split())[:300]
         raise PipelineError(f"weights: {path} does not hold weights of this network: {reason}") from None
+
+
+def read_weights(path: Path, device: torch.device) -> Any:
+    """What torch.save wrote to a file, if it is tensors and plain values: no code is run.
+
+    Raises PipelineError if the file is missing or is not such a file.
+    """
+    if not os.path.isfile(path):  # noqa: PTH113, pathlib raises an error for a name that is too long
+        raise PipelineError(f"weights: there is no file {path}")
+    try:
+        _refuse_compressed(path)
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files of other programs
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception:  # of many kinds; their text is the advice to load the file as code
+        raise PipelineError(
+            f"weights: {path} cannot be read; it must be a whole file of tensors alone, as "
+            "torch.save(network.state_dict(), path) writes"
+        ) from None
 
 
 def _refuse_compressed(path: Path) -> None:

@@ -8,7 +8,6 @@ Keeps   with validation images, the weights of the epoch with the best validatio
 
 import io
 from functools import partial
-from pathlib import Path
 from time import monotonic
 
 import pandas as pd
@@ -23,6 +22,7 @@ from classifier.errors import run_main
 from classifier.interrupts import held_back
 from classifier.networks import build_network
 from classifier.params import Params, load_params
+from classifier.pretrained import load_pretrained
 from classifier.tracking import Tracker
 from classifier.training import (
     TrainState,
@@ -31,7 +31,6 @@ from classifier.training import (
     build_scheduler,
     describe,
     freeze,
-    load_weights,
     test_loop,
     train_loop,
 )
@@ -55,8 +54,7 @@ def main() -> None:
 
     seed_everything(params.seed)  # just before the weights are drawn, as in the tutorial
     network = build_network(params.network, train_batches.dataset.image_shape(), len(names)).to(device)
-    if params.weights:
-        load_weights(network, Path(params.weights), device)
+    start = load_pretrained(network, params.network, params.weights) if params.weights else None
     trainable = freeze(network, params.freeze)
     print(describe(network), flush=True)
     optimizer = build_optimizer(params.optimizer, trainable, params.lr, params.momentum, params.weight_decay)
@@ -69,6 +67,8 @@ def main() -> None:
         checkpoints(made_of) as saved,
         tracker.training(params, recorded, saved.name, saved.started),
     ):
+        if start:
+            tracker.tag({"sha256.weights": start})
         resume(state, saved)
         with held_back(LONGEST_STEP) as held:
 

@@ -1,29 +1,62 @@
-"""Every network in classifier/networks, found by listing, and the tutorial's network in detail."""
+"""Every network in classifier/networks, found by listing, and what is particular to each."""
 
 import io
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision import models
 
+from classifier.errors import PipelineError
+from classifier.exchange import TOLERANCE, read_logits, write
 from classifier.networks import build_network
+from classifier.networks.vgg16 import averages
 from classifier.params import modules_in
 
 NETWORKS = modules_in("networks")
+OF_TORCHVISION = ["resnet18", "vgg16"]
+SIDES = {"vgg16": 32}  # pixels, where 28 are too few
+SLOW = {"vgg16"}  # to draw 134 million numbers takes seconds
+SLOW_TO_EXPORT = {"vgg16", "resnet18"}
+
+Shape = tuple[int, int, int]
 
 
-def build(name: str, seed: int = 0, image_shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10) -> nn.Module:
+def marked(names: list[str], slow: set[str]) -> list[object]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+
+
+EACH_NETWORK = pytest.mark.parametrize("name", marked(NETWORKS, SLOW))
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """Only deterministic kernels, as in the train stage."""
+    torch.set_deterministic_debug_mode("error")
+    yield
+    torch.set_deterministic_debug_mode("default")
+
+
+def shape_for(name: str, channels: int = 1) -> Shape:
+    return (channels, SIDES.get(name, 28), SIDES.get(name, 28))
+
+
+def build(name: str, seed: int = 0, image_shape: Shape | None = None, classes: int = 10) -> nn.Module:
     torch.manual_seed(seed)
-    return build_network(name, image_shape, classes)
+    return build_network(name, image_shape or shape_for(name), classes)
 
 
-def test_the_tutorials_network_is_found() -> None:
-    assert "mlp" in NETWORKS
+def test_the_networks_are_found() -> None:
+    assert {"mlp", "cnn", "resnet18", "vgg16"} <= set(NETWORKS)
 
 
-@pytest.mark.parametrize(("image_shape", "classes"), [((1, 28, 28), 10), ((3, 32, 32), 7)])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_logits(name: str, image_shape: tuple[int, int, int], classes: int) -> None:
+@pytest.mark.parametrize(("channels", "classes"), [(1, 10), (3, 7)])
+@EACH_NETWORK
+def test_logits(name: str, channels: int, classes: int) -> None:
+    image_shape = shape_for(name, channels)
     network = build(name, image_shape=image_shape, classes=classes).eval()
     pixels = torch.rand(5, *image_shape)
     pixels[0], pixels[1] = 0, 1  # black and white
@@ -36,10 +69,10 @@ def test_logits(name: str, image_shape: tuple[int, int, int], classes: int) -> N
     torch.testing.assert_close(alone, logits[:1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@EACH_NETWORK
 def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
     network = build(name).train()
-    nn.functional.cross_entropy(network(torch.rand(8, 1, 28, 28)), torch.arange(8)).backward()
+    nn.functional.cross_entropy(network(torch.rand(8, *shape_for(name))), torch.arange(8)).backward()
     for parameter_name, parameter in network.named_parameters():
         assert parameter.requires_grad, parameter_name
         assert parameter.grad is not None, parameter_name
@@ -47,22 +80,53 @@ def test_every_trainable_parameter_gets_a_gradient(name: str) -> None:
         assert parameter.grad.any(), parameter_name
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@EACH_NETWORK
+def test_the_last_batch_of_an_epoch_may_be_one_image(name: str) -> None:
+    network = build(name).train()
+    loss = nn.functional.cross_entropy(network(torch.rand(1, *shape_for(name))), torch.tensor([3]))
+    loss.backward()
+    assert loss.isfinite()
+
+
+@EACH_NETWORK
 def test_saved_weights_give_the_same_logits(name: str) -> None:
-    saved, loaded = build(name, seed=1).eval(), build(name, seed=2).eval()
-    pixels = torch.rand(4, 1, 28, 28)
-    assert not torch.equal(loaded(pixels), saved(pixels))
-    file = io.BytesIO()
-    torch.save(saved.state_dict(), file)
-    file.seek(0)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
-    assert torch.equal(loaded(pixels), saved(pixels))
+    saved, file = build(name, seed=1).eval(), io.BytesIO()
+    pixels = torch.rand(4, *shape_for(name))
+    with torch.inference_mode():
+        expected = saved(pixels)
+        torch.save(saved.state_dict(), file)
+        del saved
+        loaded = build(name, seed=2).eval()
+        assert not torch.equal(loaded(pixels), expected)
+        file.seek(0)
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        assert torch.equal(loaded(pixels), expected)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@EACH_NETWORK
 def test_the_seed_decides_the_weights(name: str) -> None:
     first, second = build(name, seed=3).state_dict(), build(name, seed=3).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@pytest.mark.parametrize("name", marked(NETWORKS, SLOW_TO_EXPORT))
+def test_exported_files_give_the_logits_at_other_batch_sizes(
+    name: str, suffix: str, channels: int, tmp_path: Path
+) -> None:
+    network = build(name, image_shape=shape_for(name, channels)).eval()
+    pixels = torch.rand(5, *shape_for(name, channels))
+    with torch.inference_mode():
+        expected = network(pixels).numpy()
+    write(network, pixels[:2], tmp_path / f"model.{suffix}")
+    del network
+    for count in (1, 5):
+        logits = read_logits(tmp_path / f"model.{suffix}", pixels[:count].numpy())
+        np.testing.assert_allclose(logits, expected[:count], rtol=0, atol=TOLERANCE)
+
+
+# The tutorial's
 
 
 def test_mlp_is_the_tutorials() -> None:
@@ -92,3 +156,105 @@ def test_mlp_for_other_images() -> None:
     sizes = {name: tuple(tensor.shape) for name, tensor in build("mlp", 0, (3, 32, 32), 7).state_dict().items()}
     assert sizes["linear_relu_stack.0.weight"] == (512, 3 * 32 * 32)
     assert sizes["linear_relu_stack.4.weight"] == (7, 512)
+
+
+# The small convolutional one
+
+
+@pytest.mark.parametrize("image_shape", [(1, 4, 4), (3, 4, 4), (1, 5, 7), (3, 8, 8), (1, 9, 40), (3, 130, 130)])
+def test_cnn_takes_images_of_any_size(image_shape: Shape) -> None:
+    network = build("cnn", image_shape=image_shape).train()
+    network(torch.zeros(1, *image_shape)).sum().backward()  # one image, and black
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in network.parameters())
+    assert network.eval()(torch.rand(3, *image_shape)).shape == (3, 10)
+
+
+def test_cnn_does_not_depend_on_brightness_and_contrast_but_for_the_border() -> None:
+    """It takes pixels as they are: batch normalisation behind its first convolution undoes both."""
+    network = build("cnn")
+    stage = network.get_submodule("stages.0").train()
+    pixels = torch.rand(8, 1, 28, 28)
+    inner = (..., slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(stage(0.5 * pixels)[inner], stage(pixels)[inner], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "parameters"), [((1, 28, 28), 232_506), ((3, 32, 32), 232_794), ((1, 128, 128), 232_506)]
+)
+def test_cnn_is_small_whatever_the_images(image_shape: Shape, parameters: int) -> None:
+    network = build("cnn", image_shape=image_shape)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
+# torchvision's
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_689_512), ("vgg16", 138_357_544)])
+def test_names_and_shapes_are_torchvisions(name: str, parameters: int) -> None:
+    with torch.device("meta"):  # takes no memory
+        ours = build_network(name, (3, 224, 224), 1000)
+        theirs = models.get_model(name)
+    assert [(key, tensor.shape) for key, tensor in ours.state_dict().items()] == [
+        (key, tensor.shape) for key, tensor in theirs.state_dict().items()
+    ]
+    assert sum(parameter.numel() for parameter in ours.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", OF_TORCHVISION)
+def test_pixels_are_normalised_as_for_torchvisions_weights(name: str) -> None:
+    module = __import__(f"classifier.networks.{name}", fromlist=["MEAN", "STD"])
+    preset = models.get_model_weights(name).DEFAULT.transforms()
+    assert [*module.MEAN] == preset.mean
+    assert [*module.STD] == preset.std
+
+
+@pytest.mark.parametrize(
+    ("name", "image_shape", "first"),
+    [
+        ("resnet18", (3, 64, 64), (64, 3, 7, 7)),
+        ("resnet18", (1, 224, 224), (64, 1, 7, 7)),
+        ("resnet18", (3, 63, 200), (64, 3, 3, 3)),
+        ("resnet18", (1, 28, 28), (64, 1, 3, 3)),
+        ("vgg16", (1, 32, 32), (64, 1, 3, 3)),
+    ],
+)
+def test_first_and_last_layer_are_fitted_to_the_data(name: str, image_shape: Shape, first: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        tensors = list(build_network(name, image_shape, 7).state_dict().values())
+    assert tensors[0].shape == first
+    assert tensors[-1].shape == (7,)
+
+
+@pytest.mark.parametrize("image_shape", [(1, 9, 4), (3, 9, 9), (1, 16, 16), (3, 64, 64)])
+def test_resnet18_trains_on_one_image(image_shape: Shape) -> None:
+    network = build("resnet18", image_shape=image_shape).train()
+    network(torch.rand(1, *image_shape)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        (
+            "resnet18",
+            (8, 8),
+            r"network: resnet18 needs images of more than 8 x 8 pixels, .* 8 x 8; set `image_size: 9`",
+        ),
+        (
+            "vgg16",
+            (28, 28),
+            r"network: vgg16 needs images of at least 32 x 32 .* 28 x 28; set `image_size: 32` or more",
+        ),
+        ("vgg16", (31, 64), r"network: vgg16 needs .* these are 31 x 64; set `image_size: 32` or more"),
+    ],
+)
+def test_images_that_are_too_small_are_refused(name: str, size: tuple[int, int], message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        build_network(name, (1, *size), 10)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 14), (6, 8), (7, 7), (13, 20)])
+def test_averages_are_those_of_adaptive_pooling(size: tuple[int, int]) -> None:
+    maps = torch.rand(2, 3, *size)
+    expected = nn.functional.adaptive_avg_pool2d(maps, (7, 7))
+    torch.testing.assert_close(averages(size[0]) @ maps @ averages(size[1]).T, expected)
+    assert torch.equal(averages(7), torch.eye(7))

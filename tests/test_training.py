@@ -3,6 +3,7 @@
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from classifier.training import (
     predict,
     saliency,
     score,
+    set_training_mode,
     test_loop,
     train_loop,
     weighted_cross_entropy,
@@ -406,6 +408,76 @@ def test_frozen_weights_stay(make_batches: BatchMaker) -> None:
     names_with_state = {name for name, parameter in network.named_parameters() if parameter in optimizer.state}
     assert names_with_state == set(before) - frozen
     assert describe(network).endswith("297,988 parameters, 33,284 of them frozen")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "patterns"),
+    [
+        ("cnn", 8, ["stages.0.*", "stages.1.*"]),
+        ("resnet18", 16, ["conv1.*", "bn1.*", "layer[123].*"]),
+        pytest.param("vgg16", 32, ["features.*", "classifier.[03].*"], marks=pytest.mark.slow),
+    ],
+)
+def test_frozen_layers_stay_whole(make_batches: BatchMaker, name: str, size: int, patterns: list[str]) -> None:
+    """With the running statistics of batch normalisation: all that is in the state_dict."""
+    torch.manual_seed(0)
+    network = build_network(name, (1, size, size), CLASSES)
+    trainable = freeze(network, patterns)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items() if matches(key, patterns)}
+    last = copy_of(list(network.modules())[-1])
+    optimizer = build_optimizer("sgd", trainable, 0.01, momentum=0.9, weight_decay=0.1)
+    state = TrainState(network, optimizer, build_scheduler("constant", optimizer, 4))
+    batches = make_batches(4, count=8, size=size)
+    for _ in range(2):
+        train_loop(batches, state, nn.CrossEntropyLoss(), accumulate_steps=1, precision="float32")
+        test_loop(batches, network, "float32")  # leaves evaluation mode
+        state.end_epoch({}, keep=False)
+    after = network.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert len(before) > 4
+    assert not any(torch.equal(tensor, last[key]) for key, tensor in list(network.modules())[-1].state_dict().items())
+    assert {parameter for parameter in network.parameters() if parameter in optimizer.state} == set(trainable)
+    assert not any(matches(key, patterns) for key, parameter in network.named_parameters() if parameter.requires_grad)
+    statistics = [key for key in after if key.endswith("num_batches_tracked")]
+    assert [int(after[key]) for key in statistics] == [0 if matches(key, patterns) else 4 for key in statistics]
+
+
+def matches(key: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def test_batch_normalisation_with_a_parameter_to_train_follows_the_images() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3), nn.Dropout())
+    freeze(network, ["0.weight", "2.*"])
+    set_training_mode(network)
+    assert [module.training for module in network] == [True, True, False, True]
+
+
+def test_training_with_frozen_batch_normalisation_goes_on_to_the_same_weights(make_batches: BatchMaker) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop() -> None:
+        if state.batch == 5:
+            raise Stopped
+
+    def start() -> TrainState:
+        torch.manual_seed(0)
+        network = build_network("cnn", (1, 8, 8), CLASSES)
+        optimizer = build_optimizer("adamw", freeze(network, ["stages.[01].*"]), 0.01, 0, 0.1)
+        return TrainState(network, optimizer, build_scheduler("cosine", optimizer, 10))
+
+    loop = partial(train_loop, loss_fn=nn.CrossEntropyLoss(), accumulate_steps=1, precision="float32")
+    batches = make_batches(16)
+    whole, state = start(), start()
+    loop(batches, whole)
+    with pytest.raises(Stopped):
+        loop(batches, state, after_update=stop)
+    content = state.content()
+    state = start()
+    state.restore(content)
+    loop(batches, state)
+    torch.testing.assert_close(state.network.state_dict(), whole.network.state_dict(), rtol=0, atol=0)
 
 
 def test_no_pattern_freezes_nothing() -> None:

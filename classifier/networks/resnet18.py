@@ -1,0 +1,71 @@
+"""torchvision's ResNet-18 (He et al. 2016, arXiv:1512.03385), its first and last layer fitted to the data.
+
+11,689,512 parameters for 3 channels and 1000 classes, 11,181,642 for ten. The state_dict has torchvision's names, so
+that `weights: IMAGENET1K_V1` in params.yaml starts from ImageNet, where torchvision states a validation accuracy of
+0.698.
+
+Images below 64 pixels a side would be halved down to a single position. As is usual for CIFAR (section 4.2 of the
+paper), their first convolution is 3 x 3 with stride 1, which no weights from ImageNet fit, and there is no max pooling.
+"""
+
+from torch import Tensor, nn, tensor
+from torchvision import models
+
+from classifier.errors import PipelineError
+
+# Of ImageNet's pixels in [0, 1], by channel: what torchvision's weights were trained with
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL = 64  # pixels a side: below it, the first layers keep the image's size
+
+
+class ResNet18(nn.Module):
+    """The layers of torchvision's model, by its names, behind the normalisation of the pixels."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        model = models.resnet18(num_classes=classes)
+        small = min(height, width) < SMALL
+        if small:
+            model.conv1 = nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False)
+        else:
+            model.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        self.conv1 = model.conv1
+        self.bn1 = model.bn1
+        self.relu = model.relu
+        self.maxpool = nn.Identity() if small else model.maxpool
+        self.layer1 = model.layer1
+        self.layer2 = model.layer2
+        self.layer3 = model.layer3
+        self.layer4 = model.layer4
+        self.fc = model.fc
+        for name, of_colours in (("mean", MEAN), ("std", STD)):
+            values = of_colours if channels == 3 else [sum(of_colours) / 3]
+            self.register_buffer(name, tensor(values).view(-1, 1, 1), persistent=False)  # not among torchvision's
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
+        maps = (pixels - self.mean) / self.std
+        maps = self.maxpool(self.relu(self.bn1(self.conv1(maps))))
+        maps = self.layer4(self.layer3(self.layer2(self.layer1(maps))))
+        logits: Tensor = self.fc(maps.mean((2, 3)))  # the backward of adaptive_avg_pool2d is not deterministic on CUDA
+        return logits
+
+
+def build(image_shape: tuple[int, int, int], classes: int) -> ResNet18:
+    """Raises PipelineError for images of 8 x 8 or less.
+
+    Of one such image, as the last batch of an epoch may be, three halvings leave one number a channel, and batch
+    normalisation in training needs two.
+    """
+    _, height, width = image_shape
+    if max(height, width) <= 8:
+        raise PipelineError(
+            f"network: resnet18 needs images of more than 8 x 8 pixels, and these are {height} x {width}; "
+            "set `image_size: 9` or more"
+        )
+    return ResNet18(image_shape, classes)
