@@ -15,6 +15,11 @@ from classifier.errors import PipelineError
 # The earliest date that a zip can hold; a real one would make the bytes differ from run to run.
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 LARGEST_FILE = 256 * 2**20  # bytes of one unpacked file; checked before it is read
+IMAGE_SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+)
+# What systems and their archivers put beside a user's files; and names that begin with a dot
+CLUTTER = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini"))
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # Python unpacks the others without a limit
 
 
@@ -53,6 +58,25 @@ class Images:
         except Exception as error:  # hostile archives make zipfile raise anything
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             raise PipelineError(f"{name} in {self.path} is not readable: {reason}") from None
+
+    def names(self) -> list[str]:
+        """The names of all files, sorted, without hidden ones and CLUTTER.
+
+        Raises PipelineError for a symbolic link to a folder, which is not followed.
+        """
+        return sorted(name for name in self._all_names() if not _is_clutter(name))
+
+    def _all_names(self) -> list[str]:
+        if not self._is_folder:
+            return [name for name in self._zip().namelist() if not name.endswith("/")]
+        found = []
+        for folder, subfolders, files in os.walk(self._root):
+            if links := [name for name in subfolders if os.path.islink(os.path.join(folder, name))]:  # noqa: PTH114, PTH118
+                path = Path(folder, links[0])
+                raise PipelineError(f"{path}: a symbolic link to a folder; put the folder itself there")
+            inner = folder[len(self._root) :]
+            found += [os.path.join(inner, name) for name in files]  # noqa: PTH118, a million of them
+        return [name.replace(os.sep, "/") for name in found]
 
     def _read_file(self, name: str) -> bytes:
         path = Path(os.path.realpath(self.path / name, strict=True))
@@ -95,6 +119,10 @@ class Images:
 
     def __setstate__(self, state: dict[str, Path]) -> None:
         self.__init__(state["path"])  # type: ignore[misc]
+
+
+def _is_clutter(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") or part in CLUTTER for part in name.split("/"))
 
 
 def _check_size(size: int) -> None:
