@@ -5,16 +5,21 @@ Every file takes pixels (N, C, H, W) float32 in [0, 1] for any N, and gives logi
 numpy.save writes them, and gives the logits of all images in one batch, then of the first image alone.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+
+if TYPE_CHECKING:  # torch is imported where it is used: reading an ONNX file does without
+    import torch
+    from torch import Tensor, nn
 
 from classifier.errors import PipelineError
 
@@ -29,6 +34,8 @@ def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
 
     pixels: (N, C, H, W) float32 with N >= 2, an example: with one image the batch size would be fixed to 1.
     """
+    import torch
+
     network.cpu().eval()
     example = pixels.cpu().clone()  # of its own: torch.export.save stores all that lies behind a view
     content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
@@ -57,6 +64,8 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
 
     Those are absolute paths: they would tell where the model was exported and make the bytes depend on it.
     """
+    import torch
+
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
@@ -69,21 +78,31 @@ def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
 
     A .pth file is a pickle and a .pt2 file may hold one, which can run any code: read only what you exported yourself.
     """
+    return open_model(path)(pixels)
+
+
+def open_model(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Open an exported file once, for many calls with pixels as `read_logits` takes them; the same caution applies."""
     if path.suffix == ".onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        (logits,) = session.run(["logits"], {"pixels": pixels})
-        return np.asarray(logits)
+        return lambda pixels: np.asarray(session.run(["logits"], {"pixels": pixels})[0])
+
+    import torch
+
     if path.suffix == ".pt2":
         network = torch.export.load(path).module()
     elif path.suffix == ".pth":
         network = torch.load(path, weights_only=False)
     else:
         raise PipelineError(UNKNOWN_FORMAT.format(path))
-    with torch.inference_mode():
-        logits = network(torch.from_numpy(pixels)).numpy()
-    return np.asarray(logits)
+
+    def logits(pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.asarray(network(torch.from_numpy(pixels)).numpy())
+
+    return logits
 
 
 def check_files(paths: Sequence[Path], network: nn.Module, pixels: Tensor) -> dict[str, float]:
@@ -92,6 +111,8 @@ def check_files(paths: Sequence[Path], network: nn.Module, pixels: Tensor) -> di
     pixels: (N, C, H, W) float32. Returns the largest difference by file name. Raises PipelineError if a file
     cannot be read, or differs by more than TOLERANCE.
     """
+    import torch
+
     network.cpu().eval()
     with torch.inference_mode():
         expected = torch.cat([network(pixels), network(pixels[:1])]).numpy()
