@@ -122,7 +122,7 @@ def _open(path: Path, may_be_missing: bool = False) -> Model:
     try:
         classes, recorded = list(manifest["classes"]), manifest["files"].get(path.name)
         channels, height, width = manifest["input"]["shape"][1:]
-        sha256 = recorded["sha256"] if recorded else None
+        sha256 = None if recorded is None else recorded["sha256"]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise PipelineError(
             f"{source}: not a manifest that export wrote; take the one beside the exported file"
