@@ -191,12 +191,19 @@ def test_the_table_has_a_line_an_image() -> None:
 
 def test_names_do_not_reach_the_terminal_as_commands(tmp_path: Path) -> None:
     (tmp_path / "a\x1b[2J\n.png").write_bytes(PNG)
-    (tmp_path / os.fsdecode(b"\xff.png")).write_text("no image")
+    (tmp_path / "b\x1b[2J\n.png").write_text("no image")
     faults: list[str] = []
-    found = find_images([""], tmp_path, refuse)
+    found = find_images([str(tmp_path)], tmp_path, refuse)
     names = [answer.file for answer in predict(MODEL, found, faults.append, True)]
-    assert names == [r"/a\x1b[2J\n.png"]
-    assert faults[0].startswith(r"/\udcff.png is not a usable image")
+    assert names == [rf"{tmp_path}/a\x1b[2J\n.png"]
+    assert faults[0].startswith(rf"{tmp_path}/b\x1b[2J\n.png is not a usable image")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names on macOS are UTF-8")
+def test_a_name_that_is_not_utf8_is_told_with_escapes(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(PNG)
+    (answer,) = predict(MODEL, find_images([str(tmp_path)], tmp_path, refuse), refuse, True)
+    assert answer.file == rf"{tmp_path}/\udcff.png"
 
 
 def open_and_close(model: str | None, folder: Path) -> None:
