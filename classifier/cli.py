@@ -4,13 +4,14 @@ import dataclasses
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from classifier.errors import PipelineError, run_main
-from classifier.files import WEIGHTS, existing
+from classifier.files import WEIGHTS, atomic, existing
 from classifier.journal import journals
 from classifier.params import load_params
 
@@ -42,6 +43,61 @@ def ui(port: Annotated[int, typer.Option(help="Of this machine, to serve the pag
 
     connect(load_params().experiment)
     serve_pages(port)
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE|FOLDER|ZIP...", help="Images, folders or zips of them.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="An exported file with its manifest.json beside it, or champion; by default models/export/model.onnx."
+        ),
+    ] = None,
+    form: Annotated[
+        Literal["table", "csv", "json"] | None,
+        typer.Option("--format", help="By default a table on a terminal, and CSV elsewhere."),
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+) -> None:
+    """Say what is on images. Exits with 1 if one of them cannot be used; the others are answered."""
+    from tqdm import tqdm
+
+    from classifier import prediction
+
+    faults = 0
+
+    def complain(fault: str) -> None:
+        nonlocal faults
+        faults += 1
+        tqdm.write(fault, file=sys.stderr)
+
+    caller = Path(context.obj)
+    found = prediction.find_images(images, caller, complain)
+    if not found:
+        raise PipelineError("No image is named: give image files, or folders or zips of them")
+    on_terminal = output is None and sys.stdout.isatty()
+    with ExitStack() as stack:
+        chosen = stack.enter_context(prediction.opened(model, caller, load_params().registered_model))
+        # A bar among the lines of a table would be in the way
+        answers = prediction.predict(chosen, found, complain, hide_progress=True if on_terminal else None)
+        file = sys.stdout
+        if output is not None:
+            written = stack.enter_context(atomic(caller / output))
+            file = stack.enter_context(written.open("w", encoding="utf-8", newline=""))
+        form = form or ("table" if on_terminal else "csv")
+        if form == "table":
+            width = max(len(image.name) for image in found)
+            prediction.write_table(answers, chosen.classes, width, file)
+        else:
+            write = prediction.write_csv if form == "csv" else prediction.write_json
+            write(answers, chosen.classes, file)
+        file.flush()
+    if faults:
+        raise PipelineError(f"Not answered: {faults}, for the reasons above; all other images are")
 
 
 @app.command()

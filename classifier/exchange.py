@@ -6,18 +6,23 @@ ONNX file too; classifier/quantization.py writes it.
 numpy.save writes them, and gives the logits of all images in one batch, then of the first image alone.
 """
 
+from __future__ import annotations
+
 import io
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+
+if TYPE_CHECKING:  # torch is imported where it is used: reading an ONNX file does without
+    import torch
+    from torch import Tensor, nn
 
 from classifier.errors import PipelineError
 from classifier.networks import build_network
@@ -48,6 +53,8 @@ def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
 
     pixels: (N, C, H, W) float32 with N >= 2, an example: with one image the batch size would be fixed to 1.
     """
+    import torch
+
     network.cpu().eval()
     example = pixels.cpu().clone()  # of its own: torch.export.save stores all that lies behind a view
     content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
@@ -76,6 +83,8 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
 
     Those are absolute paths: they would tell where the model was exported and make the bytes depend on it.
     """
+    import torch
+
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
@@ -111,12 +120,19 @@ def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
     A .pth file is a pickle and a .pt2 file may hold one, which can run any code: read only what you exported yourself.
     A .safetensors file holds numbers alone. Raises PipelineError if one is not as `write_weights` writes it.
     """
+    return open_model(path)(pixels)
+
+
+def open_model(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Open an exported file once, for many calls with pixels as `read_logits` takes them; the same caution applies."""
     if path.suffix == ".onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        (logits,) = session.run(["logits"], {"pixels": pixels})
-        return np.asarray(logits)
+        return lambda pixels: np.asarray(session.run(["logits"], {"pixels": pixels})[0])
+
+    import torch
+
     if path.suffix == ".pt2":
         network: nn.Module = torch.export.load(path).module()
     elif path.suffix == ".pth":
@@ -125,9 +141,12 @@ def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
         network = _read_weights(path).eval()
     else:
         raise PipelineError(UNKNOWN_FORMAT.format(path))
-    with torch.inference_mode():
-        logits = network(torch.from_numpy(pixels)).numpy()
-    return np.asarray(logits)
+
+    def logits(pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.asarray(network(torch.from_numpy(pixels)).numpy())
+
+    return logits
 
 
 def _read_weights(path: Path) -> nn.Module:
@@ -165,6 +184,8 @@ def check_files(paths: Sequence[Path], network: nn.Module, pixels: Tensor) -> di
     pixels: (N, C, H, W) float32. Returns the largest difference by file name. Raises PipelineError if a file
     cannot be read, or differs by more than TOLERANCE.
     """
+    import torch
+
     network.cpu().eval()
     with torch.inference_mode():
         expected = torch.cat([network(pixels), network(pixels[:1])]).numpy()

@@ -1,7 +1,9 @@
 """MLflow's model registry: a version for each export, and the alias `champion` on the best of them."""
 
 import io
-from contextlib import redirect_stderr
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +46,7 @@ def register(run_id: str, registered_model: str, onnx: Path, manifest: Path, exp
     file in the manifest becomes a tag, by which `find_versions` finds the version of a file.
     export: a name for this export; it is registered once.
     """
+    here = Path(__file__).parent
     client = MlflowClient()
     if client.search_model_versions(f"name = '{registered_model}' and tags.`{EXPORT_TAG}` = '{export}'"):
         return
@@ -53,8 +56,8 @@ def register(run_id: str, registered_model: str, onnx: Path, manifest: Path, exp
             client.delete_logged_model(partial.model_id)  # logged by a process that was killed before it was registered
         logged = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(Path(__file__).with_name("serving.py")),
-            artifacts={"model": str(onnx), "manifest": str(manifest)},
+            python_model=str(here / "serving.py"),
+            artifacts={"model": str(onnx), "manifest": str(manifest), "decoding": str(here / "decoding.py")},
             pip_requirements=[f"{package}=={version(package)}" for package in packages],  # finding out takes seconds
             tags={EXPORT_TAG: export},
         )
@@ -99,6 +102,19 @@ def find_version(name: str, number: str) -> Version | None:
             if error.error_code != ABSENT:
                 raise
             return None
+
+
+@contextmanager
+def exported_files(version: Version) -> Iterator[Path]:
+    """A folder with local copies of model.onnx and manifest.json of a version, for as long as the block lasts.
+
+    Raises PipelineError if the store does not have them any more.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with store_errors():
+            uri = f"models:/{version.name}/{version.number}/artifacts"
+            files = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+        yield Path(files)
 
 
 def promote(candidate: Version, force: bool = False) -> str:

@@ -18,8 +18,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Those that take a minute or more, the longest first but for the one that is the longest of the fast tests
 LONG_FILES = [
-    "pipeline", "resume", "disk_full", "sync", "two_at_once", "ui", "lineage", "kill", "tampering", "reproduce",
-    "experiments", "verify", "golden", "seeds", "dvc_views", "secrets", "tracking",
+    "pipeline", "resume", "disk_full", "sync", "two_at_once", "ui", "prediction", "lineage", "serving", "kill",
+    "tampering", "reproduce", "experiments", "verify", "golden", "seeds", "dvc_views", "secrets", "tracking",
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The registered model answers for images, and the champion is chosen on the same test data."""
 
+import base64
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from imports import ROOT
 from mlflow import MlflowClient
 from PIL import Image
+from test_decoding import tiled_tiff
 from torch import nn
 from tracker import without_sender
 
@@ -292,7 +294,12 @@ def test_the_same_images_in_any_form_get_the_same_answer(champion: Any, tmp_path
         (np.full((2, 4, 6), 2.0), "float64 pixels from 2.0 to 2.0; give integers 0..255 or floats 0..1"),
         (np.full((2, 4, 6), -1), "int64 pixels from -1 to -1"),
         (np.full((1, 4, 6), np.nan), "float64 pixels from nan to nan"),
-        ([Image.new("L", (4, 4))], r"image: shape \(1, 4, 4\); this model takes \(1, 4, 6\)"),
+        ([Image.new("L", (6, 4)), Image.new("F", (6, 4))], "1 of 2 images cannot be used: image 2: .* 8 bits"),
+        ([Image.new("RGBa", (6, 4))], "image 1: not a usable image: cannot write mode RGBa"),
+        (["/missing.png"], r"1 of 1 images cannot be used: /missing\.png: not a usable image: .*No such file"),
+        ([Path("a.png"), Image.new("L", (6, 4))], "1 of 2 images cannot be used: a.png: .*No such file"),
+        ([], "0 images; send 1 to 1024"),
+        ([5], r"images of shape \(1,\); this model takes"),
     ],
 )
 def test_images_it_cannot_take_are_told(champion: Any, images: object, complaint: str) -> None:
@@ -300,32 +307,79 @@ def test_images_it_cannot_take_are_told(champion: Any, images: object, complaint
         champion.predict(images)
 
 
-def test_files_become_what_they_become_for_training(champion: Any, tmp_path: Path) -> None:
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(6, 4)).save(tmp_path / "a.png", exif=turned)
-    pixels = decode_image((tmp_path / "a.png").read_bytes())
-    assert pixels.shape == (1, 4, 6)
-    pd.testing.assert_frame_equal(champion.predict([str(tmp_path / "a.png")]), champion.predict(pixels))
+def pixels_of(path: Path) -> np.ndarray:
+    return decode_image(path.read_bytes(), (4, 6), 1)[None]
 
 
-@pytest.mark.parametrize("kind", ["deep", "EPS", "text"])
+@pytest.mark.parametrize("kind", ["turned", "another size", "colour", "CMYK", "alpha", "palette", "tiles", "GIF"])
+def test_files_become_what_they_become_for_training(champion: Any, tmp_path: Path, kind: str) -> None:
+    ramp = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10)
+    colour = Image.merge("RGB", [ramp, ramp.point(lambda value: value // 2), ramp.rotate(180)])
+    path = tmp_path / "a.image"
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        ramp.transpose(Image.Transpose.ROTATE_90).save(path, "PNG", exif=exif)
+    elif kind == "another size":
+        ramp.resize((50, 40)).save(path, "PNG")
+    elif kind == "colour":
+        colour.save(path, "PNG")
+    elif kind == "CMYK":
+        colour.convert("CMYK").save(path, "TIFF", compression="tiff_lzw")
+    elif kind == "alpha":
+        colour.putalpha(ramp)
+        colour.save(path, "WEBP", lossless=True)
+    elif kind == "palette":
+        colour.quantize(5).save(path, "PNG")
+    elif kind == "tiles":
+        path.write_bytes(tiled_tiff(tile=16))
+    else:
+        ramp.save(path, "GIF", save_all=True, append_images=[ramp.rotate(180)])
+    expected = champion.predict(pixels_of(path))
+    pd.testing.assert_frame_equal(champion.predict([str(path)]), expected)
+    pd.testing.assert_frame_equal(champion.predict([path]), expected)
+    with Image.open(path) as image:
+        pd.testing.assert_frame_equal(champion.predict([image]), expected)
+
+
+@pytest.mark.parametrize("kind", ["deep", "deep colour", "huge tile", "EPS", "text"])
 def test_files_that_are_refused_for_training_are_refused(champion: Any, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
     if kind == "deep":
         Image.fromarray(np.full((4, 6), 300, np.uint16)).save(path)
+    elif kind == "deep colour":
+        path.write_bytes(b"P6 6 4 65535 " + bytes(144))
+    elif kind == "huge tile":
+        path.write_bytes(tiled_tiff(tile=9600))
     elif kind == "EPS":
         Image.new("L", (6, 4)).save(path, "EPS")
     else:
         path.write_text("no image")
-    with pytest.raises(ValueError, match=r"8 bits|it is none of"):
+    with pytest.raises(ValueError, match=r"8 bits|it is none of|more than .* pixels"):
         decode_image(path.read_bytes())
     with pytest.raises(ValueError, match=r"a\.png: not a usable image: "):
         champion.predict([str(path)])
 
 
+def test_what_a_request_holds_is_named_by_its_number_and_not_taken_for_a_path(champion: Any, tmp_path: Path) -> None:
+    Image.new("L", (6, 4)).save(tmp_path / "a.png")
+    good = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    expected = champion.predict([tmp_path / "a.png"] * 2)
+    for request in (
+        pd.DataFrame({"image": [good, good]}), {"image": np.array([good, good])}, np.array([good, good]),
+        [{"image": good}, {"image": np.array(good)}],
+    ):  # fmt: skip
+        pd.testing.assert_frame_equal(champion.predict(request), expected)
+    for name in (str(tmp_path / "a.png"), "a.png"):
+        for form in (pd.DataFrame({"image": [good, name]}), np.array([good, name]), [{"image": good}, {"image": name}]):
+            with pytest.raises(ValueError, match=r"^1 of 2 images .*: image 2: not a usable image: not base64"):
+                champion.predict(form)
+    with pytest.raises(ValueError, match='no column "image"'):
+        champion.predict(pd.DataFrame({"picture": [good]}))
+
+
 def test_the_champion_loads_in_a_process_without_the_project_and_without_torch(
-    export: Callable[..., Version], repository: Path
+    export: Callable[..., Version], repository: Path, tmp_path: Path
 ) -> None:
     version = export(range(60))
     promote(version)
@@ -334,9 +388,13 @@ import sys
 sys.modules["torch"] = sys.modules["classifier"] = None
 import mlflow, numpy
 mlflow.set_tracking_uri(sys.argv[1])
-table = mlflow.pyfunc.load_model(sys.argv[2]).predict(numpy.zeros((2, 4, 6), numpy.uint8))
+model = mlflow.pyfunc.load_model(sys.argv[2])
+table = model.predict(numpy.zeros((2, 4, 6), numpy.uint8))
 assert table["class"].tolist() == ["circle", "circle"]
+assert model.predict([sys.argv[3]])["class"].tolist() == ["square"]
 """
+    Image.new("RGB", (60, 60), "white").save(tmp_path / "white.jpg")
     store, model = f"sqlite:///{repository / 'mlflow.db'}", f"models:/{version.name}@champion"
-    done = subprocess.run([sys.executable, "-I", "-c", code, store, model], cwd="/", capture_output=True, text=True)
+    command = [sys.executable, "-I", "-c", code, store, model, str(tmp_path / "white.jpg")]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """A fresh clone makes its own environment, runs all stages, and gives the committed results."""
 
+import io
 import json
 import os
 import shutil
@@ -7,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from imports import ROOT
 from project import Project
 
+from classifier.archive import Images
 from classifier.verify import DRIFTED, State, compare
 
 
@@ -35,7 +38,23 @@ def test_a_fresh_clone_gives_the_committed_results(tmp_path: Path) -> None:
         )
         assert [verdict for verdict in compare(committed, made).values() if verdict.verdict == DRIFTED] == []
     assert clone.stages_run(clone.run("make", "repro", PATH=outer_path()).stdout) == []
+    check_predictions(clone, tmp_path / "pictures")
     shutil.rmtree(clone.root)  # an environment of some gigabytes
+
+
+def check_predictions(clone: Project, pictures: Path, count: int = 1000) -> None:
+    """`classifier predict` says of test images, as files, what evaluation says."""
+    files = pd.read_csv(clone.root / "data/annotations/test.csv").file[:count]
+    evaluated = pd.read_csv(clone.root / "metrics/plots/confusion.csv").predicted[:count]
+    images = Images(clone.root / "data/images.zip")
+    pictures.mkdir()
+    for number, name in enumerate(files):
+        (pictures / f"{number:05}.png").write_bytes(images.read(name))
+    done = clone.run(".venv/bin/classifier", "predict", str(pictures), PATH=outer_path())
+    answers = pd.read_csv(io.StringIO(done.stdout))
+    assert answers.file.tolist() == [str(path) for path in sorted(pictures.iterdir())]
+    assert len(answers) == count
+    assert answers["class"].tolist() == evaluated.tolist()
 
 
 def outer_path() -> str:

@@ -1,0 +1,204 @@
+"""What an exported model says of image files: the files, the model, and the answers as a table, CSV or JSON.
+
+torch is imported only by the formats that need it.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+import numpy as np
+from scipy.special import softmax
+from tqdm import tqdm
+
+from classifier.archive import IMAGE_SUFFIXES, Images
+from classifier.decoding import decode_image
+from classifier.errors import PipelineError
+from classifier.exchange import open_model
+from classifier.files import EXPORT, hash_file, read_json
+
+BATCH = 256  # images that are in memory at once
+CHAMPION = "champion"
+
+
+class ImageFile(NamedTuple):
+    """An image by the name that it is told by, and by its name in the folder or zip that it is read from."""
+
+    name: str
+    place: Images
+    member: str
+
+
+class Model(NamedTuple):
+    """An opened file: logits (N, classes) of pixels (N, C, H, W) float32 in [0, 1]; classes by label; (C, H, W)."""
+
+    logits: Callable[[np.ndarray], np.ndarray]
+    classes: list[str]
+    image_shape: tuple[int, int, int]
+
+
+class Answer(NamedTuple):
+    """The probabilities (classes,) float64 of one image."""
+
+    file: str
+    probabilities: np.ndarray
+
+
+def find_images(arguments: Iterable[str], folder: Path, complain: Callable[[str], None]) -> list[ImageFile]:
+    """The images that arguments name: image files, folders and zips of them, in this order.
+
+    Folders and zips are searched in all depths for files with an image suffix, which are sorted by name; hidden files
+    and what archivers add are passed over. A path is relative to `folder`, and images are called after the argument:
+    `photos/a/1.png` in the folder or zip `photos`. `complain` is called with what is wrong with an argument.
+    """
+    found = []
+    for argument in arguments:
+        path = folder / argument
+        try:
+            if not os.path.exists(path):  # noqa: PTH110, pathlib raises an error for folders that may not be entered
+                raise PipelineError(f"{argument}: no such file or folder")
+            if path.is_dir() or path.suffix.lower() == ".zip":
+                images = Images(path)
+                members = [name for name in images.names() if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+                if not members:
+                    raise PipelineError(
+                        f"{argument}: no image in it; images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+                    )
+                found += [ImageFile(_printable(f"{argument.rstrip('/')}/{name}"), images, name) for name in members]
+            else:
+                file = path.resolve()  # a link that a user names may lead anywhere
+                found.append(ImageFile(_printable(argument), Images(file.parent), file.name))
+        except PipelineError as error:
+            complain(_printable(str(error)))
+    return found
+
+
+@contextmanager
+def opened(model: str | None, folder: Path, registered_model: str) -> Iterator[Model]:
+    """The model that a user names: an exported file, relative to `folder`, or `champion`, or by default our own.
+
+    Raises PipelineError if there is none, or its file is not what the manifest beside it says.
+    """
+    if model == CHAMPION:
+        from classifier.registry import exported_files, find_champion
+
+        version = find_champion(registered_model)
+        if version is None:
+            raise PipelineError(f"{registered_model}: no version is the champion; `classifier promote` makes one")
+        with exported_files(version) as files:
+            yield _open(files / "model.onnx", may_be_missing=True)
+    else:
+        yield _open(folder / model if model else _own_model())
+
+
+def _own_model() -> Path:
+    """The exported ONNX file, or else the first file that there is of those exported."""
+    names: list[str] = list(read_json(EXPORT / "manifest.json")["files"])
+    names.sort(key=lambda name: name != "model.onnx")  # which needs no torch
+    path = next((EXPORT / name for name in names if (EXPORT / name).exists()), None)
+    if path is None:
+        raise PipelineError(f"{EXPORT}: no exported model; `dvc repro` makes it, `dvc checkout` brings it back")
+    return path
+
+
+def _open(path: Path, may_be_missing: bool = False) -> Model:
+    """Open a file that is what its manifest says: formats of torch run the code that is in them.
+
+    may_be_missing: take an ONNX file of which the manifest does not speak, as in the registry, where it is also if it
+    is not among the formats that were exported.
+    """
+    source = path.with_name("manifest.json")
+    if not path.is_file():
+        raise PipelineError(f"{path}: no such model file")
+    if not source.is_file():
+        raise PipelineError(
+            f"{source}: missing; it tells the model's classes, so copy it from where {path.name} is from"
+        )
+    manifest = read_json(source)
+    try:
+        classes, recorded = list(manifest["classes"]), manifest["files"].get(path.name)
+        channels, height, width = manifest["input"]["shape"][1:]
+        sha256 = None if recorded is None else recorded["sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise PipelineError(
+            f"{source}: not a manifest that export wrote; take the one beside the exported file"
+        ) from None
+    if sha256 is None and not may_be_missing:
+        raise PipelineError(f"{path}: not among the files of {source}, which are {', '.join(manifest['files'])}")
+    if sha256 not in (None, hash_file(path, "sha256")):
+        raise PipelineError(
+            f"{path}: not the file that {source} speaks of: its SHA-256 is another. It is not opened, because a model "
+            f"file can hold code. `dvc checkout --force {EXPORT}` brings back both as they were exported; copy both "
+            "where they are copies."
+        )
+    return Model(open_model(path), classes, (channels, height, width))
+
+
+def predict(
+    model: Model, images: Sequence[ImageFile], complain: Callable[[str], None], hide_progress: bool | None
+) -> Iterator[Answer]:
+    """Answers for the images that can be used, in order; `complain` is called with what is wrong with each other one.
+
+    hide_progress: True for no progress bar, None for one on terminals.
+    """
+    channels, *size = model.image_shape
+    with tqdm(total=len(images), desc="images", unit="image", disable=hide_progress) as bar:
+        for start in range(0, len(images), BATCH):
+            names, pixels = [], []
+            for image in images[start : start + BATCH]:
+                try:
+                    content = image.place.read(image.member)
+                    pixels.append(decode_image(content, (size[0], size[1]), channels))
+                    names.append(image.name)
+                except PipelineError as error:
+                    complain(_printable(str(error)))
+                except ValueError as error:
+                    complain(f"{image.name} is not a usable image: {error}")
+                bar.update()
+            if names:
+                logits = model.logits(np.stack(pixels).astype(np.float32) / np.float32(255))
+                yield from map(Answer, names, softmax(logits.astype(np.float64), axis=1))
+
+
+def write_table(answers: Iterable[Answer], classes: Sequence[str], width: int, file: IO[str]) -> None:
+    """Write a line an image, for people: file (`width` characters), class, probability, and the runner-up's."""
+    class_width = max(map(len, ["class", *classes]))
+    print(f"{'file':{width}}  {'class':{class_width}}  probability  runner-up", file=file)
+    for answer in answers:
+        first, *others = (-answer.probabilities).argsort(kind="stable")[:2]
+        line = f"{answer.file:{width}}  {classes[first]:{class_width}}  {answer.probabilities[first]:11.4f}"
+        print(line, *(f" {classes[other]} {answer.probabilities[other]:.4f}" for other in others), file=file)
+
+
+def write_csv(answers: Iterable[Answer], classes: Sequence[str], file: IO[str]) -> None:
+    """Write a row an image: file, class, probability, then the probability of each class as P(name)."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["file", "class", "probability", *(f"P({name})" for name in classes)])
+    for answer in answers:
+        best = int(answer.probabilities.argmax())
+        writer.writerow([answer.file, classes[best], *map(float, (answer.probabilities[best], *answer.probabilities))])
+
+
+def write_json(answers: Iterable[Answer], classes: Sequence[str], file: IO[str]) -> None:
+    """Write a list of objects with file, class, probability, and probabilities by class name."""
+    separator = "["
+    for answer in answers:
+        best = int(answer.probabilities.argmax())
+        content = {
+            "file": answer.file,
+            "class": classes[best],
+            "probability": float(answer.probabilities[best]),
+            "probabilities": dict(zip(classes, answer.probabilities.tolist(), strict=True)),
+        }
+        file.write(f"{separator}\n{json.dumps(content, ensure_ascii=False)}")
+        separator = ","
+    file.write("\n]\n" if separator == "," else "[]\n")
+
+
+def _printable(text: str) -> str:
+    """The text with escapes in place of what would move a terminal's cursor, or is not Unicode."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
