@@ -6,8 +6,6 @@ ONNX file too; classifier/quantization.py writes it.
 numpy.save writes them, and gives the logits of all images in one batch, then of the first image alone.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -16,13 +14,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:  # torch is imported where it is used: reading an ONNX file does without
-    import torch
-    from torch import Tensor, nn
+import torch
+from torch import Tensor, nn
 
 from classifier.errors import PipelineError
 from classifier.networks import build_network
@@ -53,8 +48,6 @@ def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
 
     pixels: (N, C, H, W) float32 with N >= 2, an example: with one image the batch size would be fixed to 1.
     """
-    import torch
-
     network.cpu().eval()
     example = pixels.cpu().clone()  # of its own: torch.export.save stores all that lies behind a view
     content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
@@ -83,8 +76,6 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
 
     Those are absolute paths: they would tell where the model was exported and make the bytes depend on it.
     """
-    import torch
-
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
@@ -130,9 +121,6 @@ def open_model(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         return lambda pixels: np.asarray(session.run(["logits"], {"pixels": pixels})[0])
-
-    import torch
-
     if path.suffix == ".pt2":
         network: nn.Module = torch.export.load(path).module()
     elif path.suffix == ".pth":
@@ -184,8 +172,6 @@ def check_files(paths: Sequence[Path], network: nn.Module, pixels: Tensor) -> di
     pixels: (N, C, H, W) float32. Returns the largest difference by file name. Raises PipelineError if a file
     cannot be read, or differs by more than TOLERANCE.
     """
-    import torch
-
     network.cpu().eval()
     with torch.inference_mode():
         expected = torch.cat([network(pixels), network(pixels[:1])]).numpy()

@@ -1,6 +1,6 @@
 """What an exported model says of image files: the files, the model, and the answers as a table, CSV or JSON.
 
-torch is imported only by the formats that need it.
+torch is imported only for the formats that need it.
 """
 
 import csv
@@ -18,7 +18,6 @@ from tqdm import tqdm
 from classifier.archive import IMAGE_SUFFIXES, Images
 from classifier.decoding import decode_image
 from classifier.errors import PipelineError
-from classifier.exchange import open_model
 from classifier.files import EXPORT, hash_file, read_json
 
 BATCH = 256  # images that are in memory at once
@@ -135,7 +134,18 @@ def _open(path: Path, may_be_missing: bool = False) -> Model:
             f"file can hold code. `dvc checkout --force {EXPORT}` brings back both as they were exported; copy both "
             "where they are copies."
         )
-    return Model(open_model(path), classes, (channels, height, width))
+    return Model(_logits_of(path), classes, (channels, height, width))
+
+
+def _logits_of(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    if path.suffix == ".onnx":  # here too, because classifier/exchange.py waits for torch, which takes seconds
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return lambda pixels: np.asarray(session.run(["logits"], {"pixels": pixels})[0])
+    from classifier.exchange import open_model
+
+    return open_model(path)
 
 
 def predict(
