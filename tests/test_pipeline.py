@@ -171,7 +171,11 @@ def test_the_registered_model_answers_as_evaluate_did(reproduced: Project) -> No
     [
         ("lr", "fast", "params.yaml: lr: 'fast' is not a number above 0"),
         ("epochs", "-1", "params.yaml: epochs: -1 is not a whole number above 0"),
-        ("network", "mpl", "params.yaml: network: 'mpl' is not one of mlp (the modules in classifier/networks)"),
+        (
+            "network",
+            "mpl",
+            "params.yaml: network: 'mpl' is not one of cnn, mlp, resnet18, vgg16 (the modules in classifier/networks)",
+        ),
         (
             "optimizer",
             None,
