@@ -161,6 +161,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _some(names: list[str]) -> str:
-    """The first of several names, for a message."""
+    """The first of several names, for a message of one line: a file may name its tensors as it likes."""
     rest = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    shown = [(name if name.isprintable() else ascii(name))[:100] for name in names[:LISTED]]
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")

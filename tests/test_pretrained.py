@@ -76,7 +76,7 @@ def test_the_layers_fitted_to_images_and_classes_stay_newly_drawn_where_they_dif
     assert capsys.readouterr().out.splitlines() == [
         f"23 of 26 tensors are from {path}",
         "  stages.0.0.weight is newly drawn: 16 x 3 x 3 x 3, not 16 x 1 x 3 x 3",
-        "  classifier.weight is newly drawn: 5 x 128, not 10 x 128",
+        "  classifier.weight is newly drawn: 5 x 96, not 10 x 96",
         "  classifier.bias is newly drawn: 5, not 10",
     ]
 
@@ -124,8 +124,12 @@ def add(state: State) -> None:
     state |= {f"extra.{letter}": torch.zeros(1) for letter in LETTERS}
 
 
+def add_line(state: State) -> None:
+    state["a\nb\x1b" + "c" * 10_000] = torch.zeros(1)
+
+
 def reshape(state: State) -> None:
-    state[MIDDLE] = torch.zeros(128, 64, 5, 5)
+    state[MIDDLE] = torch.zeros(96, 64, 5, 5)
 
 
 def count_in_fractions(state: State) -> None:
@@ -144,7 +148,8 @@ def put(key: str, tensor: Callable[[Tensor], object]) -> Callable[[State], None]
     [
         (remove, r"does not fit the network: it lacks stages\.1\.2\.running_var, stages\.2\.0\.weight$"),
         (add, r"does not fit the network: it has extra\.A, extra\.B, extra\.C and 23 more besides$"),
-        (reshape, r"not fit the network: it has stages\.2\.0\.weight of 128 x 64 x 5 x 5, not 128 x 64 x 3 x 3$"),
+        (add_line, r"does not fit the network: it has 'a\\nb\\x1bc{91} besides$"),
+        (reshape, r"not fit the network: it has stages\.2\.0\.weight of 96 x 64 x 5 x 5, not 96 x 64 x 3 x 3$"),
         (count_in_fractions, r"does not fit the network: it has stages\.1\.2\.num_batches_tracked of torch\.float32$"),
         (put(LAST[1], lambda bias: bias * torch.nan), r"plain tensor of finite numbers in classifier\.bias$"),
         (put(MIDDLE, lambda weight: weight.to_sparse()), r"plain tensor of finite numbers in stages\.2\.0\.weight$"),

@@ -1,6 +1,12 @@
 """Four 3 x 3 convolutions with batch normalisation, the mean over the image, and one linear layer.
 
-EVIDENCE
+149,114 parameters for grey pixels and ten classes. Measured with seed 42, weights of the last epoch:
+
+- Fashion-MNIST, 55,000 training images: test accuracy 0.9216 after 5 epochs of `optimizer: adamw`, `lr: 0.005`,
+  `weight_decay: 0.05`, `schedule: onecycle`, `batch_size: 128`, `shuffle: true`. An epoch takes 11 times as much
+  processor time as one of mlp, 39 seconds of one core.
+- The digits of scikit-learn, 1,437 of 8 x 8 pixels for training: 0.9917, 0.9944 and 0.9972 on three stratified fifths
+  kept for the test, after 10 epochs of the same but `batch_size: 64`.
 """
 
 from itertools import pairwise
@@ -8,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-WIDTHS = (16, 64, 128, 128)  # channels behind each convolution
+WIDTHS = (16, 64, 96, 96)  # channels behind each convolution
 SMALLEST = 4  # pixels a side that pooling must leave
 
 
