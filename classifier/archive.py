@@ -70,7 +70,11 @@ class Images:
         if not self._is_folder:
             return [name for name in self._zip().namelist() if not name.endswith("/")]
         found = []
-        for folder, subfolders, files in os.walk(self._root):
+
+        def refuse(error: OSError) -> None:  # or such a folder would be passed over
+            raise PipelineError(f"{error.filename}: not readable: {error.strerror}")
+
+        for folder, subfolders, files in os.walk(self._root, onerror=refuse):
             if links := [name for name in subfolders if os.path.islink(os.path.join(folder, name))]:  # noqa: PTH114, PTH118
                 path = Path(folder, links[0])
                 raise PipelineError(f"{path}: a symbolic link to a folder; put the folder itself there")

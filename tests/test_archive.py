@@ -1,5 +1,6 @@
 """Image folders and zips of them: read alike, and zips whose bytes are reproducible."""
 
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -307,3 +308,15 @@ def test_workers_do_not_share_a_position(images: Images) -> None:
             assert contents[-1 - index][1] == expected[-1 - index]
         assert read == expected
         assert len(processes - {os.getpid()}) == 2
+
+
+def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images/cat").mkdir(parents=True)
+
+    def deny(folder: str) -> object:
+        raise PermissionError(errno.EACCES, "Permission denied", folder)
+
+    images = Images(tmp_path / "images")
+    monkeypatch.setattr(os, "scandir", deny)  # permissions do not stop root
+    with pytest.raises(PipelineError, match=r"images/: not readable: Permission denied"):
+        images.names()

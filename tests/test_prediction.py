@@ -44,7 +44,7 @@ from classifier.training import load_weights
 from classifier.training import predict as logits_of
 
 CLASSES = ["dark", "bright, or\nnot"]
-FORMATS = ["pth", "pt2", "onnx"]
+FORMATS = ["pth", "pt2", "onnx", "safetensors"]
 PNG = encode_png(np.full((4, 6), 200, np.uint8))
 
 
