@@ -43,18 +43,21 @@ def test_a_fresh_clone_gives_the_committed_results(tmp_path: Path) -> None:
 
 
 def check_predictions(clone: Project, pictures: Path, count: int = 1000) -> None:
-    """`classifier predict` says of test images, as files, what evaluation says."""
+    """`classifier predict` says of test images, as files, what evaluation says, with every exported format."""
     files = pd.read_csv(clone.root / "data/annotations/test.csv").file[:count]
     evaluated = pd.read_csv(clone.root / "metrics/plots/confusion.csv").predicted[:count]
     images = Images(clone.root / "data/images.zip")
     pictures.mkdir()
     for number, name in enumerate(files):
         (pictures / f"{number:05}.png").write_bytes(images.read(name))
-    done = clone.run(".venv/bin/classifier", "predict", str(pictures), PATH=outer_path())
-    answers = pd.read_csv(io.StringIO(done.stdout))
-    assert answers.file.tolist() == [str(path) for path in sorted(pictures.iterdir())]
-    assert len(answers) == count
-    assert answers["class"].tolist() == evaluated.tolist()
+    models = sorted((clone.root / "models/export").glob("model.*"))
+    assert [model.suffix for model in models] == [".onnx", ".pt2", ".pth", ".safetensors"]
+    for model in models:
+        command = [".venv/bin/classifier", "predict", str(pictures), "--model", str(model)]
+        answers = pd.read_csv(io.StringIO(clone.run(*command, PATH=outer_path()).stdout))
+        assert answers.file.tolist() == [str(path) for path in sorted(pictures.iterdir())]
+        assert len(answers) == count
+        assert answers["class"].tolist() == evaluated.tolist()
 
 
 def outer_path() -> str:
