@@ -15,8 +15,18 @@ pytestmark = pytest.mark.slow
 STAGES = ["download", "annotate", "train", "evaluate", "export"]
 LR = {"main": 0.1, "slow": 0.001}
 REVISIONS = {"main": "main", "slow": "release"}  # the branch that is made of the experiment
-PICTURES = ["mistakes", "saliency", "samples"]
-FIGURES = ["train_loss", "val_loss", "val_accuracy", "accuracy", "loss"]
+PICTURES = ["mistakes", "reliability", "saliency", "samples"]
+FIGURES = [
+    "train_loss",
+    "val_loss",
+    "val_accuracy",
+    "accuracy",
+    "loss",
+    "balanced_accuracy",
+    "macro_f1",
+    "top3_accuracy",
+    "ece",
+]
 # As docs/experiments.md has it: only columns that differ, and none for files, whose md5s they would hold
 CHANGED = ("--only-changed", "--drop", ".*/|Created|State|Executor")
 
