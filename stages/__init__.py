@@ -10,6 +10,8 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from itertools import takewhile
 
 # How long torch's threads wait actively for one another (GNU OpenMP; about 0.1 ms). By default they do so for
 # milliseconds: two trainings at once on the same cores, as with `dvc queue start -j 2`, then hold each other up so much
@@ -24,10 +26,24 @@ if shutil.disk_usage(os.path.dirname(__file__)).free < 2**26:  # noqa: PTH120
 
 
 def _end_with_dvc() -> None:
-    """End this stage, as SIGTERM does, when DVC is gone: nobody would take its outputs, and the next one may start."""
-    dvc = os.getppid()
-    while os.getppid() == dvc:
-        time.sleep(0.3)
+    """End this stage, as SIGTERM does, when DVC is gone: nobody would take its outputs, and the next one may start.
+
+    Between DVC and a stage there may be a shell and a launcher, which have the environment that DVC gives a stage. They
+    outlive DVC; but a process whose parent has ended has another one from then on.
+    """
+    import psutil
+
+    def is_of_stage(process: psutil.Process) -> bool:
+        with suppress(psutil.Error):  # as of another user, from whom DVC may be started
+            return "DVC_STAGE" in process.environ()
+        return False
+
+    stage = psutil.Process()
+    chain = [stage, *takewhile(is_of_stage, stage.parents())]
+    parents = [process.ppid() for process in chain]
+    with suppress(psutil.NoSuchProcess):
+        while [process.ppid() for process in chain] == parents:
+            time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

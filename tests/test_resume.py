@@ -164,8 +164,10 @@ def kill_stage(project: Project, dvc: int, stage: psutil.Process) -> None:
 
 
 def kill_dvc(project: Project, dvc: int, stage: psutil.Process) -> None:
+    above = {process.pid: process.ppid() for process in (stage, *stage.parents())}
     os.kill(dvc, signal.SIGKILL)
-    wait_for(lambda: stage.ppid() != dvc)
+    below = next(psutil.Process(pid) for pid, parent in above.items() if parent == dvc)
+    wait_for(lambda: below.ppid() != dvc)
     stage.resume()
     assert_ends(stage, seconds=30)
 
@@ -174,10 +176,20 @@ def kill_all(project: Project, dvc: int, stage: psutil.Process) -> None:
     kill_everything(project)
 
 
-@pytest.mark.parametrize("kill", [kill_stage, kill_dvc, kill_all])
+# DVC starts a stage through $SHELL: bash becomes the stage, dash stays between the two.
+@pytest.mark.parametrize(
+    ("kill", "shell"), [(kill_stage, "bash"), (kill_dvc, "bash"), (kill_dvc, "dash"), (kill_all, "bash")]
+)
 def test_a_killed_training_goes_on_to_the_same_bytes(
-    project: Project, reference: Reference, kill: Callable[[Project, int, psutil.Process], None]
+    project: Project,
+    reference: Reference,
+    kill: Callable[[Project, int, psutil.Process], None],
+    shell: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not (path := shutil.which(shell)):
+        pytest.skip(f"there is no {shell}")
+    monkeypatch.setenv("SHELL", path)
     with start(project, [*DVC, "repro", "train"], *IN_THE_MIDDLE) as dvc:
         kill(project, dvc.pid, wait_until_held(project))
     assert not (project.root / TRAINED[0]).exists()
