@@ -2,8 +2,8 @@
 
 Every file takes pixels (N, C, H, W) float32 in [0, 1] for any N, and gives logits (N, classes). The int8 format is an
 ONNX file too; classifier/quantization.py writes it.
-`python -m classifier.exchange FILE` reads a file in a process that knows nothing of the training: it takes pixels, as
-numpy.save writes them, and gives the logits of all images in one batch, then of the first image alone.
+`python -m classifier.exchange FILES` reads them in a process that knows nothing of the training: it takes pixels, as
+numpy.save writes them, and gives for each file the logits of all images in one batch, then of the first image alone.
 """
 
 import io
@@ -12,7 +12,9 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -166,33 +168,35 @@ def _read_weights(path: Path) -> nn.Module:
     return TemperatureScaled(network, temperature)
 
 
-def check_files(paths: Sequence[Path], network: nn.Module, pixels: Tensor) -> dict[str, float]:
-    """Read each file back in a process of its own and compare its logits with the network's.
+@contextmanager
+def checking(paths: Sequence[Path]) -> Iterator[Callable[[nn.Module, Tensor], dict[str, float]]]:
+    """Have a process that reads these files back, which may be written yet: it takes seconds to be ready.
 
-    pixels: (N, C, H, W) float32. Returns the largest difference by file name. Raises PipelineError if a file
-    cannot be read, or differs by more than TOLERANCE.
+    Gives a function of the network that was exported and pixels (N, C, H, W) float32, which compares what each file
+    makes of them with the network's logits, and returns the largest difference by file name. It raises PipelineError if
+    a file cannot be read, or differs by more than TOLERANCE.
     """
+    command = [sys.executable, "-m", "classifier.exchange", *map(str, paths)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as reader:  # without pixels it ends
+        yield partial(_compare, reader, paths)
+
+
+def _compare(
+    reader: "subprocess.Popen[bytes]", paths: Sequence[Path], network: nn.Module, pixels: Tensor
+) -> dict[str, float]:
     network.cpu().eval()
     with torch.inference_mode():
         expected = torch.cat([network(pixels), network(pixels[:1])]).numpy()
-    readers = {
-        path: subprocess.Popen(
-            [sys.executable, "-m", "classifier.exchange", path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for path in paths
-    }
-    given = _npy(pixels.numpy())
-    answers = {path: reader.communicate(given) for path, reader in readers.items()}  # none is left running
+    output, complaint = reader.communicate(_npy(pixels.numpy()))
+    answers = io.BytesIO(output)
     differences = {}
-    for path, reader in readers.items():
-        output, complaint = answers[path]
-        if reader.returncode != 0:
+    for path in paths:
+        if answers.tell() == len(output):
             reason = (complaint.decode(errors="replace").strip() or f"exit code {reader.returncode}").splitlines()[-1]
             raise PipelineError(f"{path.name}: cannot be read back: {reason}")
-        logits = np.load(io.BytesIO(output))
+        logits = np.load(answers)
         if logits.shape != expected.shape:
             raise PipelineError(f"{path.name}: gives {logits.shape[1]} logits an image, not {expected.shape[1]}")
         differences[path.name] = difference = float(np.abs(logits - expected).max())
@@ -211,13 +215,14 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def main() -> None:
-    path = Path(sys.argv[1])
     output = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what libraries print
     pixels = np.load(io.BytesIO(sys.stdin.buffer.read()))
-    logits = np.concatenate([read_logits(path, pixels), read_logits(path, pixels[:1])])
     with os.fdopen(output, "wb") as file:
-        file.write(_npy(logits))
+        for path in map(Path, sys.argv[1:]):
+            logits = np.concatenate([read_logits(path, pixels), read_logits(path, pixels[:1])])
+            file.write(_npy(logits))
+            file.flush()  # a broken file may end this process
 
 
 if __name__ == "__main__":

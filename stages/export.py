@@ -25,7 +25,7 @@ from classifier.card import model_card
 from classifier.dataset import Batches, CustomImageDataset
 from classifier.device import environment, seed_everything, select_device, set_threads
 from classifier.errors import PipelineError, run_main
-from classifier.exchange import check_files, write, write_weights
+from classifier.exchange import checking, write, write_weights
 from classifier.networks import build_network
 from classifier.params import UNTRACKED, Params, load_params
 from classifier.quantization import CALIBRATION_IMAGES, accuracy_cost, quantize
@@ -97,15 +97,16 @@ def write_models(
     params: Params, network: nn.Module, test_set: CustomImageDataset, classes: int, folder: Path, onnx: Path
 ) -> list[Path]:
     """Write the network in all formats but int8, and to `onnx` in any case; check and return those asked for."""
-    pixels = test_set.pixels(range(min(CHECKED_IMAGES, len(test_set))))
     models = [folder / files.exported_name(name) for name in params.export_formats if name != "int8"]
-    for model in dict.fromkeys([*models, onnx]):
-        if model.suffix == ".safetensors":
-            write_weights(network, params.network, test_set.image_shape(), classes, model)
-        else:
-            write(network, pixels[:2], model)
-    for name, difference in check_files(models, network, pixels).items():
-        print(f"{name}: logits within {difference:.1e} of the trained network's on {len(pixels)} test images")
+    with checking(models) as check:
+        pixels = test_set.pixels(range(min(CHECKED_IMAGES, len(test_set))))
+        for model in dict.fromkeys([*models, onnx]):
+            if model.suffix == ".safetensors":
+                write_weights(network, params.network, test_set.image_shape(), classes, model)
+            else:
+                write(network, pixels[:2], model)
+        for name, difference in check(network, pixels).items():
+            print(f"{name}: logits within {difference:.1e} of the trained network's on {len(pixels)} test images")
     return models
 
 

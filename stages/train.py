@@ -10,11 +10,10 @@ import io
 from functools import partial
 from time import monotonic
 
-import pandas as pd
 import torch
 
 from classifier import files
-from classifier.annotations import class_names
+from classifier.annotations import class_names, write_csv
 from classifier.checkpoint import Checkpoints, checkpoints, makings
 from classifier.dataset import Batches, CustomImageDataset
 from classifier.device import environment, refuse_several_processes, seed_everything, select_device, set_threads
@@ -105,7 +104,7 @@ def main() -> None:
         with files.atomic(files.WEIGHTS) as path:
             path.write_bytes(content.getbuffer())
         with files.atomic(files.EPOCHS) as path:
-            pd.DataFrame(state.history).to_csv(path, index=False, lineterminator="\n")
+            write_csv(path, {key: [figures[key] for figures in state.history] for key in state.history[0]})
         files.write_json(files.TRAIN_METRICS, state.kept)
         files.write_json(files.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
 

@@ -15,7 +15,7 @@ from hostile import RunsCodeWhenUnpickled
 from torch import Tensor, nn
 
 from classifier.errors import PipelineError
-from classifier.exchange import TOLERANCE, TemperatureScaled, check_files, read_logits, write, write_weights
+from classifier.exchange import TOLERANCE, TemperatureScaled, checking, read_logits, write, write_weights
 from classifier.networks import build_network
 
 FORMATS = ["pth", "pt2", "onnx", "safetensors"]
@@ -45,6 +45,11 @@ for suffix in {FORMATS[:3]}:
     write(network, torch.rand(2, *{IMAGE_SHAPE}), Path(sys.argv[1]) / f"model.{{suffix}}")
 write_weights(network, "mlp", {IMAGE_SHAPE}, {CLASSES}, Path(sys.argv[1]) / "model.safetensors")
 """
+
+
+def check_files(paths: list[Path], network: nn.Module, pixels: torch.Tensor) -> dict[str, float]:
+    with checking(paths) as check:
+        return check(network, pixels)
 
 
 def mlp(seed: int = 0, classes: int = CLASSES) -> nn.Module:
@@ -112,26 +117,26 @@ def test_the_example_is_not_kept(exported: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_check_files_returns_the_differences(exported: Path) -> None:
+def test_checking_returns_the_differences(exported: Path) -> None:
     differences = check_files([exported / "model.pth", exported / "model.onnx"], mlp(), some_pixels(7))
     assert set(differences) == {"model.pth", "model.onnx"}
     assert differences["model.pth"] == 0
     assert 0 <= differences["model.onnx"] <= TOLERANCE
 
 
-def test_check_files_refuses_other_weights(exported: Path) -> None:
+def test_checking_refuses_other_weights(exported: Path) -> None:
     with pytest.raises(PipelineError, match=r"^model\.pth: its logits differ .* on 7 test images; at most 1e-04 is"):
         check_files([exported / "model.pth"], mlp(seed=1), some_pixels(7))
 
 
 @pytest.mark.slow
-def test_check_files_refuses_other_classes(exported: Path) -> None:
+def test_checking_refuses_other_classes(exported: Path) -> None:
     with pytest.raises(PipelineError, match=r"^model\.pth: gives 5 logits an image, not 6$"):
         check_files([exported / "model.pth"], mlp(classes=6), some_pixels(7))
 
 
 @pytest.mark.slow
-def test_check_files_refuses_what_is_not_a_number(tmp_path: Path) -> None:
+def test_checking_refuses_what_is_not_a_number(tmp_path: Path) -> None:
     network = mlp()
     with torch.no_grad():
         next(network.parameters()).fill_(torch.nan)
@@ -144,7 +149,7 @@ def test_check_files_refuses_what_is_not_a_number(tmp_path: Path) -> None:
     "suffix",
     ["onnx", *(pytest.param(suffix, marks=pytest.mark.slow) for suffix in ("pt2", "pth", "safetensors"))],
 )
-def test_check_files_refuses_half_a_file(exported: Path, tmp_path: Path, suffix: str) -> None:
+def test_checking_refuses_half_a_file(exported: Path, tmp_path: Path, suffix: str) -> None:
     content = (exported / f"model.{suffix}").read_bytes()
     (tmp_path / f"model.{suffix}").write_bytes(content[: len(content) // 2])
     with pytest.raises(PipelineError, match=rf"^model\.{suffix}: cannot be read back: \S") as caught:
