@@ -74,8 +74,8 @@ def test_the_layers_fitted_to_images_and_classes_stay_newly_drawn_where_they_dif
         expected = drawn[key] if key in (FIRST, *LAST) else given.state_dict()[key]
         assert torch.equal(tensor, expected), key
     assert capsys.readouterr().out.splitlines() == [
-        f"23 of 26 tensors are from {path}",
-        "  stages.0.0.weight is newly drawn: 16 x 3 x 3 x 3, not 16 x 1 x 3 x 3",
+        f"41 of 44 tensors are from {path}",
+        "  stages.0.0.weight is newly drawn: 32 x 3 x 3 x 3, not 32 x 1 x 3 x 3",
         "  classifier.weight is newly drawn: 5 x 96, not 10 x 96",
         "  classifier.bias is newly drawn: 5, not 10",
     ]
@@ -91,7 +91,7 @@ def test_for_grey_images_the_first_convolution_is_the_sum_over_the_channels(
     grey = torch.rand(4, 1, 8, 8)
     torch.testing.assert_close(network(grey), given(grey.expand(4, 3, 8, 8)), rtol=0, atol=1e-5)
     assert (
-        "  stages.0.0.weight is the sum over the channels: 16 x 1 x 3 x 3, of 16 x 3 x 3 x 3\n"
+        "  stages.0.0.weight is the sum over the channels: 32 x 1 x 3 x 3, of 32 x 3 x 3 x 3\n"
         in capsys.readouterr().out
     )
 
