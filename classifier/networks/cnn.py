@@ -1,6 +1,14 @@
-"""A small residual network: three 3 x 3 convolutions that widen the maps, and two residual blocks between them.
+"""Three convolutions that widen the maps, and two residual blocks between them.
 
-463,594 parameters for grey pixels and ten classes.
+463,594 parameters for grey pixels and ten classes. On Fashion-MNIST, 55,000 training images:
+
+    dvc exp run -S network=cnn -S epochs=16 -S batch_size=256 -S lr=0.2 -S momentum=0.9 -S weight_decay=0.0005 \\
+        -S schedule=onecycle -S label_smoothing=0.1 -S 'augment=[flip]' -S precision=bfloat16
+
+Validation accuracy with these values, in a loop with the order of images, flips and schedule of the train stage: 0.9458
+(16 epochs, one seed, 274 seconds of one core), and 0.9450 and 0.9444 (`epochs: 8`, two seeds, 142 and 127 seconds);
+weights of the last epoch, AMD EPYC with avx512_bf16. Test accuracy has not been measured. It will be lower: of other
+recipes measured on both, it was 0.8 to 2.3 points lower.
 """
 
 import torch
@@ -21,7 +29,8 @@ class Residual(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        return maps + self.body(maps)
+        change: Tensor = self.body(maps)
+        return maps + change
 
 
 class ConvolutionalNetwork(nn.Module):
