@@ -6,9 +6,9 @@
         -S schedule=onecycle -S label_smoothing=0.1 -S 'augment=[flip]' -S precision=bfloat16
 
 Validation accuracy with these values, in a loop with the order of images, flips and schedule of the train stage: 0.9458
-(16 epochs, one seed, 274 seconds of one core), and 0.9450 and 0.9444 (`epochs: 8`, two seeds, 142 and 127 seconds);
-weights of the last epoch, AMD EPYC with avx512_bf16. Test accuracy has not been measured. It will be lower: of other
-recipes measured on both, it was 0.8 to 2.3 points lower.
+and 0.9474 (16 epochs, 274 and 263 seconds of one core), and 0.9450 and 0.9444 (`epochs: 8`, 142 and 127 seconds); two
+seeds each, weights of the last epoch, AMD EPYC with avx512_bf16. Test accuracy has not been measured. It will be lower:
+of other recipes measured on both, it was 0.8 to 2.3 points lower.
 """
 
 import torch
