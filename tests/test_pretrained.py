@@ -59,7 +59,7 @@ def test_all_tensors_of_a_file_are_taken_over(
     assert load_pretrained(network, "cnn", str(path)) == sha256(path)
     torch.testing.assert_close(network.state_dict(), given.state_dict(), rtol=0, atol=0)
     assert all(parameter.requires_grad for parameter in network.parameters())
-    assert capsys.readouterr().out == f"26 of 26 tensors are from {path}\n"
+    assert capsys.readouterr().out == f"44 of 44 tensors are from {path}\n"
 
 
 def test_the_layers_fitted_to_images_and_classes_stay_newly_drawn_where_they_differ(
@@ -74,9 +74,9 @@ def test_the_layers_fitted_to_images_and_classes_stay_newly_drawn_where_they_dif
         expected = drawn[key] if key in (FIRST, *LAST) else given.state_dict()[key]
         assert torch.equal(tensor, expected), key
     assert capsys.readouterr().out.splitlines() == [
-        f"23 of 26 tensors are from {path}",
-        "  stages.0.0.weight is newly drawn: 16 x 3 x 3 x 3, not 16 x 1 x 3 x 3",
-        "  classifier.weight is newly drawn: 5 x 96, not 10 x 96",
+        f"41 of 44 tensors are from {path}",
+        "  stages.0.0.weight is newly drawn: 32 x 3 x 3 x 3, not 32 x 1 x 3 x 3",
+        "  classifier.weight is newly drawn: 5 x 128, not 10 x 128",
         "  classifier.bias is newly drawn: 5, not 10",
     ]
 
@@ -91,7 +91,7 @@ def test_for_grey_images_the_first_convolution_is_the_sum_over_the_channels(
     grey = torch.rand(4, 1, 8, 8)
     torch.testing.assert_close(network(grey), given(grey.expand(4, 3, 8, 8)), rtol=0, atol=1e-5)
     assert (
-        "  stages.0.0.weight is the sum over the channels: 16 x 1 x 3 x 3, of 16 x 3 x 3 x 3\n"
+        "  stages.0.0.weight is the sum over the channels: 32 x 1 x 3 x 3, of 32 x 3 x 3 x 3\n"
         in capsys.readouterr().out
     )
 
@@ -129,7 +129,7 @@ def add_line(state: State) -> None:
 
 
 def reshape(state: State) -> None:
-    state[MIDDLE] = torch.zeros(96, 64, 5, 5)
+    state[MIDDLE] = torch.zeros(128, 64, 5, 5)
 
 
 def count_in_fractions(state: State) -> None:
@@ -149,7 +149,7 @@ def put(key: str, tensor: Callable[[Tensor], object]) -> Callable[[State], None]
         (remove, r"does not fit the network: it lacks stages\.1\.2\.running_var, stages\.2\.0\.weight$"),
         (add, r"does not fit the network: it has extra\.A, extra\.B, extra\.C and 23 more besides$"),
         (add_line, r"does not fit the network: it has 'a\\nb\\x1bc{91} besides$"),
-        (reshape, r"not fit the network: it has stages\.2\.0\.weight of 96 x 64 x 5 x 5, not 96 x 64 x 3 x 3$"),
+        (reshape, r"not fit the network: it has stages\.2\.0\.weight of 128 x 64 x 5 x 5, not 128 x 64 x 3 x 3$"),
         (count_in_fractions, r"does not fit the network: it has stages\.1\.2\.num_batches_tracked of torch\.float32$"),
         (put(LAST[1], lambda bias: bias * torch.nan), r"plain tensor of finite numbers in classifier\.bias$"),
         (put(MIDDLE, lambda weight: weight.to_sparse()), r"plain tensor of finite numbers in stages\.2\.0\.weight$"),
@@ -225,7 +225,7 @@ def write_compressed(path: Path) -> None:
         ("pth", lambda path: torch.save(torch.zeros(3), path), "does not hold tensors by name"),
         ("pth", lambda path: torch.save([torch.zeros(3)], path), "does not hold tensors by name"),
         ("pth", lambda path: torch.save({0: torch.zeros(3)}, path), "does not hold tensors by name"),
-        ("pth", lambda path: torch.save({}, path), "does not fit the network: it lacks .* and 23 more$"),
+        ("pth", lambda path: torch.save({}, path), "does not fit the network: it lacks .* and 41 more$"),
         ("safetensors", lambda _: None, "there is no file"),
         ("safetensors", Path.mkdir, "there is no file"),
         ("safetensors", write_text, "cannot be read as a whole .safetensors file"),
@@ -438,7 +438,7 @@ def test_the_train_stage_starts_from_a_file(tmp_path: Path) -> None:
     given = cnn(1, (1, 28, 28), 3)
     torch.save(given.state_dict(), project.root / "start-v1.pth")
     output = project.dvc("repro", "train").stdout
-    assert "24 of 26 tensors are from start-v1.pth\n" in output
+    assert "42 of 44 tensors are from start-v1.pth\n" in output
     assert "  classifier.bias is newly drawn: 10, not 3\n" in output
     trained = torch.load(project.root / "models/model_weights.pth")
     for key, tensor in given.state_dict().items():

@@ -1,59 +1,81 @@
-"""Four 3 x 3 convolutions with batch normalisation, the mean over the image, and one linear layer.
+"""Three convolutions that widen the maps, and two residual blocks between them.
 
-149,114 parameters for grey pixels and ten classes. Measured with seed 42, weights of the last epoch:
+463,594 parameters for grey pixels and ten classes. On Fashion-MNIST, 55,000 training images:
 
-- Fashion-MNIST, 55,000 training images: test accuracy 0.9216 after 5 epochs of `optimizer: adamw`, `lr: 0.005`,
-  `weight_decay: 0.05`, `schedule: onecycle`, `batch_size: 128`, `shuffle: true`. An epoch takes 11 times as much
-  processor time as one of mlp, 39 seconds of one core.
-- The digits of scikit-learn, 1,437 of 8 x 8 pixels for training: 0.9917, 0.9944 and 0.9972 on three stratified fifths
-  kept for the test, after 10 epochs of the same but `batch_size: 64`.
+    dvc exp run -S network=cnn -S epochs=16 -S batch_size=256 -S lr=0.2 -S momentum=0.9 -S weight_decay=0.0005 \\
+        -S schedule=onecycle -S label_smoothing=0.1 -S 'augment=[flip]' -S precision=bfloat16
+
+Validation accuracy with these values, in a loop with the order of images, flips and schedule of the train stage: 0.9458
+and 0.9474 (16 epochs, 274 and 263 seconds of one core), and 0.9450 and 0.9444 (`epochs: 8`, 142 and 127 seconds); two
+seeds each, weights of the last epoch, AMD EPYC with avx512_bf16. Test accuracy has not been measured. It will be lower:
+of other recipes measured on both, it was 0.8 to 2.3 points lower.
 """
-
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-WIDTHS = (16, 64, 96, 96)  # channels behind each convolution
-SMALLEST = 4  # pixels a side that pooling must leave
+WIDTHS = (32, 64, 128)  # channels behind each convolution that pools
+SMALLEST = 3  # pixels a side that pooling must leave
+
+
+class Residual(nn.Module):
+    """Two convolutions whose result is added to what they were given."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            convolution(channels, channels, pools=False), convolution(channels, channels, pools=False)
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        change: Tensor = self.body(maps)
+        return maps + change
 
 
 class ConvolutionalNetwork(nn.Module):
-    """Stages of convolution, max pooling, batch normalisation and ReLU.
+    """A convolution, then twice a convolution with a residual block, each convolution that widens with pooling.
 
     There is no normalisation before the first stage: its convolution has no bias, so that its batch normalisation
-    takes out the images' brightness and contrast. A stage pools only where 4 x 4 pixels or more are left: so batch
+    takes out the images' brightness and contrast. A stage pools only where 3 x 3 pixels or more are left: so batch
     normalisation, which in training needs more than one number a channel, works on a batch of one image.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
-        channels, height, width = image_shape
+        before, height, width = image_shape
         side = min(height, width)
         self.stages = nn.ModuleList()
-        for before, after in pairwise((channels, *WIDTHS)):
+        for number, after in enumerate(WIDTHS):
             pools = side // 2 >= SMALLEST
             side = side // 2 if pools else side
-            self.stages.append(
-                nn.Sequential(
-                    nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
-                    # Before the normalisation, which then has a quarter of the numbers to work on
-                    nn.MaxPool2d(2) if pools else nn.Identity(),
-                    nn.BatchNorm2d(after),
-                    nn.ReLU(),
-                )
-            )
+            stage = convolution(before, after, pools)
+            self.stages.append(nn.Sequential(*stage, Residual(after)) if number else stage)
+            before = after
         self.classifier = nn.Linear(WIDTHS[-1], classes)
+        if image_shape[0] == 1:
+            # The order in memory that `forward` asks for: pixels with one channel are in both orders, and torch then
+            # goes by the weights
+            self.stages[0].to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
-        maps = pixels
-        for number, stage in enumerate(self.stages):
+        maps = pixels.contiguous(memory_format=torch.channels_last)  # quicker, by half on a CPU
+        for stage in self.stages:
             maps = stage(maps)
-            if number == 0 and maps.device.type == "cpu":  # where this order in memory is quicker, by a quarter
-                maps = maps.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.classifier(maps.mean((2, 3)))
+        logits: Tensor = self.classifier(maps.amax((2, 3)))
         return logits
+
+
+def convolution(before: int, after: int, pools: bool) -> nn.Sequential:
+    """Convolution, max pooling where asked, batch normalisation and ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
+        # Before the normalisation, which then has a quarter of the numbers to work on
+        nn.MaxPool2d(2) if pools else nn.Identity(),
+        nn.BatchNorm2d(after),
+        nn.ReLU(),
+    )
 
 
 def build(image_shape: tuple[int, int, int], classes: int) -> ConvolutionalNetwork:
