@@ -46,11 +46,15 @@ from project import Project, small_project
 STAGES = ("download", "annotate", "train", "evaluate", "export")
 TARGETS = ("stage", "dvc", "everything")
 OUTPUTS = ("data", "models", "metrics")
-# So that training takes seconds, on 160 images of which a checkpoint is written after every 7th batch
-SMALL = {"epochs": "60", "batch_size": "8", "momentum": "0.9", "augment": "[crop, flip]", "checkpoint_steps": "7"}
+# So that training takes seconds, on 160 images of which a checkpoint is written after every 7th batch; and of the
+# formats two that are soon written
+SMALL = {
+    "epochs": "60", "batch_size": "8", "momentum": "0.9", "augment": "[crop, flip]", "checkpoint_steps": "7",
+    "export_formats": "[onnx, safetensors]",
+}  # fmt: skip
 # What DVC, which writes both files in place, says of half a dvc.lock and of half a .dvc/tmp/rwlock
 REFUSALS = ("dvc.lock' validation failed", "Unable to read RWLock-file")
-ENDING_SECONDS = 20  # that a stage without dvc, its decoding processes and its sender may take to end
+ENDING_SECONDS = 60  # that a stage without dvc, its decoding processes and its sender may take to end
 
 
 @dataclass
@@ -167,11 +171,11 @@ class Bench:
         return Expected(stage_seconds, seconds, outputs, files(self.root))
 
     def wait_for(self, stage: str, dvc: "subprocess.Popen[bytes]") -> tuple[psutil.Process, float]:
-        """The process of a stage that dvc starts now, and when it was there."""
+        """The process of a stage that dvc starts now, and when it was there; a shell that stays between is none."""
         while dvc.poll() is None:
             with suppress(psutil.NoSuchProcess):
-                for process in psutil.Process(dvc.pid).children():
-                    if f"stages.{stage}" in " ".join(process.cmdline()):
+                for process in psutil.Process(dvc.pid).children(recursive=True):
+                    if process.cmdline()[-2:] == ["-m", f"stages.{stage}"]:
                         return process, time.perf_counter()
             time.sleep(0.005)
         raise PipelineError(f"dvc repro has not run {stage}:\n{self.log.read_text()}")

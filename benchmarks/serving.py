@@ -1,13 +1,13 @@
 """How many requests the server of the champion answers, and how fast.
 
-python -m benchmarks.serving [--requests N] [--small]
+python -m benchmarks.serving [--requests N] [--project FOLDER]
 
 Starts `mlflow models serve` on the champion of this checkout's store. Clients, each with a connection of its own, send
 PNG images in base64 as `{"inputs": [{"image": ...}]}`, one request after the other: N requests for each of 1 and 4
 clients and 1 and 32 images a request, after some that are not measured. Server and clients share the machine. Exits
 with 1 if a request is not answered with an answer for each image.
 
-With --small, the champion is that of a project of its own, trained on 160 images: the same network, other weights.
+With --project, the champion is that of another checkout.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import base64
 import json
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from contextlib import ExitStack
@@ -32,7 +31,6 @@ from classifier.png import encode_png
 
 sys.path.insert(0, str(ROOT / "tests"))
 from model_server import SECONDS, model_server
-from project import small_project
 
 CLIENTS = (1, 4)
 IMAGES = (1, 32)  # a request
@@ -43,26 +41,18 @@ IMAGE_SHAPE = (28, 28)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000, help="for each row (default 1000)")
-    parser.add_argument("--small", action="store_true", help="a champion that is trained in some seconds")
+    parser.add_argument("--project", type=Path, default=ROOT, help="whose champion answers (default: this checkout's)")
     arguments = parser.parse_args()
 
     with ExitStack() as stack:
-        root = small_champion(Path(stack.enter_context(tempfile.TemporaryDirectory()))) if arguments.small else ROOT
         print_machine()
         print(", ".join(f"{package} {version(package)}" for package in ("onnxruntime", "uvicorn", "fastapi")))
-        port = stack.enter_context(model_server(root, f"models:/{load_params().registered_model}@champion"))
+        model = f"models:/{load_params().registered_model}@champion"
+        port = stack.enter_context(model_server(arguments.project.resolve(), model))
         print(f"{arguments.requests} requests a row\n\nclients  images  requests/s  images/s   p50 ms   p99 ms  errors")
         errors = sum(measure(port, clients, images, arguments.requests) for images in IMAGES for clients in CLIENTS)
     if errors:
         raise PipelineError(f"{errors} requests were not answered")
-
-
-def small_champion(folder: Path) -> Path:
-    """A project whose store has a champion."""
-    project = small_project(folder, export_formats="[onnx]")
-    project.dvc("repro")
-    project.run(sys.executable, "-m", "classifier", "promote")
-    return project.root
 
 
 def measure(port: int, clients: int, images: int, requests: int) -> int:

@@ -16,10 +16,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Those that take a minute or more, the longest first but for the one that is the longest of the fast tests
+# Those that take a minute or more, the longest first but for the one that is the longest of the fast tests; those that
+# share a `reproduced_project` are apart, so that none waits while another makes it
 LONG_FILES = [
-    "pipeline", "resume", "disk_full", "sync", "two_at_once", "ui", "prediction", "lineage", "serving", "kill",
-    "tampering", "reproduce", "experiments", "verify", "golden", "seeds", "dvc_views", "secrets", "tracking",
+    "pipeline", "resume", "two_at_once", "sync", "disk_full", "reproduce", "verify", "kill", "own_images", "ui",
+    "lineage", "golden", "export", "experiments", "tampering", "seeds", "tracking", "secrets", "prediction", "serving",
+    "docs", "dvc_views", "fashion_mnist", "networks", "exchange",
 ]  # fmt: skip
 
 

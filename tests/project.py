@@ -1,15 +1,18 @@
 """A copy of the project in a repository of its own, in which tests run DVC as a user does."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from filelock import FileLock
 from imports import ROOT
 from small_data import write_idx_dataset
 
-from classifier.files import hash_file
+from classifier.files import hash_bytes, hash_file
 
 # A data source as a user would add one: one file, here for small files in Fashion-MNIST's format.
 SMALL_SOURCE = '''"""Small IDX files in the folder data_path."""
@@ -25,9 +28,12 @@ def fetch(raw, data_path):
 def clean_environment(folder: Path, **extra: str) -> dict[str, str]:
     """The environment for a command in a repository of its own: no setting of the outer one reaches it.
 
-    DVC hands inherited DVC_* variables on to its stages; its caches and configuration go below `folder`.
+    DVC hands inherited DVC_* variables on to its stages; its caches and configuration go below `folder`. Git knows no
+    configuration of the user, and no repository that it is told of, as in a hook.
     """
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "FASHION_MNIST"))}
+    outer = ("DVC_", "MLFLOW_", "FASHION_MNIST", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
+    env["GIT_CONFIG_GLOBAL"] = os.devnull
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     for kind in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DVC_SITE_CACHE_DIR"):
@@ -123,3 +129,27 @@ def small_project(folder: Path, **params: str) -> Project:
     project.set_params(**(small | {"threads": "1"} | params))
     project.commit()
     return project
+
+
+def session_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of pytest, the same for all of its processes."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def reproduced_project(factory: pytest.TempPathFactory, **params: str) -> Project:
+    """A small project in which `dvc repro` ran, with nothing committed since; what that said is beside it, printed.txt.
+
+    It is a copy of the test file's own: the stages run once for the same `params`, whichever file asks first. The IDX
+    files and the artifacts of the MLflow run are those of the first one.
+    """
+    made = session_folder(factory) / f"reproduced-{hash_bytes(json.dumps(params, sort_keys=True).encode())}"
+    with FileLock(f"{made}.lock"):
+        if not (made / "printed.txt").exists():
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            printed = small_project(made, **params).dvc("repro").stdout
+            (made / "printed.txt").write_text(printed)
+    folder = factory.mktemp("reproduced")
+    shutil.copy(made / "printed.txt", folder)
+    return Project(made / "project").copy(folder / "project")

@@ -24,8 +24,7 @@ NETWORK = "classifier/networks/mlp.py"
 EXPERIMENTS = {
     "workspace": (512, {"lr": "0.2"}),
     "temp": (384, {"lr": "0.000001", "optimizer": "adam"}),  # a rate that DVC writes as 1e-06
-    "queued-one": (256, {"momentum": "0.5"}),
-    "queued-two": (128, {"augment": "[flip]", "label_smoothing": "0.1"}),
+    "queued": (128, {"momentum": "0.5", "augment": "[flip]", "label_smoothing": "0.1"}),
 }
 
 
@@ -36,11 +35,13 @@ class Experiment(NamedTuple):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project without a store, in which experiments then ran: in place, in a copy, and two at once in the queue.
+    """A project without a store, in which experiments then ran: in place, in a copy, and in the queue.
 
-    While the last three run, the main checkout holds other code than theirs.
+    While the last two run, the main checkout holds other code than theirs.
     """
     project = small_project(tmp_path_factory.mktemp("experiments"), epochs="2", export_formats="[pth]")
+    project.dvc("repro", "annotate")  # once, and not in each of their copies
+    project.commit()
     assert not (project.root / "mlflow.db").exists()
     committed = (project.root / NETWORK).read_text()
 
@@ -63,8 +64,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         output, _ = process.communicate()
     assert process.returncode == 0, output
 
-    for name in ("queued-one", "queued-two"):
-        project.dvc("exp", "run", "--queue", *prepare(name))
+    project.dvc("exp", "run", "--queue", *prepare("queued"))
     (project.root / NETWORK).write_text(committed)
     run_queue(project)
     return project

@@ -27,7 +27,7 @@ from classifier.errors import PipelineError, masked
 from classifier.params import Params, load_params, modules_in
 from classifier.png import decode_stored_png, encode_png
 
-FUZZER_SECONDS = 20
+FUZZER_SECONDS = 10
 
 # The same inputs at every run; no database of failures, and Hypothesis' caches beside pytest's, which git ignores
 configuration.set_hypothesis_home_dir(ROOT / ".pytest_cache/hypothesis")

@@ -36,7 +36,7 @@ def start(body: str, *, ignored: bool = False) -> "subprocess.Popen[str]":
 
 def ending(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     """Exit code, standard output and standard error."""
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=120)
     return process.returncode, output, errors
 
 
@@ -129,7 +129,7 @@ def test_a_second_signal_is_not_held_back() -> None:
 def test_a_signal_is_held_back_for_so_many_seconds_at_most() -> None:
     started = time.monotonic()
     passed, number = send_held_back(signal.SIGTERM, seconds=0.2, wait=20)
-    assert 0.2 <= time.monotonic() - started < 5
+    assert 0.2 <= time.monotonic() - started < 15
     assert (passed, number) == ([], signal.SIGTERM)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from project import Project, clean_environment, small_project
+from project import Project, clean_environment, reproduced_project
 
 from classifier.errors import PipelineError
 from classifier.files import hash_file, hash_path, locked_md5s
@@ -35,29 +35,28 @@ class History:
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> History:
-    project = small_project(tmp_path_factory.mktemp("lineage"), epochs="1")
-    weights = {}
+    project = reproduced_project(tmp_path_factory)
+    weights = {"main": hash_file(project.root / WEIGHTS)}
 
     def reproduce(name: str, *command: str) -> None:
         project.dvc(*command)
         weights[name] = hash_file(project.root / WEIGHTS)
 
-    reproduce("main", "repro")
     project.commit()
     project.run("git", "switch", "--quiet", "--create", "other")
     project.set_params(lr="0.2", export_formats="[onnx]")
     reproduce("other", "repro")
     project.commit()
-    project.run("git", "switch", "--quiet", "main")
-    project.dvc("checkout")
-    reproduce("quick", "exp", "run", "--name", "quick", "-S", "lr=0.3", "-S", "export_formats=[onnx]")
-    project.run("git", "restore", ".")
     network = project.root / "classifier/networks/mlp.py"
     network.write_text(network.read_text().replace("512", "64"))
     (project.root / "new_file.txt").write_text("not added\n")
     reproduce("uncommitted", "repro")
     project.run("git", "restore", ".")
     (project.root / "new_file.txt").unlink()
+    project.run("git", "switch", "--quiet", "main")
+    project.dvc("checkout")
+    reproduce("quick", "exp", "run", "--name", "quick", "-S", "lr=0.3", "-S", "export_formats=[onnx]")
+    project.run("git", "restore", ".")
     project.dvc("checkout")
     assert len(set(weights.values())) == 4
     return History(project, weights)

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from project import Project, small_project
+from project import Project, reproduced_project
 
 from classifier.dataset import CustomImageDataset
 
@@ -26,17 +26,19 @@ NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project in which `dvc repro` ran once. Tests that share it leave it as it is."""
-    project = small_project(tmp_path_factory.mktemp("pipeline"))
-    done = project.dvc("repro")
-    assert project.stages_run(done.stdout) == STAGES
-    assert "Using cpu device" in done.stdout or "Using cuda device" in done.stdout or "Using mps device" in done.stdout
-    assert "NeuralNetwork(" in done.stdout
-    assert "669,706 parameters" in done.stdout
-    return project
+    return reproduced_project(tmp_path_factory)
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def test_it_says_what_it_runs_on_what_and_which_network_it_trains(reproduced: Project) -> None:
+    printed = (reproduced.root.parent / "printed.txt").read_text()
+    assert reproduced.stages_run(printed) == STAGES
+    assert "Using cpu device" in printed or "Using cuda device" in printed or "Using mps device" in printed
+    assert "NeuralNetwork(" in printed
+    assert "669,706 parameters" in printed
 
 
 def test_it_writes_the_files_of_the_contract(reproduced: Project) -> None:
@@ -240,7 +242,9 @@ def test_after_a_failed_download_the_earlier_data_comes_back(copied: Project, tm
 
 
 @pytest.mark.slow
-def test_an_experiment_runs_only_what_its_parameter_reaches(copied: Project) -> None:
+def test_an_experiment_runs_only_what_its_parameter_reaches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    copied = reproduced_project(tmp_path_factory, export_formats="[onnx]")
+    copied.commit()
     done = copied.dvc("exp", "run", "--name", "slower", "-S", "lr=0.01")
     assert copied.stages_run(done.stdout) == ["train", "evaluate", "export"]
     accuracy = read_json(copied.root / "metrics/test.json")["accuracy"]

@@ -20,7 +20,7 @@ import torch
 from hostile import RunsCodeWhenUnpickled
 from imports import ROOT
 from PIL import Image
-from project import Project, clean_environment, small_project
+from project import Project, clean_environment, reproduced_project
 from scipy.special import softmax
 
 from classifier.archive import write_zip
@@ -377,8 +377,7 @@ def export_brightness(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with all formats and a champion. Tests leave it as it is."""
-    project = small_project(tmp_path_factory.mktemp("prediction"), export_formats=f"[{', '.join(FORMATS)}]")
-    project.dvc("repro")
+    project = reproduced_project(tmp_path_factory)
     project.run(sys.executable, "-m", "classifier", "promote")
     return project
 

@@ -8,14 +8,15 @@ import pandas as pd
 import pytest
 from dvc_queue import stop_queue
 from PIL import Image
-from project import Project, small_project
+from project import Project, reproduced_project
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    project = small_project(tmp_path_factory.mktemp("seeds"), epochs="1", export_formats="[onnx]")
+    project = reproduced_project(tmp_path_factory, export_formats="[onnx]")
+    project.commit()
     yield project
     stop_queue(project)
 

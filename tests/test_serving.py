@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import pytest
 from imports import ROOT
 from model_server import SECONDS, model_server, post
 from PIL import Image
-from project import Project, small_project
+from project import Project, reproduced_project
 
 from classifier.archive import Images
 
@@ -28,8 +29,7 @@ COUNT = 8
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with a champion, and some of its test images as files in the folder `pictures`."""
-    project = small_project(tmp_path_factory.mktemp("serving"), export_formats="[onnx]")
-    project.dvc("repro")
+    project = reproduced_project(tmp_path_factory, export_formats="[onnx]")
     project.run(sys.executable, "-m", "classifier", "promote")
     images = Images(project.root / "data/images.zip")
     (project.root / "pictures").mkdir()
@@ -195,9 +195,10 @@ def test_a_connection_can_be_kept_for_many_requests(port: int) -> None:
     connection.close()
 
 
-def test_the_benchmark_measures_without_errors() -> None:
+def test_the_benchmark_measures_without_errors(project: Project, tmp_path: Path) -> None:
+    root = project.copy(tmp_path / "project").root
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.serving", "--small", "--requests", "12"],
+        [sys.executable, "-m", "benchmarks.serving", "--project", root, "--requests", "12"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

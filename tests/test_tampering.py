@@ -15,7 +15,7 @@ import torch
 import yaml
 from hostile import RunsCodeWhenUnpickled
 from imports import ROOT
-from project import Project, small_project
+from project import Project, reproduced_project
 
 from classifier.errors import PipelineError
 from classifier.files import hash_file, hash_path, verified
@@ -38,9 +38,7 @@ CHANGED = {  # a file of each
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project in which `dvc repro` ran. Tests leave it as it is."""
-    project = small_project(tmp_path_factory.mktemp("tampering"), epochs="1", export_formats="[pth]")
-    project.dvc("repro")
-    return project
+    return reproduced_project(tmp_path_factory, export_formats="[pth]")
 
 
 @pytest.fixture
@@ -284,25 +282,28 @@ def test_the_loader_of_yaml_makes_no_objects(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["../../../../../../etc/passwd", "/etc/passwd", "link.png", "..\\..\\secret.png"])
-def test_names_in_the_annotations_that_lead_out_of_the_archive_are_refused(
-    copied: Project, tmp_path: Path, name: str
-) -> None:
-    """Whether or not the archive has a member of that name; and nothing is unpacked to it."""
+@pytest.mark.parametrize("names", [["../../../../../../etc/passwd", "/etc/passwd"], ["link.png", "..\\..\\secret.png"]])
+def test_names_in_the_annotations_that_lead_out_of_the_archive_are_refused(copied: Project, names: list[str]) -> None:
+    """Whether or not the archive has members of these names; and nothing is unpacked to them."""
     (copied.root / "dvc.lock").unlink()  # the archive is the user's
     csv = copied.root / "data/annotations/train.csv"
-    header, first, *rows = csv.read_text().splitlines()
-    csv.write_text("\n".join([header, f"{name},{first.split(',')[1]}", *rows]) + "\n")
+    header, *rows = csv.read_text().splitlines()
+    csv.write_text("\n".join([header, *(f"{name},0" for name in names), *rows]) + "\n")
     for member_is_there in (False, True):
         if member_is_there:
             with zipfile.ZipFile(copied.root / "data/images.zip", "a") as archive:
-                member = zipfile.ZipInfo(name)
-                member.external_attr = (stat.S_IFLNK | 0o777 if name == "link.png" else 0o644) << 16
-                archive.writestr(member, "/etc/passwd")
+                for name in names:
+                    member = zipfile.ZipInfo(name)
+                    member.external_attr = (stat.S_IFLNK | 0o777 if name == "link.png" else 0o644) << 16
+                    archive.writestr(member, "/etc/passwd")
         before = copied.outputs()
         done = stage(copied, "train")
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
-        assert done.stderr.startswith("data/annotations/train.csv, row 2: ")
+        faults = done.stderr.splitlines()
+        assert faults[0] == "data/annotations/train.csv: 2 faults:"
+        for row, name in enumerate(names, start=2):
+            assert faults[row - 1].startswith(f"  row {row}: ")
+            assert name in faults[row - 1]
         assert "root:" not in done.stderr
         assert copied.outputs() == before

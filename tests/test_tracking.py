@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from project import Project
-from tracker import finish, paced, statuses, wait_for
+from tracker import finish, paced, send_the_rest, statuses, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -27,13 +27,8 @@ def log_one_run(project: Project, line: str = "end", **env: str) -> str:
     with paced(project, **env) as process:
         complaint = finish(process, line)
     assert process.returncode == (line != "end"), complaint
-    sync(project)
+    send_the_rest(project)
     return complaint
-
-
-def sync(project: Project) -> None:
-    """Send what a busy machine had no time for."""
-    project.run(sys.executable, "-m", "classifier", "sync")
 
 
 def runs_in(store: Path, experiment: str = "fashion-mnist") -> list[Run]:
@@ -47,7 +42,7 @@ def test_processes_that_start_at_once_without_a_store_all_log_to_it(project: Pro
         for process in [stack.enter_context(paced(project)) for _ in range(4)]:
             finish(process)
             assert process.returncode == 0
-    sync(project)
+    send_the_rest(project)
     runs = runs_in(project.root / "mlflow.db")
     assert [run.info.status for run in runs] == ["FINISHED"] * 4
     client = MlflowClient(f"sqlite:///{project.root / 'mlflow.db'}")
@@ -61,7 +56,7 @@ def test_a_copy_of_the_repository_that_dvc_made_logs_to_the_main_one(project: Pr
     main = str(project.root)
     with paced(Project(copy), DVC_ROOT=main, DVC_EXP_NAME="loud-cat", DVC_EXP_BASELINE_REV="1a2b") as process:
         finish(process)
-    sync(project)
+    send_the_rest(project)
     assert not (copy / "mlflow.db").exists()
     (run,) = runs_in(project.root / "mlflow.db")
     assert run.info.run_name == "loud-cat"
@@ -114,9 +109,9 @@ def test_a_moved_repository_finds_its_artifacts_and_logs_beside_them(project: Pr
 def test_a_run_that_a_signal_ends_is_killed(project: Project, number: signal.Signals) -> None:
     with paced(project) as process:
         process.send_signal(number)
-        process.wait(timeout=10)
+        process.wait(timeout=60)
     assert process.returncode == 128 + number
-    sync(project)
+    send_the_rest(project)
     assert statuses(project.root / "mlflow.db") == ["KILLED"]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from project import Project, clean_environment, small_project
+from project import Project, clean_environment, reproduced_project
 from small_data import write_idx_dataset
 
 from classifier.files import hash_bytes
@@ -30,9 +30,18 @@ BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")  # as DVC s
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A committed project in which one `dvc repro` ran. Tests leave it as it is."""
-    project = small_project(tmp_path_factory.mktemp("once"), epochs="3", export_formats="[pth]")
-    project.dvc("repro")
+    project = reproduced_project(tmp_path_factory, export_formats="[pth]")
     project.commit()
+    return project
+
+
+@pytest.fixture(scope="module")
+def experiments(reference: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A copy in which the experiments `one` and `two` ran at the same time, with the same parameters."""
+    project = reference.copy(tmp_path_factory.mktemp("experiments") / "project")
+    both = [start(project, "dvc", "exp", "run", "--temp", "--name", name, "-S", "lr=0.05") for name in ("one", "two")]
+    printed = outputs_of(*both)
+    assert [process.returncode for process in both] == [0, 0], "\n".join(printed)
     return project
 
 
@@ -92,15 +101,15 @@ def test_two_repros_in_one_checkout_end_in_the_same_bytes(reference: Project, tm
     assert not list((project.root / ".checkpoints").glob("*/"))
 
 
-def test_a_second_repro_beside_one_that_trains_anew(reference: Project, tmp_path: Path) -> None:
+def test_a_second_repro_beside_one_that_trains_anew(reference: Project, experiments: Project, tmp_path: Path) -> None:
     """With outputs of before: DVC removes them, and no half of a new one is seen."""
     project = reference.copy(tmp_path / "project")
     before = reference.outputs()
-    expected = reference.copy(tmp_path / "expected")
-    for each in (project, expected):
-        each.set_params(lr="0.05")
-    expected.dvc("repro")
+    project.set_params(lr="0.05")
+    expected = experiments.copy(tmp_path / "expected")
+    expected.dvc("exp", "apply", "one")
     after = expected.outputs()
+    assert [path for path in WATCHED if after[path] == before[path]] == ["data/images.zip"]
     with watched(project.root, {path: {before[path], after[path]} for path in WATCHED}):
         first = start(project, "dvc", "repro")
         time.sleep(random.Random(1).uniform(2, 5))  # noqa: S311
@@ -111,13 +120,10 @@ def test_a_second_repro_beside_one_that_trains_anew(reference: Project, tmp_path
     assert project.outputs() == after
 
 
-def test_two_experiments_with_the_same_parameters_have_the_same_results(reference: Project, tmp_path: Path) -> None:
-    project = reference.copy(tmp_path / "project")
-    names = ("one", "two")
-    both = [start(project, "dvc", "exp", "run", "--temp", "--name", name, "-S", "lr=0.07") for name in names]
-    printed = outputs_of(*both)
-    assert [process.returncode for process in both] == [0, 0], "\n".join(printed)
-
+def test_two_experiments_with_the_same_parameters_have_the_same_results(
+    reference: Project, experiments: Project
+) -> None:
+    project, names = experiments, ("one", "two")
     refs = project.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").stdout.split()
     found = {name: next(ref for ref in refs if ref.endswith(f"/{name}")) for name in names}
     for path in ("dvc.lock", "metrics/train.json", "metrics/test.json"):
@@ -132,9 +138,9 @@ def test_two_experiments_with_the_same_parameters_have_the_same_results(referenc
     assert sorted(run.info.run_name for run in runs) == ["one", "two"]
     for run in runs:
         assert run.info.status == "FINISHED"
-        assert run.data.params["lr"] == "0.07"
+        assert run.data.params["lr"] == "0.05"
         for metric in ("train_loss", "val_loss", "val_accuracy"):
-            assert [value.step for value in client.get_metric_history(run.info.run_id, metric)] == [1, 2, 3]
+            assert [value.step for value in client.get_metric_history(run.info.run_id, metric)] == [1, 2, 3, 4]
         assert "test_accuracy" in run.data.metrics
     assert runs[0].data.metrics["val_loss"] == runs[1].data.metrics["val_loss"]
 

@@ -21,7 +21,7 @@ from project import Project, small_project
 
 pytestmark = pytest.mark.slow
 
-RATES = ["0.1", "0.01", "0.001"]
+RATES = ["0.1", "0.01"]
 OPTIMIZERS = ["sgd", "adam"]
 PAIRS = sorted(product(RATES, OPTIMIZERS))
 EPOCHS = 5
@@ -30,12 +30,12 @@ EPOCHS = 5
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project that had no store, in which the queue then ran a grid of experiments. Tests leave it as it is."""
-    project = small_project(tmp_path_factory.mktemp("sweep"), epochs=str(EPOCHS), export_formats="[pth]")
+    project = small_project(tmp_path_factory.mktemp("sweep"), epochs=str(EPOCHS))
     project.dvc("repro", "annotate")  # once, and not in each copy that the queue makes
     project.commit()
     assert not (project.root / "mlflow.db").exists()
     grid = ("-S", f"lr={','.join(RATES)}", "-S", f"optimizer={','.join(OPTIMIZERS)}")
-    project.dvc("exp", "run", "--queue", *grid)
+    project.dvc("exp", "run", "--queue", *grid, "evaluate")  # the pages show nothing of the export
     run_queue(project)
     return project
 

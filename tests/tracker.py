@@ -71,11 +71,11 @@ def tell(process: "subprocess.Popen[str]", line: str) -> None:
 
 def finish(process: "subprocess.Popen[str]", line: str = "end") -> str:
     """Let a paced training end; return what it says on standard error."""
-    _, complaint = process.communicate(f"{line}\n", timeout=60)
+    _, complaint = process.communicate(f"{line}\n", timeout=120)
     return complaint
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "in vain"
@@ -112,7 +112,7 @@ class Server:
                 command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
-        wait_for(self._answers, seconds=120)
+        wait_for(self._answers, seconds=240)
 
     def kill(self) -> None:
         if self._process and self._process.poll() is None:
@@ -209,6 +209,12 @@ def steps_waiting(project: Project, key: str) -> list[int]:
     """The steps of a metric in the journals, in their order."""
     records = [record for folder in waiting(project) for record in Journal(folder).records() if record]
     return [record["step"] for record in records if key in record.get("values", {}) and record["kind"] == "metrics"]
+
+
+def send_the_rest(project: Project) -> None:
+    """Send what a busy machine had no time for."""
+    if waiting(project):
+        project.run(sys.executable, "-m", "classifier", "sync")
 
 
 class _NoSender:
