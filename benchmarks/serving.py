@@ -20,12 +20,11 @@ import threading
 import time
 from contextlib import ExitStack
 from http.client import HTTPConnection, HTTPException
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pipeline import ROOT, print_machine
+from benchmarks.measuring import ROOT, machine
 from classifier.errors import PipelineError, run_main
 from classifier.params import load_params
 from classifier.png import encode_png
@@ -48,8 +47,7 @@ def main() -> None:
 
     with ExitStack() as stack:
         root = small_champion(Path(stack.enter_context(tempfile.TemporaryDirectory()))) if arguments.small else ROOT
-        print_machine()
-        print(", ".join(f"{package} {version(package)}" for package in ("onnxruntime", "uvicorn", "fastapi")))
+        print(machine(("torch", "mlflow", "onnxruntime", "uvicorn", "fastapi")))
         port = stack.enter_context(model_server(root, f"models:/{load_params().registered_model}@champion"))
         print(f"{arguments.requests} requests a row\n\nclients  images  requests/s  images/s   p50 ms   p99 ms  errors")
         errors = sum(measure(port, clients, images, arguments.requests) for images in IMAGES for clients in CLIENTS)
