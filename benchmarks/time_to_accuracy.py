@@ -168,7 +168,8 @@ def convnet(raw: Path, _: int) -> Callable[[float], Epoch]:
     for layer in network:  # TensorFlow's initial weights
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
-            layer.bias.data.zero_()
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
     return partial(torch_epoch, raw, network, torch.optim.SGD(network.parameters(), lr=0.001), 400, (), None)
 
 
