@@ -8,7 +8,9 @@ import os
 import stat
 import struct
 import zipfile
+import zlib
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -36,6 +38,8 @@ END64 = struct.Struct("<4sQ2H2I4Q")
 LONGEST_COMMENT = 0xFFFF
 NEWEST_VERSION = 63  # times ten, of the format
 ENCRYPTED, PATCHED, STRONGLY_ENCRYPTED, IS_UTF8 = 0x1, 0x20, 0x40, 0x800
+LONGEST_RECORD = MEMBER.size + 3 * 0xFFFF  # bytes: with name, extra field and comment
+USUAL_RECORD = 256
 READ_AHEAD = 1 << 20  # bytes of a directory that are read at a time
 
 
@@ -132,8 +136,7 @@ class Zip:
             hashes.append(hash(member.filename))
             places.append(place)
         order = np.argsort(np.frombuffer(hashes, np.int64), kind="stable")
-        self._hashes = np.frombuffer(hashes, np.int64)[order]
-        self._places = np.frombuffer(places, np.int64)[order]
+        self._hashes, self._places = (array("q", np.frombuffer(part, np.int64)[order]) for part in (hashes, places))
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -145,8 +148,8 @@ class Zip:
 
     def read(self, name: str) -> bytes:
         """The bytes of a member, as `Images.read` says. Raises KeyError if there is none of that name."""
-        first, end = (int(np.searchsorted(self._hashes, hash(name), side)) for side in ("left", "right"))
-        found = [member for place in self._places[first:end] if (member := self._member(int(place))).filename == name]
+        places = self._places[bisect_left(self._hashes, hash(name)) : bisect_right(self._hashes, hash(name))]
+        found = [member for place in places if (member := self._member(place)).filename == name]
         if not found:
             raise KeyError(name)
         if len(found) > 1:
@@ -160,6 +163,10 @@ class Zip:
         if member.compress_size > LARGEST_PACKED:
             raise ValueError(f"its {member.compress_size:,} packed bytes are more than {LARGEST_PACKED:,}")
         packed = os.pread(self._file, member.compress_size, self._start_of(member))
+        if member.compress_type == zipfile.ZIP_STORED and len(packed) == member.file_size == member.compress_size:
+            if zlib.crc32(packed) != member.CRC:
+                raise zipfile.BadZipFile(f"Bad CRC-32 for file {member.orig_filename!r}")
+            return packed
         with zipfile.ZipExtFile(io.BytesIO(packed), "r", member) as file:  # which checks the checksum
             content = file.read(member.file_size)  # with a limit: it may unpack to more than it declares
         if len(content) != member.file_size:
@@ -168,22 +175,25 @@ class Zip:
 
     def _start_of(self, member: zipfile.ZipInfo) -> int:
         """Where a member's bytes start: behind a record of its own, which must be of the same name."""
-        header = os.pread(self._file, LOCAL.size, member.header_offset) if member.header_offset >= 0 else b""
-        if len(header) != LOCAL.size:
+        header = os.pread(self._file, USUAL_RECORD, member.header_offset) if member.header_offset >= 0 else b""
+        if len(header) < LOCAL.size:
             raise zipfile.BadZipFile("Truncated file header")
-        signature, _, flags, *_, name_length, extra_length = LOCAL.unpack(header)
+        signature, _, flags, *_, name_length, extra_length = LOCAL.unpack_from(header)
         if signature != b"PK\3\4":
             raise zipfile.BadZipFile("Bad magic number for file header")
         if member.flag_bits & PATCHED:
             raise NotImplementedError("compressed patched data (flag bit 5)")
         if member.flag_bits & STRONGLY_ENCRYPTED:
             raise NotImplementedError("strong encryption (flag bit 6)")
-        name = os.pread(self._file, name_length, member.header_offset + LOCAL.size)
+        name = header[LOCAL.size : LOCAL.size + name_length]
+        if len(name) < name_length:
+            name = os.pread(self._file, name_length, member.header_offset + LOCAL.size)
         if _decoded(name, flags) != member.orig_filename:
             raise zipfile.BadZipFile(f"File name in directory {member.orig_filename!r} and header {name!r} differ.")
         if member.flag_bits & ENCRYPTED:
             raise RuntimeError("it is encrypted; zip it anew without a password")
-        return member.header_offset + LOCAL.size + name_length + extra_length
+        start: int = member.header_offset + LOCAL.size + name_length + extra_length
+        return start
 
     def _find_directory(self, size: int) -> tuple[int, int, int]:
         """Where the directory starts and ends, and by how much the file is longer than its places say.
@@ -219,7 +229,7 @@ class Zip:
         """Each member with the place of its record; the directory is read piece by piece."""
         place, piece, piece_start = self._start, b"", self._start
         while place < self._end:
-            if place + MEMBER.size + 3 * 0xFFFF > piece_start + len(piece) < self._end:
+            if place + LONGEST_RECORD > piece_start + len(piece) < self._end:
                 piece_start = place
                 piece = os.pread(self._file, min(READ_AHEAD, self._end - place), place)
                 if not piece:
@@ -229,8 +239,10 @@ class Zip:
             place += length
 
     def _member(self, place: int) -> zipfile.ZipInfo:
-        length = MEMBER.size + 3 * 0xFFFF
-        return self._parsed(os.pread(self._file, min(length, self._end - place), place), 0)[0]
+        content = os.pread(self._file, min(USUAL_RECORD, self._end - place), place)
+        if len(content) == USUAL_RECORD and MEMBER.size + sum(MEMBER.unpack_from(content)[10:12]) > USUAL_RECORD:
+            content = os.pread(self._file, min(LONGEST_RECORD, self._end - place), place)
+        return self._parsed(content, 0)[0]
 
     def _parsed(self, content: bytes, start: int) -> tuple[zipfile.ZipInfo, int]:
         """The member whose record starts there, and the record's length."""

@@ -44,7 +44,7 @@ def annotations(folder: Path, content: bytes) -> None:
             assert str(error).startswith(str(path))  # noqa: PT017
         else:
             assert len(files) == len(set(files)) == len(labels) == len(rows)
-            assert rows == sorted(set(rows))
+            assert [*rows] == sorted(set(rows))
             assert all(0 <= label < (classes or 10**18) for label in labels.tolist())
             assert not any(name.startswith("/") or "\0" in name or ".." in name.split("/") for name in files)
     with contextlib.suppress(PipelineError):

@@ -70,8 +70,8 @@ def test_ways_to_write_a_table(tmp_path: Path, text: str) -> None:
 
 def test_rows_are_numbered_as_in_a_spreadsheet(tmp_path: Path) -> None:
     """A header and blank lines count."""
-    assert read(tmp_path, "a,1\nb,2\n").rows == [1, 2]
-    assert read(tmp_path, "file,label\r\na,1\r\n\r\nb,2\r\n").rows == [2, 4]
+    assert [*read(tmp_path, "a,1\nb,2\n").rows] == [1, 2]
+    assert [*read(tmp_path, "file,label\r\na,1\r\n\r\nb,2\r\n").rows] == [2, 4]
 
 
 def test_names_are_taken_literally(tmp_path: Path) -> None:
