@@ -22,6 +22,7 @@ LISTED_FAULTS = 20
 CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what the codec's surrogateescape makes of such bytes
 LONGEST_NAME = 1000
+LONGEST_SORTED = 200  # bytes; names are sorted with the memory of so many of the longest, or as Python objects
 # A name that cannot be taken as it is: with a part that is empty, `.` or `..`, or a control character, or too long
 UNUSUAL = re.compile(rf"(^|/)\.{{0,2}}(/|$)|{CONTROL.pattern}|.{{{LONGEST_NAME + 1}}}")
 
@@ -51,6 +52,19 @@ class Names(Sequence[str]):
             return [self[place] for place in range(*index.indices(len(self)))]
         place = range(len(self))[index]  # which may be negative, or too large
         return self._content[self._ends[place] : self._ends[place + 1]].decode(errors="surrogatepass")
+
+    def order(self) -> Iterable[int]:
+        """The places of the texts in the order of the texts."""
+        longest = int(np.diff(self._ends).max(initial=1))
+        if longest > LONGEST_SORTED:
+            return sorted(range(len(self)), key=self.__getitem__)
+        # As bytes of one length: UTF-8 has the order of the characters
+        encoded = (text.encode(errors="surrogatepass") for text in self)
+        places: np.ndarray = np.fromiter(encoded, f"S{longest}", len(self)).argsort(kind="stable")
+        return places
+
+    def sorted(self) -> "Names":
+        return Names(self[place] for place in self.order())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))

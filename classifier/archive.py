@@ -5,8 +5,10 @@ One zip of stored members instead of 70,000 files: DVC's cost grows with the num
 
 import io
 import os
+import shutil
 import stat
 import struct
+import tempfile
 import zipfile
 import zlib
 from array import array
@@ -16,10 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from classifier.annotations import Names
 from classifier.errors import PipelineError
 
-# The earliest date that a zip can hold; a real one would make the bytes differ from run to run.
-ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+# The earliest date that a zip can hold, 1 January 1980; a real one would make the bytes differ from run to run.
+ZIP_EPOCH = 1 << 5 | 1
+ZIP_VERSION, ZIP64_VERSION = 20, 45  # of the format, times ten, that a reader needs
+UNIX = 3  # where a file is from, on every system
 LARGEST_FILE = 256 * 2**20  # bytes of one unpacked file; checked before it is read
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
@@ -80,17 +85,17 @@ class Images:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             raise PipelineError(f"{name} in {self.path} is not readable: {reason}") from None
 
-    def names(self) -> list[str]:
+    def names(self) -> Names:
         """The names of all files, sorted, without hidden ones and CLUTTER.
 
         Raises PipelineError for a symbolic link to a folder, which is not followed.
         """
-        return sorted(name for name in self._all_names() if not _is_clutter(name))
+        return Names(name for name in self._all_names() if not _is_clutter(name)).sorted()
 
-    def _all_names(self) -> list[str]:
+    def _all_names(self) -> Iterator[str]:
         if not self._is_folder:
-            return [name for name in self._zip.names() if not name.endswith("/")]
-        found = []
+            yield from (name for name in self._zip.names() if not name.endswith("/"))
+            return
 
         def refuse(error: OSError) -> None:  # or such a folder would be passed over
             raise PipelineError(f"{error.filename}: not readable: {error.strerror}")
@@ -100,8 +105,8 @@ class Images:
                 path = Path(folder, links[0])
                 raise PipelineError(f"{path}: a symbolic link to a folder; put the folder itself there")
             inner = folder[len(self._root) :]
-            found += [os.path.join(inner, name) for name in files]  # noqa: PTH118, a million of them
-        return [name.replace(os.sep, "/") for name in found]
+            # os.path: there may be a million of them
+            yield from (os.path.join(inner, name).replace(os.sep, "/") for name in files)  # noqa: PTH118
 
     def _read_file(self, name: str) -> bytes:
         path = Path(os.path.realpath(self.path / name, strict=True))
@@ -299,10 +304,41 @@ def _check_size(size: int) -> None:
 
 
 def write_zip(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write named files to a zip whose bytes depend on the names, contents and order alone."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    """Write named files, of 2 GB at most each, to a zip whose bytes depend on the names, contents and order alone.
+
+    The same bytes as Python's `zipfile` writes, which keeps half a KiB of memory for each member.
+    """
+    with path.open("wb") as archive, tempfile.TemporaryFile(dir=path.parent) as directory:
+        count = start = 0
         for name, content in files:
-            member = zipfile.ZipInfo(name, date_time=ZIP_EPOCH)
-            member.create_system = 3  # Unix, on every system
-            member.external_attr = 0o644 << 16
-            archive.writestr(member, content)
+            encoded, flags = (name.encode(), 0) if name.isascii() else (name.encode(), IS_UTF8)
+            about = (
+                flags,
+                zipfile.ZIP_STORED,
+                0,
+                ZIP_EPOCH,
+                zlib.crc32(content),
+                len(content),
+                len(content),
+                len(encoded),
+            )
+            archive.write(LOCAL.pack(b"PK\3\4", ZIP_VERSION, *about, 0) + encoded)
+            archive.write(content)
+            extra = struct.pack("<2HQ", 1, 8, start) if start > zipfile.ZIP64_LIMIT else b""
+            version = ZIP64_VERSION if extra else ZIP_VERSION
+            made_by, offset = UNIX << 8 | version, 0xFFFFFFFF if extra else start
+            directory.write(
+                MEMBER.pack(b"PK\1\2", made_by, version, *about, len(extra), 0, 0, 0, 0o644 << 16, offset)
+                + encoded + extra
+            )  # fmt: skip
+            count, start = count + 1, start + LOCAL.size + len(encoded) + len(content)
+        length = directory.tell()
+        directory.seek(0)
+        shutil.copyfileobj(directory, archive)
+        if count > 0xFFFF or max(start, length) > zipfile.ZIP64_LIMIT:
+            archive.write(
+                END64.pack(b"PK\6\6", END64.size - 12, ZIP64_VERSION, ZIP64_VERSION, 0, 0, count, count, length, start)
+            )
+            archive.write(END64_LOCATOR.pack(b"PK\6\7", 0, start + length, 1))
+        count, length, start = min(count, 0xFFFF), min(length, 0xFFFFFFFF), min(start, 0xFFFFFFFF)
+        archive.write(END.pack(b"PK\5\6", 0, 0, count, count, length, start, 0))
