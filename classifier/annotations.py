@@ -53,11 +53,11 @@ class Names(Sequence[str]):
         place = range(len(self))[index]  # which may be negative, or too large
         return self._content[self._ends[place] : self._ends[place + 1]].decode(errors="surrogatepass")
 
-    def order(self) -> Iterable[int]:
-        """The places of the texts in the order of the texts."""
+    def order(self) -> np.ndarray:
+        """The places of the texts in the order of the texts, (N,) int64."""
         longest = int(np.diff(self._ends).max(initial=1))
         if longest > LONGEST_SORTED:
-            return sorted(range(len(self)), key=self.__getitem__)
+            return np.array(sorted(range(len(self)), key=self.__getitem__), np.int64)
         # As bytes of one length: UTF-8 has the order of the characters
         encoded = (text.encode(errors="surrogatepass") for text in self)
         places: np.ndarray = np.fromiter(encoded, f"S{longest}", len(self)).argsort(kind="stable")

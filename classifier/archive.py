@@ -141,7 +141,7 @@ class Zip:
             hashes.append(hash(member.filename))
             places.append(place)
         order = np.argsort(np.frombuffer(hashes, np.int64), kind="stable")
-        self._hashes, self._places = (array("q", np.frombuffer(part, np.int64)[order]) for part in (hashes, places))
+        self._hashes, self._places = (np.frombuffer(part, np.int64)[order].data for part in (hashes, places))
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):

@@ -24,8 +24,9 @@ SHOWN_GROUPS = 5
 def main() -> None:
     params = load_params()
     source = load_source(params.source)
-    splits: dict[str, LabelledImages] = source.read(verified(RAW))
-    names = source.class_names(RAW)
+    raw = verified(RAW)
+    names = source.class_names(raw)
+    splits: dict[str, LabelledImages] = source.read(raw)
     for split, data in splits.items():
         check_labels(split, data, len(names))
     shares = assign_splits(

@@ -39,6 +39,7 @@ SPLITS = {
 FILE_COLUMNS = ("file", "filename", "filepath", "image", "imagename", "imageid", "imagepath", "path", "id", "name")
 LABEL_COLUMNS = ("label", "class", "classname", "category", "target", "species", "breed", "labels")
 SPLIT_COLUMNS = ("split", "subset", "set", "fold")
+TABLE_SUFFIXES = (".csv", ".tsv")
 UNLABELLED = "they have no classes; `classifier predict` answers for them"
 
 
@@ -130,7 +131,7 @@ def read(raw: Path) -> dict[str, LabelledImages]:
         names = _png_names(
             Names(f"{folder}/{label}/{entry.below}" for label, entry in zip(of_entries, entries, strict=True))
         )
-        order = [*names.order()]
+        order = names.order()
         splits[split] = LabelledImages(
             _Files(images, Names(entries.names[place] for place in order)),
             of_entries[order],
@@ -183,11 +184,14 @@ def find_layout(images: Images) -> Layout:
     if faults := [fault for name in names if (fault := name_fault(name))]:
         raise PipelineError(f"{where}: {_listed(faults, 'files cannot be named like this')}")
     pictures = Names(name for name in names if _suffix(name) in IMAGE_SUFFIXES)
-    tables = [name for name in names if _suffix(name) in (".csv", ".tsv")]
+    tables = [name for name in names if _suffix(name) in TABLE_SUFFIXES]
+    used = {*IMAGE_SUFFIXES, *TABLE_SUFFIXES}
+    others = Counter(suffix or "no suffix" for name in names if (suffix := _suffix(name)) not in used)
     if not pictures:
         zips = [name for name in names if _suffix(name) == ".zip"]
         hint = f"; for the zip in it, set data_path: {images.path / zips[0]}" if zips and images.path.is_dir() else ""
         raise PipelineError(f"{where}: no images in it, which end in {', '.join(sorted(IMAGE_SUFFIXES))}{hint}")
+    del names  # they take as much memory as what is made of them
     layout = _from_tables(images, pictures, tables) if tables else _from_folders(where, pictures)
     classes = _names_of_classes(layout)
     if strange := [shown(name) for name in classes if CONTROL.search(name) or not name.strip()]:
@@ -196,8 +200,6 @@ def find_layout(images: Images) -> Layout:
         raise PipelineError(
             f"{where}: all images are of one class, {shown(classes[0])}; two are needed, each in a folder of its own"
         )
-    used = (*IMAGE_SUFFIXES, ".csv", ".tsv")
-    others = Counter(suffix or "no suffix" for suffix in map(_suffix, names) if suffix not in used)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
     return layout._replace(
         unused=[*layout.unused, *([f"files that are no images by their names: {kinds}"] * bool(kinds))]
