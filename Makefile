@@ -6,6 +6,8 @@ N ?= 5
 JOBS ?= 1
 BIN := .venv/bin
 RUN := $(BIN)/python -m
+PEERS := .venv-peers/bin/python
+COMPILE := $(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock"
 
 # DVC starts the stages with the `python` that it finds on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -13,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test slow check format ui samples report verify seeds bench lock clean
+.PHONY: help env repro test slow check format ui samples report verify seeds peers bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -61,12 +63,24 @@ verify: env  ## make every output again in a clean clone with an empty cache, an
 seeds: env  ## run N seeds, print mean and standard deviation of each metric (make seeds N=5 S="lr=0.1 epochs=5")
 	$(RUN) classifier seeds --count $(N) --jobs $(JOBS) $(addprefix --set-param ,$(S))
 
-bench: env  ## time the pipeline; prints machine, versions, medians and ratios
+peers: env .venv-peers/.synced  ## make .venv-peers, with the frameworks that the benchmarks compare with
+
+.venv-peers/.synced: benchmarks/requirements.lock
+	test -x $(PEERS) || $(RUN) uv venv --quiet --clear --python $(BIN)/python .venv-peers
+	$(RUN) uv pip sync --quiet --python $(PEERS) --require-hashes benchmarks/requirements.lock
+	@touch $@
+
+bench: env peers  ## run the benchmarks, for hours; prints and benchmarks/results.md: machine, versions, medians and ratios
 	$(RUN) benchmarks.pipeline
+	$(PEERS) -m benchmarks.train_step
+	$(RUN) benchmarks.inference
+	$(RUN) benchmarks.scale
+	$(PEERS) -m benchmarks.time_to_accuracy
 
-lock: env  ## write requirements.lock anew from pyproject.toml
-	$(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --extra dev --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
+lock: env  ## write requirements.lock and benchmarks/requirements.lock anew from pyproject.toml
+	$(COMPILE) --extra dev pyproject.toml --output-file requirements.lock
+	$(COMPILE) --group pyproject.toml:peers --constraints requirements.lock pyproject.toml --output-file benchmarks/requirements.lock
 
-clean:  ## remove .venv and the tools' caches, never data, models or runs
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+clean:  ## remove .venv, .venv-peers and the tools' caches, never data, models or runs
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

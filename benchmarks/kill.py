@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.pipeline import DVC, ROOT, isolated_environment, print_machine
+from benchmarks.measuring import DVC, ROOT, isolated_environment, machine
 from classifier.errors import PipelineError, run_main
 from classifier.files import WEIGHTS, hash_bytes, hash_file
 from classifier.tracking import WEIGHTS_TAG
@@ -76,7 +76,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.real)
-        print_machine()
+        print(machine(("torch", "dvc", "mlflow")))
         started = time.perf_counter()
         bench.repro()
         print(f"dvc repro from nothing, n=1: {time.perf_counter() - started:.1f} s; seed {arguments.seed}")

@@ -1,29 +1,52 @@
-"""How long the default recipe takes from nothing, and what `dvc repro` costs when there is nothing to do.
+"""What the pipeline costs besides its arithmetic: by stage, when there is nothing to do, an experiment, and its layout.
 
-python -m benchmarks.pipeline [--repeats N]
+python -m benchmarks.pipeline [--repeats N] [--epochs N] [--files N]
 
-In a clone of its own with an empty cache: `dvc repro` once, with the wall time of each stage, then no-op
-`dvc repro` N times, interleaved with no-op `dvc repro` of a pipeline of one trivial stage. The data comes from
-data/raw of this checkout, so that the network is not measured.
+In a clone of its own with an empty cache, with the data of data/raw of this checkout, so that the network is not
+measured:
+
+- `dvc repro` once: each stage's wall time, the share of it that is the start of Python and imports, and the peak memory
+  of its largest process;
+- `dvc exp run -S lr=...` once: its wall time, and how much of it is not the training loop's own;
+- no-op `dvc repro` N times, interleaved with that of a pipeline of one trivial stage;
+- the same images as one zip and as a folder of 70,000 files, each the output of a stage that makes it of a zip: first
+  and no-op `dvc repro`, push to and pull from a remote in a folder.
 """
 
-import argparse
-import os
-import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-from classifier.device import environment, set_threads
+import numpy as np
+import psutil
+
+from benchmarks.measuring import (
+    DVC,
+    POLL_SECONDS,
+    ROOT,
+    Report,
+    isolated_environment,
+    largest_child,
+    median_ratio,
+    parser,
+    raw_data,
+    summary,
+)
+from classifier.archive import write_zip
 from classifier.errors import PipelineError, run_main
+from classifier.png import encode_png
+from classifier.sources.fashion_mnist import read
 
-ROOT = Path(__file__).parent.parent
-DVC = [sys.executable, "-m", "dvc"]
+IMPORT_RUNS = 5
+EXPERIMENT = "lr=0.002"  # what differs from the committed state
 
 TRIVIAL = """\
 stages:
@@ -32,91 +55,170 @@ stages:
     deps: [input.txt]
     outs: [output.txt]
 """
+LAYOUTS = {"one zip": "cp source.zip images", "files": "python -m zipfile -e source.zip images"}
+LAYOUT = """\
+stages:
+  make:
+    cmd: {command}
+    deps: [source.zip]
+    outs: [images]
+"""
+
+
+class Stage(NamedTuple):
+    """A stage of a `dvc repro`: seconds from its start to that of the next, and peak bytes of its largest process."""
+
+    name: str
+    seconds: float
+    peak: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="no-op runs of each pipeline (default 9)")
-    repeats = parser.parse_args().repeats
-    raw = ROOT / "data/raw"
-    if not raw.is_dir():
-        raise PipelineError(f"{raw}: missing; run `make repro` first, so that the data is local")
+    arguments = parser(__doc__)
+    arguments.add_argument("--repeats", type=int, default=9, help="no-op runs of each pipeline (default 9)")
+    arguments.add_argument("--epochs", type=int, help="of training (default: as in params.yaml)")
+    arguments.add_argument("--files", type=int, default=70_000, help="images of the two layouts (default 70000)")
+    given = arguments.parse_args()
+    raw = raw_data()
 
-    with tempfile.TemporaryDirectory() as folder:
-        env = isolated_environment(Path(folder)) | {"FASHION_MNIST_DIR": str(raw)}
-        ours, trivial = Path(folder) / "ours", Path(folder) / "trivial"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        env = isolated_environment(folder) | {"FASHION_MNIST_DIR": str(raw)}
+        ours = folder / "ours"
         subprocess.run(["git", "clone", "--quiet", ROOT, ours], check=True)
-        make_trivial(trivial, env)
-
-        print_machine()
-        total, stages = first_repro(ours, env)
-        print(f"dvc repro from nothing, data local, n=1: {total:.1f} s")
-        for stage, seconds in stages.items():
-            print(f"  {stage:9} {seconds:6.1f} s")
-
-        timings: dict[Path, list[float]] = {ours: [], trivial: []}
-        for _ in range(repeats):
-            for pipeline, seconds_taken in timings.items():
-                seconds_taken.append(timed_repro(pipeline, env))
-        for name, pipeline in (("these five stages", ours), ("one trivial stage", trivial)):
-            runs = timings[pipeline]
-            median = statistics.median(runs)
-            print(f"no-op dvc repro, {name}, n={repeats}: median {median:.2f} s ({min(runs):.2f} to {max(runs):.2f})")
-        ratios = [one / other for one, other in zip(timings[ours], timings[trivial], strict=True)]
-        print(f"no-op ratio, n={repeats} pairs: median {statistics.median(ratios):.2f}")
+        if given.epochs:
+            params = (ours / "params.yaml").read_text()
+            (ours / "params.yaml").write_text(re.sub(r"(?m)^epochs: \d+", f"epochs: {given.epochs}", params))
+        report = Report("Pipeline", ("torch", "dvc", "mlflow"))
+        measure_stages(report, ours, env)
+        measure_experiment(report, ours, env)
+        measure_nothing_to_do(report, ours, folder / "trivial", env, given.repeats)
+        measure_layouts(report, folder, raw, env, given.files, given.repeats)
+        report.save()
 
 
-def isolated_environment(folder: Path) -> dict[str, str]:
-    """No setting of this shell or of the user's DVC reaches the measured commands, and no cache is shared."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
-    env.pop("PYTHONDONTWRITEBYTECODE", None)
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    for kind in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DVC_SITE_CACHE_DIR"):
-        env[kind] = str(folder / kind)
-    return env
+def measure_stages(report: Report, ours: Path, env: dict[str, str]) -> None:
+    total, stages, _ = watched([*DVC, "repro"], ours, env)
+    report.line(f"\ndvc repro from nothing, data local, n=1: {total:.1f} s")
+    for stage in stages:
+        starts = [start_seconds(stage.name, ours, env) for _ in range(IMPORT_RUNS)]
+        start = statistics.median(starts)
+        report.line(
+            f"  {stage.name:9} {stage.seconds:6.1f} s, of which start and imports {start:4.1f} s "
+            f"({start / stage.seconds:4.0%}; n={IMPORT_RUNS}), peak memory {stage.peak / 2**20:6,.0f} MiB"
+        )
 
 
-def make_trivial(folder: Path, env: dict[str, str]) -> None:
+def measure_experiment(report: Report, ours: Path, env: dict[str, str]) -> None:
+    """The training loop's own seconds are told by the stage: images, and images a second, of each epoch."""
+    images = len((ours / "data/annotations/train.csv").read_text().splitlines()) - 1
+    total, stages, printed = watched([*DVC, "exp", "run", "--set-param", EXPERIMENT], ours, env)
+    rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) images/s", printed)]
+    training = sum(images / rate for rate in rates)
+    report.line(f"\ndvc exp run -S {EXPERIMENT}, which runs {', '.join(stage.name for stage in stages)}, n=1:")
+    report.line(
+        f"  {total:.1f} s, of which the training loop {training:.1f} s ({len(rates)} epochs), all else "
+        f"{total - training:.1f} s"
+    )
+
+
+def measure_nothing_to_do(report: Report, ours: Path, trivial: Path, env: dict[str, str], repeats: int) -> None:
+    make_repository(trivial, TRIVIAL, env)
+    (trivial / "input.txt").write_text("x\n")
+    dvc_seconds(trivial, env, "repro")
+    timings: dict[Path, list[float]] = {ours: [], trivial: []}
+    for _ in range(repeats):
+        for pipeline, seconds in timings.items():
+            seconds.append(dvc_seconds(pipeline, env, "repro"))
+    report.line()
+    report.line(f"no-op dvc repro, these five stages: {summary(timings[ours], 's')}")
+    report.line(f"no-op dvc repro, one trivial stage: {summary(timings[trivial], 's')}")
+    report.line(f"no-op ratio: median {median_ratio(timings[ours], timings[trivial]):.2f}, n={repeats} pairs")
+
+
+def measure_layouts(report: Report, folder: Path, raw: Path, env: dict[str, str], count: int, repeats: int) -> None:
+    images = np.concatenate([np.asarray(split.images) for split in read(raw).values()])[:count]
+    source = folder / "source.zip"
+    write_zip(source, ((f"{index:05d}.png", encode_png(image)) for index, image in enumerate(images)))
+    repositories = {kind: folder / f"layout{number}" for number, kind in enumerate(LAYOUTS)}
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for kind, repository in repositories.items():
+        make_repository(repository, LAYOUT.format(command=LAYOUTS[kind]), env)
+        shutil.copyfile(source, repository / "source.zip")
+        subprocess.run([*DVC, "remote", "add", "--quiet", "--default", "local", f"{repository}-remote"],
+                       cwd=repository, env=env, check=True)  # fmt: skip
+        seconds[kind] = {"first repro": [dvc_seconds(repository, env, "repro")], "no-op repro": []}
+    for _ in range(repeats):
+        for kind, repository in repositories.items():
+            seconds[kind]["no-op repro"].append(dvc_seconds(repository, env, "repro"))
+    for kind, repository in repositories.items():
+        seconds[kind]["push"] = [dvc_seconds(repository, env, "push")]
+        shutil.rmtree(repository / ".dvc/cache")
+        made = repository / "images"
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
+        seconds[kind]["pull"] = [dvc_seconds(repository, env, "pull")]
+    report.line(f"\n{len(images):,} PNG images as one zip, and as files in a folder; n=1, no-op n={repeats} (median):")
+    for what in seconds["one zip"]:
+        one, many = (statistics.median(seconds[kind][what]) for kind in LAYOUTS)
+        report.line(f"  {what:11} {one:7.2f} s and {many:7.2f} s, ratio {many / one:.1f}")
+
+
+def make_repository(folder: Path, pipeline: str, env: dict[str, str]) -> None:
     folder.mkdir()
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
     subprocess.run([*DVC, "init", "--quiet"], cwd=folder, env=env, check=True)
-    (folder / "input.txt").write_text("x\n")
-    (folder / "dvc.yaml").write_text(TRIVIAL)
-    timed_repro(folder, env)
+    (folder / "dvc.yaml").write_text(pipeline)
 
 
-def timed_repro(folder: Path, env: dict[str, str]) -> float:
-    """Seconds of wall time that `dvc repro` takes in `folder`."""
+def dvc_seconds(folder: Path, env: dict[str, str], command: str) -> float:
+    """Seconds of wall time that a command of DVC's takes in `folder`."""
     started = time.perf_counter()
-    subprocess.run([*DVC, "repro", "--quiet"], cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*DVC, command, "--quiet"], cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
-def first_repro(folder: Path, env: dict[str, str]) -> tuple[float, dict[str, float]]:
-    """Seconds of wall time of a whole `dvc repro`, and from the start of each stage to the start of the next."""
+def start_seconds(stage: str, folder: Path, env: dict[str, str]) -> float:
+    """Seconds that Python takes to start and to import all that a stage imports first."""
     started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", f"import stages.{stage}"], cwd=folder, env=env, check=True)
+    return time.perf_counter() - started
+
+
+def watched(command: list[str], folder: Path, env: dict[str, str]) -> tuple[float, list[Stage], str]:
+    """Run DVC; return the seconds of wall time, the stages that it ran, and what was printed."""
+    started = time.perf_counter()
+    printed: list[str] = []
     starts: dict[str, float] = {}
+    peaks: dict[str, int] = {}
     with subprocess.Popen(
-        [*DVC, "repro"], cwd=folder, env=env | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True
+        command, cwd=folder, env=env | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True
     ) as process:
+        watcher = threading.Thread(target=_note_peaks, args=(psutil.Process(process.pid), starts, peaks))
+        watcher.start()
         assert process.stdout is not None
         for line in process.stdout:
+            printed.append(line)
             if match := re.match(r"Running stage '(\w+)'", line):
                 starts[match[1]] = time.perf_counter()
     ended = time.perf_counter()
+    watcher.join()
     if process.returncode != 0:
-        raise PipelineError("dvc repro failed; its messages are above")
-    ends = [*list(starts.values())[1:], ended]
-    return ended - started, {stage: end - start for (stage, start), end in zip(starts.items(), ends, strict=True)}
+        raise PipelineError(f"{' '.join(command[2:])} failed; its messages are above")
+    moments = [*starts.values(), ended]
+    stages = [
+        Stage(name, end - start, peaks.get(name, 0))
+        for name, (start, end) in zip(starts, pairwise(moments), strict=True)
+    ]
+    return ended - started, stages, "".join(printed)
 
 
-def print_machine() -> None:
-    import torch
-
-    set_threads("auto")
-    here = environment(torch.device("cpu"))
-    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "dvc", "mlflow"))
-    print(f"{here['cpu']}, {here['threads']} threads, {here['system']}, Python {platform.python_version()}, {packages}")
+def _note_peaks(dvc: psutil.Process, starts: dict[str, float], peaks: dict[str, int]) -> None:
+    """Until DVC ends, note the peak memory of the largest process below it for the stage that was started last."""
+    while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
+        if starts:
+            stage = list(starts)[-1]
+            peaks[stage] = max(peaks.get(stage, 0), largest_child(dvc))
+        time.sleep(POLL_SECONDS)
 
 
 if __name__ == "__main__":

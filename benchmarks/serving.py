@@ -19,12 +19,11 @@ import threading
 import time
 from contextlib import ExitStack
 from http.client import HTTPConnection, HTTPException
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pipeline import ROOT, print_machine
+from benchmarks.measuring import ROOT, machine
 from classifier.errors import PipelineError, run_main
 from classifier.params import load_params
 from classifier.png import encode_png
@@ -45,8 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with ExitStack() as stack:
-        print_machine()
-        print(", ".join(f"{package} {version(package)}" for package in ("onnxruntime", "uvicorn", "fastapi")))
+        print(machine(("torch", "mlflow", "onnxruntime", "uvicorn", "fastapi")))
         model = f"models:/{load_params().registered_model}@champion"
         port = stack.enter_context(model_server(arguments.project.resolve(), model))
         print(f"{arguments.requests} requests a row\n\nclients  images  requests/s  images/s   p50 ms   p99 ms  errors")

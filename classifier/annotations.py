@@ -8,9 +8,10 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -21,16 +22,72 @@ LISTED_FAULTS = 20
 CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what the codec's surrogateescape makes of such bytes
 LONGEST_NAME = 1000
+LONGEST_SORTED = 200  # bytes; names are sorted with the memory of so many of the longest, or as Python objects
 # A name that cannot be taken as it is: with a part that is empty, `.` or `..`, or a control character, or too long
 UNUSUAL = re.compile(rf"(^|/)\.{{0,2}}(/|$)|{CONTROL.pattern}|.{{{LONGEST_NAME + 1}}}")
+
+
+class Names(Sequence[str]):
+    """Texts in as many bytes as they have in UTF-8, and 8 for each: a list of a million names has 80 MB."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._content = bytearray()
+        self._ends = array("q", [0])
+        for text in texts:
+            self.append(text)
+
+    def append(self, text: str) -> None:
+        self._content += text.encode(errors="surrogatepass")  # names of files may be no Unicode
+        self._ends.append(len(self._content))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]  # which may be negative, or too large
+        return self._content[self._ends[place] : self._ends[place + 1]].decode(errors="surrogatepass")
+
+    def order(self) -> np.ndarray:
+        """The places of the texts in the order of the texts, (N,) int64."""
+        longest = int(np.diff(self._ends).max(initial=1))
+        if longest > LONGEST_SORTED:
+            return np.array(sorted(range(len(self)), key=self.__getitem__), np.int64)
+        # As bytes of one length: UTF-8 has the order of the characters
+        encoded = (text.encode(errors="surrogatepass") for text in self)
+        places: np.ndarray = np.fromiter(encoded, f"S{longest}", len(self)).argsort(kind="stable")
+        return places
+
+    def sorted(self) -> "Names":
+        return Names(self[place] for place in self.order())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Annotations(NamedTuple):
     """files: N names; labels: (N,) int64; rows: the N numbers of the rows they stand in."""
 
-    files: list[str]
+    files: Sequence[str]
     labels: np.ndarray
-    rows: list[int]
+    rows: Sequence[int]
+
+
+def repeated(values: Iterable[Hashable]) -> set[int]:
+    """The hashes that more than one of the values has: those of all that are there more than once, and hardly another.
+
+    It takes 8 bytes for each value, where a set or a Counter of them takes more than a hundred.
+    """
+    hashes = np.fromiter(map(hash, values), np.int64)
+    hashes.sort()
+    return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
 
 
 def read_annotations(path: Path, *, classes: int | None = None) -> Annotations:
@@ -41,9 +98,9 @@ def read_annotations(path: Path, *, classes: int | None = None) -> Annotations:
     has no control characters, and stands in one row; `./a//b.png` is read as `a/b.png`. A header without rows is a
     table of no images. Raises PipelineError, with all rows at fault, if anything else is in the file.
     """
-    files: list[str] = []
-    labels: list[int] = []
-    rows: list[int] = []
+    # Of a million names, those that are there twice at the most are to be remembered with their rows
+    again = repeated(_clean(values[0]) for _, values in read_rows(path) if len(values) == 2)
+    files, labels, rows = Names(), array("q"), array("q")
     faults: list[tuple[int, str]] = []
     seen: dict[str, tuple[int, int | None]] = {}
     known: dict[str, int | None] = {}
@@ -63,11 +120,11 @@ def read_annotations(path: Path, *, classes: int | None = None) -> Annotations:
             if label is None:
                 faults.append((row, f"label {shown(text)} is not {_expected(classes)}"))
             name = values[0]
-            if UNUSUAL.search(name) or os.name == "nt":
+            if _is_unusual(name):
                 if fault := name_fault(name):
                     faults.append((row, fault))
                     continue
-                name = str(PurePosixPath(name))
+                name = _clean(name)
             if name in seen:
                 first_row, first_label = seen[name]
                 if None in (label, first_label) or label == first_label:
@@ -78,11 +135,21 @@ def read_annotations(path: Path, *, classes: int | None = None) -> Annotations:
                 files.append(name)
                 labels.append(label)
                 rows.append(row)
-            seen.setdefault(name, (row, label))
+            if hash(name) in again:
+                seen.setdefault(name, (row, label))
         is_first = False
     if faults:
         raise faulty_rows(path, faults)
-    return Annotations(files, np.array(labels, np.int64), rows)
+    return Annotations(files, np.frombuffer(labels, np.int64), rows)
+
+
+def _is_unusual(name: str) -> bool:
+    return UNUSUAL.search(name) is not None or os.name == "nt"
+
+
+def _clean(name: str) -> str:
+    """The name without what can be left out of it."""
+    return str(PurePosixPath(name)) if _is_unusual(name) else name
 
 
 def class_names(folder: Path) -> list[str]:
@@ -146,37 +213,37 @@ def read_rows(path: Path) -> Iterator[tuple[int, list[str] | str]]:
     try:
         if not existing(path).is_file():
             raise PipelineError(f"{path}: not a file")
-        content = path.read_bytes()
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            yield from _parsed(str(path), file, ",")
     except OSError as error:
         raise PipelineError(f"{path}: not readable: {error.strerror}") from None
-    return parse_rows(str(path), content)
 
 
 def parse_rows(name: str, content: bytes, delimiter: str = ",") -> Iterator[tuple[int, list[str] | str]]:
     """The rows, as `read_rows` gives them, of the content of a file called `name` in errors."""
     text = content.decode("utf-8-sig", errors="surrogateescape")
-    if not text.strip("\r\n"):
-        raise PipelineError(f"{name}: empty, without even a header")
-    return _parsed(text, delimiter)
+    return _parsed(name, io.StringIO(text, newline=""), delimiter)
 
 
-def _parsed(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    is_utf8 = NOT_UTF8.search(text) is None
-    row = 0
+def _parsed(name: str, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    table = csv.reader(lines, delimiter=delimiter, strict=True)
+    row, is_empty = 0, True
     while True:
         row += 1
         try:
             values = next(table)
         except StopIteration:
-            return
+            break
         except csv.Error as error:  # a quote that never ends, text behind one, a value beyond csv.field_size_limit()
+            is_empty = False
             yield row, f"not CSV: {error}"
             continue
-        if not is_utf8 and NOT_UTF8.search("".join(values)):
-            yield row, "not UTF-8"
-        elif values:
-            yield row, values
+        if values:
+            is_empty = False
+            text = "".join(values)
+            yield row, "not UTF-8" if not text.isascii() and NOT_UTF8.search(text) else values
+    if is_empty:
+        raise PipelineError(f"{name}: empty, without even a header")
 
 
 def _number(text: str, below: int | None) -> int | None:

@@ -251,7 +251,7 @@ class Batches:
             return
         loader = DataLoader(
             _Pixels(self.dataset, self.image_shape),
-            batch_sampler=[part.tolist() for part in order.split(self.batch_size)],
+            batch_sampler=_Parts(order, self.batch_size),
             num_workers=self.workers,
             collate_fn=_stack,
             worker_init_fn=_leave_signals,
@@ -267,6 +267,22 @@ class Batches:
                 yield pixels.to(self.device)
         if faults:
             raise faulty_rows(self.dataset.annotations, sorted(faults))
+
+
+class _Parts:
+    """The indices of each batch, as a DataLoader wants them: lists of Python numbers, made when they are asked for."""
+
+    def __init__(self, order: Tensor, batch_size: int) -> None:
+        self.order = order
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (
+            self.order[start : start + self.batch_size].tolist() for start in range(0, len(self.order), self.batch_size)
+        )
 
 
 class _Pixels(Dataset[Tensor | tuple[int, str]]):

@@ -3,14 +3,14 @@
 import hashlib
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from classifier.annotations import LISTED_FAULTS
+from classifier.annotations import LISTED_FAULTS, Names
 from classifier.decoding import Header, decode_image, fit_pixels, read_header
 from classifier.errors import PipelineError
 from classifier.png import encode_png
@@ -29,9 +29,9 @@ class Prepared(NamedTuple):
     digest: bytes
 
 
-def file_names(split: str, data: LabelledImages) -> list[str]:
+def file_names(split: str, data: LabelledImages) -> Sequence[str]:
     """The names of a split's images in images.zip."""
-    return data.names or [f"{split}/{index:05d}.png" for index in range(len(data.labels))]
+    return data.names or Names(f"{split}/{index:05d}.png" for index in range(len(data.labels)))
 
 
 def common_shape(
@@ -88,7 +88,7 @@ def prepare(splits: Mapping[str, LabelledImages], shape: tuple[int, int, int]) -
 
 
 def _prepare_some(
-    data: LabelledImages, indices: range, names: list[str], shape: tuple[int, int, int]
+    data: LabelledImages, indices: range, names: Sequence[str], shape: tuple[int, int, int]
 ) -> list[Prepared | str]:
     """Some images, or what is wrong with one."""
     made: list[Prepared | str] = []

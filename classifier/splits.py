@@ -1,12 +1,12 @@
 """Labelled images of a source before they are written: the checks, the splits, and duplicates."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from classifier.annotations import LISTED_FAULTS
+from classifier.annotations import LISTED_FAULTS, repeated
 from classifier.errors import PipelineError
 from classifier.sources import LabelledImages
 
@@ -79,16 +79,21 @@ def assign_splits(
 
 
 def find_duplicates(
-    digests: Mapping[str, list[bytes]], labels: Mapping[str, np.ndarray], names: Mapping[str, list[str]]
+    digests: Mapping[str, Sequence[bytes] | np.ndarray],
+    labels: Mapping[str, np.ndarray],
+    names: Mapping[str, Sequence[str]],
 ) -> Duplicates:
     """Find the images whose pixels are the same.
 
-    By split: digests of the images' pixels, their labels (N,) int64, and their names.
+    By split: digests of the images' pixels, as bytes objects or (N,) of a dtype of bytes such as V32, their labels
+    (N,) int64, and their names.
     """
+    again = repeated(bytes(digest) for of_split in digests.values() for digest in of_split)
     seen: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
     for split, of_split in digests.items():
         for index, digest in enumerate(of_split):
-            seen[digest].append((split, index))
+            if hash(bytes(digest)) in again:
+                seen[bytes(digest)].append((split, index))
     within = across = 0
     in_several_splits, with_several_labels = [], []
     for places in seen.values():

@@ -5,8 +5,11 @@ Writes  data/images.zip, data/annotations/{train,val,test,classes}.csv
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 
-from classifier.annotations import write_csv
+import numpy as np
+
+from classifier.annotations import Names, write_csv
 from classifier.archive import write_zip
 from classifier.errors import run_main
 from classifier.files import ANNOTATIONS, IMAGES, RAW, atomic, verified
@@ -21,8 +24,9 @@ SHOWN_GROUPS = 5
 def main() -> None:
     params = load_params()
     source = load_source(params.source)
-    splits: dict[str, LabelledImages] = source.read(verified(RAW))
-    names = source.class_names(RAW)
+    raw = verified(RAW)
+    names = source.class_names(raw)
+    splits: dict[str, LabelledImages] = source.read(raw)
     for split, data in splits.items():
         check_labels(split, data, len(names))
     shares = assign_splits(
@@ -32,11 +36,12 @@ def main() -> None:
     check_classes(labels["train"], names)
 
     shape = common_shape(splits, params.image_size, params.channels)
-    digests: dict[str, bytes] = {}
+    starts = dict(zip(splits, accumulate((len(data.labels) for data in splits.values()), initial=0), strict=False))
+    digests = np.empty(sum(len(data.labels) for data in splits.values()), "V32")  # of all images, in this order
 
     def files() -> Iterator[tuple[str, bytes]]:
-        for image in prepare(splits, shape):
-            digests[image.name] = image.digest
+        for place, image in enumerate(prepare(splits, shape)):
+            digests[place] = image.digest
             yield image.name, image.png
 
     with atomic(IMAGES) as path:
@@ -44,7 +49,7 @@ def main() -> None:
 
     # An image keeps its name whichever split it goes to, so images.zip does not depend on how they are cut.
     names_of = {split: file_names(split, data) for split, data in splits.items()}
-    chosen = {split: [names_of[share.origin][place] for place in share.indices] for split, share in shares.items()}
+    chosen = {split: Names(names_of[share.origin][place] for place in share.indices) for split, share in shares.items()}
     with atomic(ANNOTATIONS) as folder:
         folder.mkdir()
         for split in shares:
@@ -53,7 +58,7 @@ def main() -> None:
 
     counts = ", ".join(f"{len(files_of_split):,} {split}" for split, files_of_split in chosen.items())
     print(f"{counts} images in {len(names)} classes, each {' x '.join(map(str, shape))} (channels x height x width)")
-    of_split = {split: [digests[name] for name in files_of_split] for split, files_of_split in chosen.items()}
+    of_split = {split: digests[starts[share.origin] + share.indices] for split, share in shares.items()}
     report(find_duplicates(of_split, labels, chosen))
 
 

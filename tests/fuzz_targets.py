@@ -44,7 +44,7 @@ def annotations(folder: Path, content: bytes) -> None:
             assert str(error).startswith(str(path))  # noqa: PT017
         else:
             assert len(files) == len(set(files)) == len(labels) == len(rows)
-            assert rows == sorted(set(rows))
+            assert [*rows] == sorted(set(rows))
             assert all(0 <= label < (classes or 10**18) for label in labels.tolist())
             assert not any(name.startswith("/") or "\0" in name or ".." in name.split("/") for name in files)
     with contextlib.suppress(PipelineError):
@@ -60,10 +60,9 @@ def archive(folder: Path, content: bytes) -> None:
     except PipelineError as error:
         assert len(str(error).splitlines()) == 1  # noqa: PT017, or it is taken
         return
-    for name in ["a.png", "", "../a.png", *sorted(images._zip().NameToInfo)[:20]]:
+    for name in ["a.png", "", "../a.png", *sorted(images._zip.names())[:20]]:
         with contextlib.suppress(PipelineError):
             assert isinstance(images.read(name), bytes)
-    images._zip().close()
 
 
 def seeds(name: str) -> list[bytes]:

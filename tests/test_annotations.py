@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from classifier.annotations import Annotations, class_names, read_annotations, write_csv
+from classifier.annotations import Annotations, Names, class_names, read_annotations, repeated, write_csv
 from classifier.errors import PipelineError
 
 
@@ -70,8 +70,8 @@ def test_ways_to_write_a_table(tmp_path: Path, text: str) -> None:
 
 def test_rows_are_numbered_as_in_a_spreadsheet(tmp_path: Path) -> None:
     """A header and blank lines count."""
-    assert read(tmp_path, "a,1\nb,2\n").rows == [1, 2]
-    assert read(tmp_path, "file,label\r\na,1\r\n\r\nb,2\r\n").rows == [2, 4]
+    assert [*read(tmp_path, "a,1\nb,2\n").rows] == [1, 2]
+    assert [*read(tmp_path, "file,label\r\na,1\r\n\r\nb,2\r\n").rows] == [2, 4]
 
 
 def test_names_are_taken_literally(tmp_path: Path) -> None:
@@ -102,6 +102,26 @@ def test_sixty_thousand_rows_are_read_in_a_moment(tmp_path: Path) -> None:
         assert len(read_annotations(tmp_path / "labels.csv", classes=10).files) == 60_000
         seconds.append(time.process_time() - begin)
     assert min(seconds) < 1  # of the processor, also where others use it
+
+
+def test_names_are_a_sequence_of_texts() -> None:
+    texts = ["b.png", "", "ä/\udcff.png", "a.png", "b.png", "\U0001f600", "\uffff"]
+    names = Names(texts)
+    assert [*names] == texts
+    assert names == texts
+    assert names != texts[1:]
+    assert (len(names), names[-1], names[1:3], "a.png" in names) == (7, texts[-1], texts[1:3], True)
+    assert names.sorted() == sorted(texts)
+    assert Names([*texts, "x" * 1000]).sorted() == sorted([*texts, "x" * 1000])
+    assert not Names()
+    assert Names().sorted() == []
+    with pytest.raises(IndexError):
+        names[7]
+
+
+def test_what_is_repeated_is_found() -> None:
+    assert repeated(["a", "b", "a", "c", "a"]) == {hash("a")}
+    assert repeated([]) == set()
 
 
 # What is not

@@ -276,6 +276,52 @@ def test_zip_bytes_are_pinned(zipped: Path) -> None:
     assert hashlib.md5(zipped.read_bytes(), usedforsecurity=False).hexdigest() == "5732d1364eed83ed62fac08aaf05da72"
 
 
+@pytest.mark.parametrize(("count", "limit"), [(40, zipfile.ZIP64_LIMIT), (70_000, zipfile.ZIP64_LIMIT), (40, 500)])
+def test_zip_bytes_are_those_of_pythons_own_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, limit: int
+) -> None:
+    """Also of more members than the first format could hold, and beyond the size that it could."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)  # in the place of a file of 2 GiB
+    files = {f"ä{index}" if index % 3 else f"{index}": b"x" * (index % 7) for index in range(count)}
+    write_zip(tmp_path / "ours.zip", files.items())
+    with zipfile.ZipFile(tmp_path / "theirs.zip", "w") as archive:
+        for name, content in files.items():
+            member = zipfile.ZipInfo(name)
+            member.create_system, member.external_attr = 3, 0o644 << 16
+            archive.writestr(member, content)
+    assert (tmp_path / "ours.zip").read_bytes() == (tmp_path / "theirs.zip").read_bytes()
+    images = Images(tmp_path / "ours.zip")
+    assert images.names() == sorted(files)
+    assert all(images.read(name) == files[name] for name in list(files)[-100:])
+
+
+def test_zips_with_long_records_and_something_around_them(tmp_path: Path) -> None:
+    """Long names, extra fields and comments; bytes in front, as of a program that unpacks itself; a comment behind."""
+    files = {f"{index}/{'long' * index}.png": bytes([index]) * 300 for index in range(1, 200)}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number, (name, content) in enumerate(files.items()):
+            member = zipfile.ZipInfo(name)
+            member.comment, member.extra = b"c" * 300 * number, struct.pack("<2H", 9, 4 * number) + bytes(4 * number)
+            archive.writestr(member, content, zipfile.ZIP_DEFLATED)
+        archive.comment = b"the end"
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(b"#!/bin/unpack\n" * 50 + content)
+    images = Images(tmp_path / "a.zip")
+    assert images.names() == sorted(files)
+    assert {name: images.read(name) for name in files} == files
+
+
+def test_an_open_zip_takes_little_memory(tmp_path: Path) -> None:
+    write_zip(tmp_path / "a.zip", ((f"train/{index:05d}.png", b"") for index in range(50_000)))
+    tracemalloc.start()
+    try:
+        images = Images(tmp_path / "a.zip")
+        images.read("train/00007.png")
+        assert tracemalloc.get_traced_memory()[0] < 30 * 50_000  # bytes
+    finally:
+        tracemalloc.stop()
+
+
 def test_pickled_images_open_the_zip_anew(images: Images) -> None:
     name = next(iter(FILES))
     images.read(name)

@@ -390,7 +390,7 @@ def evaluated(project: Project) -> tuple[list[str], np.ndarray]:
     network = build_network("mlp", test_set.image_shape(), 10)
     load_weights(network, project.root / "models/model_weights.pth", torch.device("cpu"))
     batches = Batches(test_set, 64, torch.device("cpu"), memory_limit_gib=1, workers=0)
-    return test_set.files, logits_of(batches, network, "float32").numpy()
+    return [*test_set.files], logits_of(batches, network, "float32").numpy()
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ class LabelledImages(NamedTuple):
 
     images: Sequence[np.ndarray | bytes] | np.ndarray
     labels: np.ndarray
-    names: list[str] | None = None
+    names: Sequence[str] | None = None
 
 
 def load_source(name: str) -> ModuleType:

@@ -15,15 +15,16 @@ import os
 import re
 import shutil
 import subprocess
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from classifier.annotations import CONTROL, LISTED_FAULTS, faulty_rows, name_fault, parse_rows, shown
+from classifier.annotations import CONTROL, LISTED_FAULTS, Names, faulty_rows, name_fault, parse_rows, repeated, shown
 from classifier.archive import IMAGE_SUFFIXES, Images
 from classifier.errors import PipelineError
 from classifier.files import atomic
@@ -38,6 +39,7 @@ SPLITS = {
 FILE_COLUMNS = ("file", "filename", "filepath", "image", "imagename", "imageid", "imagepath", "path", "id", "name")
 LABEL_COLUMNS = ("label", "class", "classname", "category", "target", "species", "breed", "labels")
 SPLIT_COLUMNS = ("split", "subset", "set", "fold")
+TABLE_SUFFIXES = (".csv", ".tsv")
 UNLABELLED = "they have no classes; `classifier predict` answers for them"
 
 
@@ -49,10 +51,40 @@ class Entry(NamedTuple):
     below: str
 
 
+class Entries(Sequence[Entry]):
+    """Entries in little more memory than their names have bytes."""
+
+    def __init__(self) -> None:
+        self.names = Names()
+        self.classes: list[str] = []
+        self._numbers: dict[str, int] = {}  # of the classes
+        self._class_of, self._start_of = array("q"), array("q")
+
+    def append(self, name: str, class_name: str, start: int) -> None:
+        """start: where in the name that below the folder of its class or table starts."""
+        self.names.append(name)
+        if class_name not in self._numbers:
+            self._numbers[class_name] = len(self.classes)
+            self.classes.append(class_name)
+        self._class_of.append(self._numbers[class_name])
+        self._start_of.append(start)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
+        name = self.names[index]
+        return Entry(name, self.classes[self._class_of[index]], name[self._start_of[index] :])
+
+    def labels(self, label_of: Mapping[str, int]) -> np.ndarray:
+        """(N,) int64, by the labels of the classes."""
+        return np.array([label_of[name] for name in self.classes], np.int64)[np.frombuffer(self._class_of, np.int64)]
+
+
 class Layout(NamedTuple):
     """Entries by split, "train" at least; the tables they come from; what of the data is not used, for people."""
 
-    splits: dict[str, list[Entry]]
+    splits: dict[str, Entries]
     tables: list[str]
     unused: list[str]
 
@@ -75,7 +107,7 @@ def fetch(raw: Path, data_path: Path) -> None:
         if data_path.is_file():
             shutil.copyfile(data_path, folder / ZIP)
             return
-        names = [*layout.tables, *(entry.name for entries in layout.splits.values() for entry in entries)]
+        names = [*layout.tables, *(name for entries in layout.splits.values() for name in entries.names)]
         for name in tqdm(names, desc="copying", unit="file", disable=None):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,12 +127,15 @@ def read(raw: Path) -> dict[str, LabelledImages]:
     splits = {}
     for split, entries in layout.splits.items():
         folder = split if len(layout.splits) > 1 else "images"
-        names = _png_names([f"{folder}/{labels[entry.class_name]}/{entry.below}" for entry in entries])
-        named = sorted(zip(names, entries, strict=True))
+        of_entries = entries.labels(labels)
+        names = _png_names(
+            Names(f"{folder}/{label}/{entry.below}" for label, entry in zip(of_entries, entries, strict=True))
+        )
+        order = names.order()
         splits[split] = LabelledImages(
-            _Files(images, [entry.name for _, entry in named]),
-            np.array([labels[entry.class_name] for _, entry in named], np.int64),
-            [name for name, _ in named],
+            _Files(images, Names(entries.names[place] for place in order)),
+            of_entries[order],
+            Names(names[place] for place in order),
         )
     return splits
 
@@ -108,7 +143,7 @@ def read(raw: Path) -> dict[str, LabelledImages]:
 class _Files(Sequence[bytes]):
     """The contents of files, read when they are asked for."""
 
-    def __init__(self, images: Images, names: list[str]) -> None:
+    def __init__(self, images: Images, names: Names) -> None:
         self.images = images
         self.names = names
 
@@ -123,10 +158,11 @@ def _images(raw: Path) -> Images:
     return Images(raw / ZIP if (raw / ZIP).is_file() else raw)
 
 
-def _png_names(names: list[str]) -> list[str]:
+def _png_names(names: Names) -> Names:
     """Names with .png for their suffix, or, where two would be the same, behind it."""
-    count = Counter(_without_suffix(name) for name in names)
-    return [f"{stem if count[stem := _without_suffix(name)] == 1 else name}.png" for name in names]
+    again = repeated(map(_without_suffix, names))
+    count = Counter(stem for name in names if hash(stem := _without_suffix(name)) in again)
+    return Names(f"{name if count[stem := _without_suffix(name)] > 1 else stem}.png" for name in names)
 
 
 def _without_suffix(name: str) -> str:
@@ -134,7 +170,7 @@ def _without_suffix(name: str) -> str:
 
 
 def _names_of_classes(layout: Layout) -> list[str]:
-    names = {entry.class_name for entries in layout.splits.values() for entry in entries}
+    names = {name for entries in layout.splits.values() for name in entries.classes}
     return sorted(names, key=int if all(name.isdecimal() and name.isascii() for name in names) else None)
 
 
@@ -147,12 +183,15 @@ def find_layout(images: Images) -> Layout:
     names = images.names()
     if faults := [fault for name in names if (fault := name_fault(name))]:
         raise PipelineError(f"{where}: {_listed(faults, 'files cannot be named like this')}")
-    pictures = [name for name in names if _suffix(name) in IMAGE_SUFFIXES]
-    tables = [name for name in names if _suffix(name) in (".csv", ".tsv")]
+    pictures = Names(name for name in names if _suffix(name) in IMAGE_SUFFIXES)
+    tables = [name for name in names if _suffix(name) in TABLE_SUFFIXES]
+    used = {*IMAGE_SUFFIXES, *TABLE_SUFFIXES}
+    others = Counter(suffix or "no suffix" for name in names if (suffix := _suffix(name)) not in used)
     if not pictures:
         zips = [name for name in names if _suffix(name) == ".zip"]
         hint = f"; for the zip in it, set data_path: {images.path / zips[0]}" if zips and images.path.is_dir() else ""
         raise PipelineError(f"{where}: no images in it, which end in {', '.join(sorted(IMAGE_SUFFIXES))}{hint}")
+    del names  # they take as much memory as what is made of them
     layout = _from_tables(images, pictures, tables) if tables else _from_folders(where, pictures)
     classes = _names_of_classes(layout)
     if strange := [shown(name) for name in classes if CONTROL.search(name) or not name.strip()]:
@@ -161,30 +200,29 @@ def find_layout(images: Images) -> Layout:
         raise PipelineError(
             f"{where}: all images are of one class, {shown(classes[0])}; two are needed, each in a folder of its own"
         )
-    others = Counter(_suffix(name) or "no suffix" for name in set(names) - set(pictures) - set(tables))
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
     return layout._replace(
         unused=[*layout.unused, *([f"files that are no images by their names: {kinds}"] * bool(kinds))]
     )
 
 
-def _from_folders(where: str, pictures: list[str]) -> Layout:
+def _from_folders(where: str, pictures: Names) -> Layout:
     root = _common_folder(pictures)
     if root and len(pictures) == sum(name.rfind("/") == len(root) - 1 for name in pictures):
         root = root[: root.rfind("/", 0, -1) + 1]  # all images are in one folder: it is that of a class
-    parts = {name: name[len(root) :].split("/") for name in pictures}
-    tops = {path[0] for path in parts.values() if len(path) > 1}
+    tops = {name[len(root) :].partition("/")[0] for name in pictures if "/" in name[len(root) :]}
     has_splits = "train" in {SPLITS.get(top.casefold()) for top in tops}
-    splits: dict[str, list[Entry]] = defaultdict(list)
+    splits: dict[str, Entries] = defaultdict(Entries)
     stray: dict[str, list[str]] = defaultdict(list)
     beside: Counter[str] = Counter()
-    for name, path in parts.items():
+    for name in pictures:
+        path = name[len(root) :].split("/")
         split = SPLITS.get(path[0].casefold()) if has_splits else "train"
         above = path[has_splits:-1]
         if split is None or (has_splits and len(path) == 1):
             beside[path[0] if len(path) > 1 else "no folder"] += 1
         elif above:
-            splits[split].append(Entry(name, above[0], "/".join(path[has_splits + 1 :])))
+            splits[split].append(name, above[0], len(name) - len("/".join(path[has_splits + 1 :])))
         else:
             stray[split].append(name)
     unused = [f"{count} images in {folder}, beside the folders of the splits" for folder, count in beside.items()]
@@ -195,7 +233,7 @@ def _from_folders(where: str, pictures: list[str]) -> Layout:
     return Layout({split: splits[split] for split in ("train", "val", "test") if split in splits}, [], unused)
 
 
-def _from_tables(images: Images, pictures: list[str], tables: list[str]) -> Layout:
+def _from_tables(images: Images, pictures: Names, tables: list[str]) -> Layout:
     depth = min(name.count("/") for name in tables)
     tables = [name for name in tables if name.count("/") == depth and "submission" not in name.casefold()]
     by_split = {split: name for name in tables if (split := _split_of_table(name))}
@@ -220,11 +258,13 @@ def _from_tables(images: Images, pictures: list[str], tables: list[str]) -> Layo
         raise PipelineError(f"{images.path}: no training images in {', '.join(used)}")
     if left := len(pictures) - len(seen):
         unused.append(f"{left} images that no row names")
-    entries = {}
+    entries: dict[str, Entries] = {}
     for split in ("train", "val", "test"):
         if rows_of_split := splits.get(split):
             start = len(_common_folder([name for name, _ in rows_of_split]))
-            entries[split] = [Entry(name, class_name, name[start:]) for name, class_name in rows_of_split]
+            entries[split] = Entries()
+            for name, class_name in rows_of_split:
+                entries[split].append(name, class_name, start)
     return Layout(entries, used, unused)
 
 
@@ -308,7 +348,7 @@ def _split_of_table(name: str) -> str | None:
     return SPLITS.get(found[1]) if found else None
 
 
-def _finder(pictures: list[str]) -> Callable[[str, str], list[str]]:
+def _finder(pictures: Names) -> Callable[[str, str], list[str]]:
     """A function that gives the images that a table for a split can mean by a name, in part or without suffix."""
     by_last: dict[str, list[str]] = defaultdict(list)
     for name in pictures:
@@ -329,7 +369,7 @@ def _finder(pictures: list[str]) -> Callable[[str, str], list[str]]:
     return find
 
 
-def _common_folder(names: list[str]) -> str:
+def _common_folder(names: Sequence[str]) -> str:
     """The folder that all names are in, with a slash at its end, or nothing."""
     folders = {name.rpartition("/")[0] for name in names}
     folder = os.path.commonpath(folders) if all(folders) else ""

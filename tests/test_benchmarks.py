@@ -1,0 +1,43 @@
+"""The benchmarks: their command lines, the page of results, and the fit of exponents."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from imports import ROOT
+
+from benchmarks.measuring import exponent, median_ratio, summary, write_section
+
+PROGRAMS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()" in path.read_text())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_each_tells_its_options(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{program}", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python -m benchmarks.{program}" in done.stdout
+
+
+def test_a_section_takes_the_place_of_the_one_before_and_of_no_other(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    write_section(page, "One", ["old"])
+    head = page.read_text().split("## ")[0]
+    write_section(page, "Two", ["```text", "# no heading", "```"])
+    write_section(page, "One", ["new", "", "lines"])
+    write_section(page, "Three", ["3"])
+    expected = "## One\n\nnew\n\nlines\n\n## Two\n\n```text\n# no heading\n```\n\n## Three\n\n3\n"
+    assert page.read_text() == head + expected
+    assert head.startswith("# Results")
+
+
+def test_exponent_of_a_power_is_found() -> None:
+    assert exponent([10, 100, 1000], [3 * size**1.5 for size in (10, 100, 1000)]) == pytest.approx(1.5)
+    assert exponent([10_000, 1_000_000], [7, 7]) == pytest.approx(0)
+
+
+def test_medians_and_ranges() -> None:
+    assert summary([3, 1, 2], "s", 1) == "median 2.0 s (1.0 to 3.0), n=3"
+    assert median_ratio([2, 6, 20], [1, 2, 5]) == 3
