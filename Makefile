@@ -73,6 +73,7 @@ peers: env .venv-peers/.synced  ## make .venv-peers, with the frameworks that th
 bench: env peers  ## run the benchmarks, for hours; prints and benchmarks/results.md: machine, versions, medians and ratios
 	$(RUN) benchmarks.pipeline
 	$(PEERS) -m benchmarks.train_step
+	$(RUN) benchmarks.step
 	$(RUN) benchmarks.inference
 	$(RUN) benchmarks.scale
 	$(PEERS) -m benchmarks.time_to_accuracy

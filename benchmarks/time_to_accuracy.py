@@ -41,8 +41,9 @@ from project import Project
 
 # As they are spelt in params.yaml
 RECIPE = {
-    "network": "cnn", "epochs": "5", "optimizer": "adamw", "lr": "0.005", "weight_decay": "0.05",
-    "schedule": "onecycle", "batch_size": "128",
+    "network": "cnn", "val_size": "0", "epochs": "24", "batch_size": "256", "lr": "0.2", "momentum": "0.9",
+    "weight_decay": "0.0005", "schedule": "onecycle", "label_smoothing": "0.1", "augment": "[crop, flip]",
+    "precision": "bfloat16",
 }  # fmt: skip
 TEST_BATCH = 500
 
@@ -121,7 +122,7 @@ def mean_and_deviation(values: Any, digits: int) -> str:
 def train_recipe(folder: Path, raw: Path, seeds: int) -> Iterator[list[Epoch]]:
     """Run the train stage with each seed. Without validation images, its figures are those of test."""
     project = Project.create(folder / "project")
-    project.set_params(**(RECIPE | {"val_size": "0", "shuffle": "true"}))
+    project.set_params(**RECIPE)
     project.commit()
     env = isolated_environment(folder) | {"FASHION_MNIST_DIR": str(raw)}
     images = len(read(raw)["train"].labels)
