@@ -1,0 +1,122 @@
+"""What the parts of a training step cost, and what does not make it quicker.
+
+python -m benchmarks.step [--rounds N]
+
+The tutorial's network, batches of 64, 60,000 images of noise in memory, in one process, in turns after one that does
+not count. `loop` is the bare loop: pixels by index, forward, backward, SGD. The others are the same with one thing
+changed; their losses are the same where the line does not say otherwise.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measuring import Report, median_ratio, parser, summary
+from classifier.device import set_threads
+from classifier.errors import run_main
+from classifier.networks.mlp import build
+from classifier.training import build_scheduler
+from classifier.transforms import to_float
+
+IMAGES, BATCH, LR = 60_000, 64, 1e-3
+PROFILED = 200  # steps
+SHOWN = 12  # operations
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=7, help="epochs of each variant (default 7)")
+    rounds = arguments.parse_args().rounds
+    report = Report("Parts of a step", ("torch",))
+    set_threads("auto")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (IMAGES,), generator=generator)
+
+    variants: dict[str, Callable[[], None]] = {
+        "loop": partial(train, pixels, labels),
+        "+ losses and gradients checked": partial(train, pixels, labels, checks=True),
+        "+ learning rate by a scheduler": partial(train, pixels, labels, schedules=True),
+        "without the update": partial(train, pixels, labels, updates=False),
+        "SGD(foreach=True)": partial(train, pixels, labels, foreach=True),
+        "SGD(fused=True), other last bits": partial(train, pixels, labels, fused=True),
+        "gradients kept, not made anew": partial(train, pixels, labels, keeps_gradients=True),
+        "pixels kept as float32": partial(train, to_float(pixels), labels),
+        "bfloat16, other losses": partial(train, pixels, labels, precision=torch.bfloat16),
+        "matrix products alone": products,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, variant in variants.items():
+            started = perf_counter()
+            variant()
+            if number:
+                seconds[name].append(perf_counter() - started)
+    report.line(f"\nseconds an epoch of {IMAGES:,} images, batch {BATCH}, {rounds} rounds, median ratio to loop")
+    for name, taken in seconds.items():
+        report.line(f"  {name:33} {median_ratio(taken, seconds['loop']):.2f}  {summary(taken, 's')}")
+
+    report.line(f"\nshare of the time by operation, {PROFILED} steps with checks and scheduler under torch's profiler")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(pixels[: PROFILED * BATCH], labels, checks=True, schedules=True)
+    operations = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in operations)
+    for event in operations[:SHOWN]:
+        report.line(f"  {event.key[:40]:40} {event.self_cpu_time_total / total:6.1%}")
+    report.save()
+
+
+def train(
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    checks: bool = False,
+    schedules: bool = False,
+    updates: bool = True,
+    keeps_gradients: bool = False,
+    foreach: bool | None = None,
+    fused: bool | None = None,
+    precision: torch.dtype = torch.float32,
+) -> None:
+    """An epoch over pixels (N, 1, 28, 28), uint8 or float32 in [0, 1], and their labels, in a drawn order."""
+    torch.manual_seed(0)
+    network = build((1, 28, 28), 10)
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(parameters, LR, foreach=foreach, fused=fused)
+    scheduler = build_scheduler("constant", optimizer, len(pixels))
+    for index in torch.randperm(len(pixels)).split(BATCH):
+        images = pixels[index]
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            logits = network(to_float(images) if images.dtype == torch.uint8 else images)
+            loss = nn.functional.cross_entropy(logits, labels[index])
+        loss.backward()
+        if checks:
+            loss.item()
+            torch.stack([weights.grad.sum() for weights in parameters if weights.grad is not None]).sum().item()
+        if updates:
+            optimizer.step()
+        if schedules:
+            scheduler.step()
+        optimizer.zero_grad(set_to_none=not keeps_gradients)
+
+
+def products() -> None:
+    """The eight matrix products of each step, on the same operands again and again: caches are as warm as can be."""
+    pixels, hidden, gradient = torch.rand(BATCH, 784), torch.rand(BATCH, 512), torch.rand(BATCH, 10)
+    first, second, third = torch.rand(512, 784), torch.rand(512, 512), torch.rand(10, 512)
+    for _ in range(-(-IMAGES // BATCH)):
+        pixels @ first.T
+        hidden @ second.T
+        hidden @ third.T
+        gradient.T @ hidden
+        gradient @ third
+        hidden.T @ hidden
+        hidden @ second
+        hidden.T @ pixels
+
+
+if __name__ == "__main__":
+    run_main(main)
