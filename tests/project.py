@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
 from filelock import FileLock
 from imports import ROOT
 from small_data import write_idx_dataset
 
 from classifier.files import hash_bytes, hash_file
+
+if TYPE_CHECKING:  # the benchmarks have other environments too
+    import pytest
 
 # A data source as a user would add one: one file, here for small files in Fashion-MNIST's format.
 SMALL_SOURCE = '''"""Small IDX files in the folder data_path."""
@@ -131,13 +134,13 @@ def small_project(folder: Path, **params: str) -> Project:
     return project
 
 
-def session_folder(factory: pytest.TempPathFactory) -> Path:
+def session_folder(factory: "pytest.TempPathFactory") -> Path:
     """A folder of this run of pytest, the same for all of its processes."""
     own = factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
-def reproduced_project(factory: pytest.TempPathFactory, **params: str) -> Project:
+def reproduced_project(factory: "pytest.TempPathFactory", **params: str) -> Project:
     """A small project in which `dvc repro` ran, with nothing committed since; what that said is beside it, printed.txt.
 
     It is a copy of the test file's own: the stages run once for the same `params`, whichever file asks first. The IDX
