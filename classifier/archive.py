@@ -46,6 +46,7 @@ ENCRYPTED, PATCHED, STRONGLY_ENCRYPTED, IS_UTF8 = 0x1, 0x20, 0x40, 0x800
 LONGEST_RECORD = MEMBER.size + 3 * 0xFFFF  # bytes: with name, extra field and comment
 USUAL_RECORD = 256
 READ_AHEAD = 1 << 20  # bytes of a directory that are read at a time
+LARGEST_IN_MEMORY = 1 << 24  # bytes of a directory; a longer one is kept in a file until it can be written
 
 
 class Images:
@@ -308,7 +309,10 @@ def write_zip(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
     The same bytes as Python's `zipfile` writes, which keeps half a KiB of memory for each member.
     """
-    with path.open("wb") as archive, tempfile.TemporaryFile(dir=path.parent) as directory:
+    with (
+        path.open("wb") as archive,
+        tempfile.SpooledTemporaryFile(max_size=LARGEST_IN_MEMORY, dir=str(path.parent)) as directory,
+    ):
         count = start = 0
         for name, content in files:
             encoded, flags = (name.encode(), 0) if name.isascii() else (name.encode(), IS_UTF8)
