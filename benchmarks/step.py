@@ -5,6 +5,9 @@ python -m benchmarks.step [--rounds N]
 The tutorial's network, batches of 64, 60,000 images of noise in memory, in one process, in turns after one that does
 not count. `loop` is the bare loop: pixels by index, forward, backward, SGD. The others are the same with one thing
 changed; their losses are the same where the line does not say otherwise.
+
+Then some steps of the cnn, batches of 256, bfloat16, crop and flip, in two processes in turns: where freed memory goes
+back to the system as the C library has it, and where `keep_freed_memory` keeps it, as the train stage does.
 """
 
 from collections.abc import Callable
@@ -14,16 +17,18 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import Report, median_ratio, parser, summary
-from classifier.device import set_threads
+from benchmarks.measuring import Contender, Report, in_turns, median_ratio, parser, summary
+from classifier.device import keep_freed_memory, set_threads
 from classifier.errors import run_main
+from classifier.networks import cnn
 from classifier.networks.mlp import build
 from classifier.training import build_scheduler
-from classifier.transforms import to_float
+from classifier.transforms import augment, to_float
 
 IMAGES, BATCH, LR = 60_000, 64, 1e-3
 PROFILED = 200  # steps
 SHOWN = 12  # operations
+CNN_STEPS, CNN_BATCH = 40, 256  # in a turn
 
 
 def main() -> None:
@@ -32,9 +37,7 @@ def main() -> None:
     rounds = arguments.parse_args().rounds
     report = Report("Parts of a step", ("torch",))
     set_threads("auto")
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, 10, (IMAGES,), generator=generator)
+    pixels, labels = noise(IMAGES)
 
     variants: dict[str, Callable[[], None]] = {
         "loop": partial(train, pixels, labels),
@@ -66,7 +69,49 @@ def main() -> None:
     total = sum(event.self_cpu_time_total for event in operations)
     for event in operations[:SHOWN]:
         report.line(f"  {event.key[:40]:40} {event.self_cpu_time_total / total:6.1%}")
+    report_memory(report, rounds)
     report.save()
+
+
+def noise(count: int) -> tuple[Tensor, Tensor]:
+    """Pixels (count, 1, 28, 28) uint8 and labels (count,) int64."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    return pixels, torch.randint(0, 10, (count,), generator=generator)
+
+
+def report_memory(report: Report, rounds: int) -> None:
+    contenders = {name: Contender(cnn_steps, name == "kept") for name in ("given back", "kept")}
+    turns = in_turns(contenders, rounds)
+    for contender in contenders.values():
+        contender.close()
+    report.line(f"\n{CNN_STEPS} steps of the cnn, batch {CNN_BATCH}, bfloat16, {rounds} rounds: freed memory")
+    for name, taken in turns.items():
+        report.line(f"  {name:10} {median_ratio(taken, turns['given back']):.2f}  {summary(taken, 's')}")
+
+
+def cnn_steps(keeps: bool) -> Callable[[], float]:
+    """Returns a function that takes CNN_STEPS steps and returns their seconds."""
+    set_threads("auto")
+    if keeps:
+        keep_freed_memory()
+    pixels, labels = noise(CNN_BATCH)
+    generator = torch.Generator().manual_seed(0)
+    network = cnn.build((1, 28, 28), 10)
+    optimizer = torch.optim.SGD(network.parameters(), LR, momentum=0.9)
+
+    def steps() -> float:
+        started = perf_counter()
+        for _ in range(CNN_STEPS):
+            images = augment(to_float(pixels), ("crop", "flip"), generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.cross_entropy(network(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return perf_counter() - started
+
+    return steps
 
 
 def train(

@@ -1,9 +1,11 @@
 """Where and how torch computes: the device policy, seeds, determinism, threads, and a record of them all."""
 
+import ctypes
 import os
 import platform
 import random
 import subprocess
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -12,6 +14,8 @@ import numpy as np
 import torch
 
 from classifier.errors import PipelineError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def select_device(name: str) -> torch.device:
@@ -59,6 +63,19 @@ def set_threads(threads: int | Literal["auto"]) -> int:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads)
     return threads
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of tensors that are gone for the next ones; elsewhere, do nothing.
+
+    By default it gives large blocks back to the system, which hands them out again as new pages, filled with zeros: in
+    each step of a convolutional network thousands of page faults, a fifth of the time on two threads. The numbers of
+    `man 3 mallopt`: blocks below 1 GiB come from the heap, whose free end stays, up to 2 GiB.
+    """
+    with suppress(AttributeError, TypeError):  # another C library; Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def refuse_several_processes() -> None:

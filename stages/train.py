@@ -16,7 +16,14 @@ from classifier import files
 from classifier.annotations import class_names, write_csv
 from classifier.checkpoint import Checkpoints, checkpoints, makings
 from classifier.dataset import Batches, CustomImageDataset
-from classifier.device import environment, refuse_several_processes, seed_everything, select_device, set_threads
+from classifier.device import (
+    environment,
+    keep_freed_memory,
+    refuse_several_processes,
+    seed_everything,
+    select_device,
+    set_threads,
+)
 from classifier.errors import run_main
 from classifier.interrupts import held_back
 from classifier.networks import build_network
@@ -45,6 +52,7 @@ def main() -> None:
     tracker = Tracker()
     device = select_device(params.device)
     set_threads(params.threads)
+    keep_freed_memory()
     recorded = environment(device)
     made_of = makings("train", params.model_dump(), recorded)  # now: while images are decoded, code may be edited
 

@@ -4,7 +4,10 @@ What torch says of accelerators is replaced here, and only here: there is none t
 """
 
 import os
+import platform
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -147,6 +150,23 @@ def test_auto_threads_are_the_cores_of_this_process() -> None:
         assert set_threads("auto") == 1
     finally:
         os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_kept() -> None:
+    """The next tensor takes the pages of the one before: in a process of its own, for malloc stays as it is set."""
+    script = (
+        "import resource, torch; from classifier.device import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(10): torch.ones(50_000_000, dtype=torch.uint8)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "given_back = faults(); keep_freed_memory(); faults(); print(given_back, faults())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert given_back > 100
+    assert kept < given_back / 10
 
 
 @pytest.mark.usefixtures("restore_torch")
