@@ -6,6 +6,7 @@ ONNX file too; classifier/quantization.py writes it.
 numpy.save writes them, and gives for each file the logits of all images in one batch, then of the first image alone.
 """
 
+import importlib
 import io
 import json
 import math
@@ -28,6 +29,8 @@ from classifier.params import modules_in
 # Largest difference between two logits that counts as the same. Formats differ by the order in which they sum, which
 # float32 rounds at about 1e-6 of a logit.
 TOLERANCE = 1e-4
+# What reading imports, a second of it: the process that reads does so while the files are being written.
+LIBRARIES = {".pt2": "torch.export.pt2_archive", ".onnx": "onnxruntime"}
 UNKNOWN_FORMAT = "{}: the formats are .pth, .pt2, .onnx and .safetensors"
 
 
@@ -217,9 +220,12 @@ def _npy(array: np.ndarray) -> bytes:
 def main() -> None:
     output = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what libraries print
+    paths = [Path(name) for name in sys.argv[1:]]
+    for library in {LIBRARIES[path.suffix] for path in paths if path.suffix in LIBRARIES}:
+        importlib.import_module(library)
     pixels = np.load(io.BytesIO(sys.stdin.buffer.read()))
     with os.fdopen(output, "wb") as file:
-        for path in map(Path, sys.argv[1:]):
+        for path in paths:
             logits = np.concatenate([read_logits(path, pixels), read_logits(path, pixels[:1])])
             file.write(_npy(logits))
             file.flush()  # a broken file may end this process
