@@ -25,6 +25,7 @@ RATES = ["0.1", "0.01"]
 OPTIMIZERS = ["sgd", "adam"]
 PAIRS = sorted(product(RATES, OPTIMIZERS))
 EPOCHS = 5
+PATIENCE = 60_000  # milliseconds, where the machine is busy
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +112,13 @@ def row(table: Locator, title: str) -> list[str]:
 
 def draw_losses(page: Page) -> Locator:
     """From the comparison, open the chart of both losses; returns the curves."""
+    # The comparison is laid out anew when its chart is there: a click before that can be lost
+    expect(page.locator(".parcoords .axis-title").first).to_be_visible(timeout=PATIENCE)
     page.get_by_role("link", name="train_loss").click()
-    page.get_by_role("combobox").click()
-    page.get_by_role("combobox").press_sequentially("val_loss")
+    metrics = page.get_by_role("combobox")
+    expect(metrics).to_have_count(1, timeout=PATIENCE)  # the comparison, which stays until this page is there, has two
+    metrics.click()
+    metrics.press_sequentially("val_loss")
     page.keyboard.press("Enter")
     page.get_by_role("heading", name="Metrics").click()  # closes the list
     page.get_by_role("switch").last.click()  # logarithmic scale
