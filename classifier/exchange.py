@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from classifier.errors import PipelineError
-from classifier.networks import build_network
+from classifier.networks import Mirrored, build_network
 from classifier.params import modules_in
 
 # Largest difference between two logits that counts as the same. Formats differ by the order in which they sum, which
@@ -91,14 +91,18 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
 def write_weights(network: nn.Module, name: str, image_shape: tuple[int, int, int], classes: int, path: Path) -> None:
     """Write the weights of a network of classifier/networks as .safetensors, with what it takes to build it again.
 
-    That is the metadata, of texts: `network`, its name; `image_shape`, (C, H, W) as JSON; `classes`, their number; and
-    `temperature`, by which its logits are to be divided, if it is scaled.
+    That is the metadata, of texts: `network`, its name; `image_shape`, (C, H, W) as JSON; `classes`, their number;
+    `temperature`, by which its logits are to be divided, if it is scaled; and `test_flip`, `true`, if they are the mean
+    of an image's and its mirror image's.
     """
     import safetensors.torch
 
     metadata = {"network": name, "image_shape": json.dumps(image_shape), "classes": str(classes)}
     if isinstance(network, TemperatureScaled):
         metadata["temperature"] = repr(network.temperature)
+        network = network.network
+    if isinstance(network, Mirrored):
+        metadata["test_flip"] = "true"
         network = network.network
     tensors = {key: value.cpu().clone().contiguous() for key, value in network.state_dict().items()}
     content = safetensors.torch.save(tensors)
@@ -157,6 +161,8 @@ def _read_weights(path: Path) -> nn.Module:
         temperature = float(metadata.get("temperature", 1))
         if not 0 < temperature < math.inf:
             raise ValueError(f"its temperature is {temperature}")
+        if (test_flip := metadata.get("test_flip", "false")) not in ("true", "false"):
+            raise ValueError(f"its test_flip is {test_flip}")
         with torch.device("meta"):  # without memory: a hostile file may name any size
             expected = {
                 key: value.shape for key, value in build_network(name, image_shape, classes).state_dict().items()
@@ -168,7 +174,7 @@ def _read_weights(path: Path) -> nn.Module:
         raise PipelineError(f"{path}: broken, or not a file that export wrote: {reason}") from None
     network = build_network(name, image_shape, classes)
     network.load_state_dict(tensors)
-    return TemperatureScaled(network, temperature)
+    return TemperatureScaled(Mirrored(network) if test_flip == "true" else network, temperature)
 
 
 @contextmanager

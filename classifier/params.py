@@ -100,6 +100,7 @@ class Params(BaseModel):
     )
     balance: Literal["none", "sampler", "loss"] = Field(description="one of none, sampler, loss")
     precision: Literal["float32", "bfloat16"] = Field(description="float32 or bfloat16")
+    test_flip: bool = Field(description="true or false")
 
     export_formats: list[Literal["pth", "pt2", "onnx", "safetensors", "int8"]] = Field(
         min_length=1, description="a list of at least one of pth, pt2, onnx, safetensors, int8"

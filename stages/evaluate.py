@@ -24,7 +24,7 @@ from classifier.metrics import (
     overall_scores,
     wilson_interval,
 )
-from classifier.networks import build_network
+from classifier.networks import Mirrored, build_network
 from classifier.params import load_params
 from classifier.tracking import Tracker
 from classifier.training import load_weights, predict, saliency, score
@@ -46,6 +46,7 @@ def main() -> None:
     test_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", images, classes=len(names))
     network = build_network(params.network, test_set.image_shape(), len(names)).to(device)
     load_weights(network, files.verified(files.WEIGHTS), device)
+    network = Mirrored(network) if params.test_flip else network
     batches = Batches(
         test_set, params.batch_size, device, memory_limit_gib=params.memory_limit_gib, workers=params.workers
     )

@@ -26,7 +26,7 @@ from classifier.dataset import Batches, CustomImageDataset
 from classifier.device import environment, seed_everything, select_device, set_threads
 from classifier.errors import PipelineError, run_main
 from classifier.exchange import checking, write, write_weights
-from classifier.networks import build_network
+from classifier.networks import Mirrored, build_network
 from classifier.params import UNTRACKED, Params, load_params
 from classifier.quantization import CALIBRATION_IMAGES, accuracy_cost, quantize
 from classifier.tracking import Tracker
@@ -53,6 +53,7 @@ def main() -> None:
     scores = pd.read_csv(files.verified(files.CLASS_METRICS), dtype={"class": str}, keep_default_na=False)
     network = build_network(params.network, splits["test"].image_shape(), len(names))
     load_weights(network, files.verified(files.WEIGHTS), device)
+    network = Mirrored(network) if params.test_flip else network
     batches = partial(
         Batches,
         batch_size=params.batch_size,

@@ -26,7 +26,7 @@ from classifier.device import (
 )
 from classifier.errors import run_main
 from classifier.interrupts import held_back
-from classifier.networks import build_network
+from classifier.networks import Mirrored, build_network
 from classifier.params import Params, load_params
 from classifier.pretrained import load_pretrained
 from classifier.tracking import Tracker
@@ -63,6 +63,7 @@ def main() -> None:
     network = build_network(params.network, train_batches.dataset.image_shape(), len(names)).to(device)
     start = load_pretrained(network, params.network, params.weights) if params.weights else None
     trainable = freeze(network, params.freeze)
+    evaluated = Mirrored(network) if params.test_flip else network
     print(describe(network), flush=True)
     optimizer = build_optimizer(params.optimizer, trainable, params.lr, params.momentum, params.weight_decay)
     updates = params.epochs * -(-len(train_batches) // params.accumulate_steps)
@@ -96,7 +97,7 @@ def main() -> None:
                     after_update=after_update,
                 )
                 images_per_second = train_batches.image_count / state.seconds
-                val_loss, val_accuracy = test_loop(val_batches, network, params.precision)
+                val_loss, val_accuracy = test_loop(val_batches, evaluated, params.precision)
                 print(
                     f"Epoch {state.epoch + 1}: Accuracy: {val_accuracy:.1%}, Avg loss: {val_loss:.6f}, "
                     f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from classifier.errors import PipelineError
 from classifier.exchange import TOLERANCE, TemperatureScaled, checking, read_logits, write, write_weights
-from classifier.networks import build_network
+from classifier.networks import Mirrored, build_network
 
 FORMATS = ["pth", "pt2", "onnx", "safetensors"]
 IMAGE_SHAPE, CLASSES = (3, 6, 6), 5
@@ -89,8 +89,8 @@ def test_every_format_gives_the_logits_at_every_batch_size(exported: Path) -> No
 
 
 @pytest.mark.slow
-def test_every_format_gives_the_logits_of_a_scaled_network(tmp_path: Path) -> None:
-    scaled = TemperatureScaled(mlp(), 0.7)
+def test_every_format_gives_the_logits_of_a_mirrored_and_scaled_network(tmp_path: Path) -> None:
+    scaled = TemperatureScaled(Mirrored(mlp()), 0.7)
     write_all(scaled, tmp_path)
     paths = [tmp_path / f"model.{suffix}" for suffix in FORMATS]
     differences = check_files(paths, scaled, some_pixels(7))
@@ -175,9 +175,10 @@ def test_weights_of_known_metadata_and_bytes(exported: Path, tmp_path: Path) -> 
     with safetensors.safe_open(exported / "model.safetensors", "pt") as file:
         assert file.metadata() == {"network": "mlp", "image_shape": "[3, 6, 6]", "classes": "5"}
         assert set(file.keys()) == mlp().state_dict().keys()
-    write_weights(TemperatureScaled(mlp(), 1 / 3), "mlp", IMAGE_SHAPE, CLASSES, tmp_path / "scaled.safetensors")
+    write_weights(TemperatureScaled(Mirrored(mlp()), 1 / 3), "mlp", IMAGE_SHAPE, CLASSES, tmp_path / "scaled.safetensors")
     with safetensors.safe_open(tmp_path / "scaled.safetensors", "pt") as file:
         assert float(file.metadata()["temperature"]) == 1 / 3
+        assert file.metadata()["test_flip"] == "true"
         assert set(file.keys()) == mlp().state_dict().keys()
     for name, tensor in safetensors.torch.load_file(exported / "model.safetensors").items():
         assert torch.equal(tensor, mlp().state_dict()[name])
@@ -205,6 +206,7 @@ def without(key: str) -> dict[str, str]:
         (without("network"), "it has no 'network'"),
         (without("image_shape"), "it has no 'image_shape'"),
         (without("classes"), "it has no 'classes'"),
+        (METADATA | {"test_flip": "yes"}, "its test_flip is yes"),
         (METADATA | {"network": "os"}, "its network 'os' is not one of "),
         (METADATA | {"network": "../stages/train"}, "its network '../stages/train' is not one of "),
         (METADATA | {"network": "__init__"}, "its network '__init__' is not one of "),

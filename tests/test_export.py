@@ -15,7 +15,7 @@ from project import Project, small_project
 
 from classifier.dataset import CustomImageDataset
 from classifier.exchange import TOLERANCE, TemperatureScaled, read_logits
-from classifier.networks import build_network
+from classifier.networks import Mirrored, build_network
 from classifier.training import load_weights
 
 pytestmark = pytest.mark.slow
@@ -49,6 +49,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = small_project(
         tmp_path_factory.mktemp("export"),
         export_formats="[pth, pt2, safetensors, int8]", temperature_scaling="true", int8_max_drop="0.1",
+        test_flip="true",
     )  # fmt: skip
     project.dvc("repro")
     return project
@@ -67,12 +68,12 @@ def copied(exported: Project, tmp_path: Path) -> Project:
 
 
 def scaled_logits(project: Project) -> np.ndarray:
-    """The test images' logits by the weights and the manifest's temperature, (N, classes)."""
+    """The test images' logits by the weights, the manifest's temperature and mirror images, (N, classes)."""
     data, manifest = project.root / "data", read_json(project.root / "models/export/manifest.json")
     test_set = CustomImageDataset(data / "annotations/test.csv", data / "images.zip")
     network = build_network("mlp", (1, 28, 28), 10)
     load_weights(network, project.root / "models/model_weights.pth", torch.device("cpu"))
-    scaled = TemperatureScaled(network, manifest["calibration"]["temperature"]).eval()
+    scaled = TemperatureScaled(Mirrored(network), manifest["calibration"]["temperature"]).eval()
     logits: np.ndarray = scaled(test_set.pixels(range(len(test_set)))).detach().numpy()
     return logits
 

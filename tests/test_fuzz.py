@@ -92,6 +92,7 @@ valid_params = st.fixed_dictionaries(
         "augment": some("crop", "flip", "erase", "color", "mixup", "cutmix"),
         "balance": st.sampled_from(["none", "sampler", "loss"]),
         "precision": st.sampled_from(["float32", "bfloat16"]),
+        "test_flip": st.booleans(),
         "export_formats": some("pth", "pt2", "onnx", "safetensors", "int8", least=1),
         "int8_max_drop": fractions,
         "temperature_scaling": st.booleans(),

@@ -12,7 +12,7 @@ from torchvision import models
 
 from classifier.errors import PipelineError
 from classifier.exchange import TOLERANCE, read_logits, write
-from classifier.networks import build_network
+from classifier.networks import Mirrored, build_network
 from classifier.networks.vgg16 import averages
 from classifier.params import modules_in
 
@@ -126,6 +126,14 @@ def test_exported_files_give_the_logits_at_other_batch_sizes(
 
 
 # The tutorial's
+
+
+def test_a_mirrored_network_answers_an_image_and_its_mirror_image_alike() -> None:
+    network, pixels = build("mlp"), torch.rand(5, 1, 28, 28)
+    logits = Mirrored(network)(pixels)
+    assert torch.equal(logits, (network(pixels) + network(pixels.flip(3))) / 2)
+    assert torch.allclose(logits, Mirrored(network)(pixels.flip(3)), rtol=0, atol=1e-6)
+    assert not torch.allclose(logits, network(pixels), rtol=0, atol=1e-3)
 
 
 def test_mlp_is_the_tutorials() -> None:

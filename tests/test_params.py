@@ -189,6 +189,7 @@ def test_allowed_values(tmp_path: Path, key: str, written: str, read: object) ->
         ("augment", "flip", "'flip' is not a list of any of crop, flip, erase, color, mixup, cutmix"),
         ("freeze", "[1, 2]", "[1, 2] is not a list of parameter-name patterns"),
         ("precision", "float16", "'float16' is not float32 or bfloat16"),
+        ("test_flip", "left", "'left' is not true or false"),
         ("image_size", "0", "0 is not a whole number of pixels from 1 to 4096, or empty"),
         ("channels", "2", "2 is not 1, 3, or empty"),
         ("balance", "", "nothing is not one of none, sampler, loss"),

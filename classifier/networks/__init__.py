@@ -7,7 +7,24 @@ build(image_shape: tuple[int, int, int], classes: int) -> torch.nn.Module
 
 import importlib
 
-from torch import nn
+from torch import Tensor, nn
+
+
+class Mirrored(nn.Module):
+    """A network whose logits are the mean of those of an image and of its mirror image.
+
+    For images that mean the same when left and right change places. Source: Krizhevsky et al. 2012, section 4.1.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) float32 in [0, 1] to logits (N, classes) float32."""
+        plain, mirrored = self.network(pixels), self.network(pixels.flip(3))
+        mean: Tensor = (plain.float() + mirrored.float()) / 2
+        return mean
 
 
 def build_network(name: str, image_shape: tuple[int, int, int], classes: int) -> nn.Module:
