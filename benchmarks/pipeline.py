@@ -1,13 +1,15 @@
 """What the pipeline costs besides its arithmetic: by stage, when there is nothing to do, an experiment, and its layout.
 
-python -m benchmarks.pipeline [--repeats N] [--epochs N] [--files N]
+python -m benchmarks.pipeline [--repeats N] [--experiments N] [--epochs N] [--files N]
 
 In a clone of its own with an empty cache, with the data of data/raw of this checkout, so that the network is not
 measured:
 
 - `dvc repro` once: each stage's wall time, the share of it that is the start of Python and imports, and the peak memory
   of its largest process;
-- `dvc exp run -S lr=...` once: its wall time, and how much of it is not the training loop's own;
+- `dvc exp run -S lr=...` N times, interleaved with one of the trivial pipeline below: the wall time by stage, and how
+  much of it is not the training loop's own;
+- the training loop with tracking, interleaved with one whose records nobody sends;
 - no-op `dvc repro` N times, interleaved with that of a pipeline of one trivial stage;
 - the same images as one zip and as a folder of 70,000 files, each the output of a stage that makes it of a zip: first
   and no-op `dvc repro`, push to and pull from a remote in a folder.
@@ -46,14 +48,26 @@ from classifier.png import encode_png
 from classifier.sources.fashion_mnist import read
 
 IMPORT_RUNS = 5
-EXPERIMENT = "lr=0.002"  # what differs from the committed state
+RATES = (0.0011, 0.0012, 0.0013, 0.0014, 0.0015)  # of the experiments; none is the committed one
 
 TRIVIAL = """\
 stages:
   copy:
     cmd: cp input.txt output.txt
     deps: [input.txt]
+    params: [lr]
     outs: [output.txt]
+"""
+# The train stage with a process beside it that takes what is to be sent, and sends nothing
+WITHOUT_SENDER = """\
+import os, runpy, subprocess
+from classifier import tracking
+def start_cat(journal):
+    cat = subprocess.Popen(["cat"], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    os.set_blocking(cat.stderr.fileno(), False)
+    return cat
+tracking._start_sender = start_cat
+runpy.run_module("stages.train", run_name="__main__")
 """
 LAYOUTS = {"one zip": "cp source.zip images", "files": "python -m zipfile -e source.zip images"}
 LAYOUT = """\
@@ -76,6 +90,8 @@ class Stage(NamedTuple):
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--repeats", type=int, default=9, help="no-op runs of each pipeline (default 9)")
+    arguments.add_argument("--experiments", type=int, choices=range(1, len(RATES) + 1), default=3, metavar="N",
+                           help="of them, and pairs of trainings, up to 5 (default 3)")  # fmt: skip
     arguments.add_argument("--epochs", type=int, help="of training (default: as in params.yaml)")
     arguments.add_argument("--files", type=int, default=70_000, help="images of the two layouts (default 70000)")
     given = arguments.parse_args()
@@ -91,7 +107,8 @@ def main() -> None:
             (ours / "params.yaml").write_text(re.sub(r"(?m)^epochs: \d+", f"epochs: {given.epochs}", params))
         report = Report("Pipeline", ("torch", "dvc", "mlflow"))
         measure_stages(report, ours, env)
-        measure_experiment(report, ours, env)
+        measure_experiments(report, ours, folder / "trivial", env, given.experiments)
+        measure_tracking(report, ours, env, given.experiments)
         measure_nothing_to_do(report, ours, folder / "trivial", env, given.repeats)
         measure_layouts(report, folder, raw, env, given.files, given.repeats)
         report.save()
@@ -109,23 +126,56 @@ def measure_stages(report: Report, ours: Path, env: dict[str, str]) -> None:
         )
 
 
-def measure_experiment(report: Report, ours: Path, env: dict[str, str]) -> None:
-    """The training loop's own seconds are told by the stage: images, and images a second, of each epoch."""
+def measure_experiments(report: Report, ours: Path, trivial: Path, env: dict[str, str], repeats: int) -> None:
+    make_repository(trivial, TRIVIAL, env)
+    (trivial / "input.txt").write_text("x\n")
+    (trivial / "params.yaml").write_text("lr: 0.001\n")
+    dvc_seconds(trivial, env, "repro")
+    subprocess.run(["git", "add", "--all"], cwd=trivial, check=True)
+    author = ["-c", "user.name=Benchmark", "-c", "user.email=benchmark@example.org"]
+    subprocess.run(["git", *author, "commit", "--quiet", "--message", "Trivial"], cwd=trivial, check=True)
+    parts: dict[str, list[float]] = {}
+    floor = []
+    for rate in RATES[:repeats]:
+        experiment = ("exp", "run", "--set-param", f"lr={rate}")
+        total, stages, printed = watched([*DVC, *experiment], ours, env)
+        training = loop_seconds(printed, ours)
+        seconds = {stage.name: stage.seconds for stage in stages}
+        # The first stage's seconds begin when DVC says that it starts it
+        seconds |= {"train": seconds["train"] - training, "DVC before the stages": total - sum(seconds.values())}
+        for name, value in ({"training loop": training, "all else": total - training} | seconds).items():
+            parts.setdefault(name, []).append(value)
+        floor.append(dvc_seconds(trivial, env, *experiment))
+    report.line(f"\ndvc exp run -S lr=..., which runs {', '.join(stage.name for stage in stages)}:")
+    for name, values in parts.items():
+        indent = "  " if name in ("training loop", "all else") else "    "
+        without = " without the loop" if name == "train" else ""
+        report.line(f"{indent}{name}{without}: {summary(values, 's', 1)}")
+    report.line(f"  dvc exp run of one trivial stage: {summary(floor, 's', 1)}")
+
+
+def measure_tracking(report: Report, ours: Path, env: dict[str, str], repeats: int) -> None:
+    commands = {"with": ["-m", "stages.train"], "without": ["-c", WITHOUT_SENDER]}
+    loops: dict[str, list[float]] = {kind: [] for kind in commands}
+    for _ in range(repeats):
+        for kind, arguments in commands.items():
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=ours, env=env, check=True, stdout=subprocess.PIPE, text=True
+            )
+            loops[kind].append(loop_seconds(done.stdout, ours))
+    report.line()
+    for kind, seconds in loops.items():
+        report.line(f"training loop {kind} a process that sends to MLflow: {summary(seconds, 's')}")
+    report.line(f"tracking ratio: median {median_ratio(loops['with'], loops['without']):.3f}, n={repeats} pairs")
+
+
+def loop_seconds(printed: str, ours: Path) -> float:
+    """The training loop's own seconds, by what the stage told of each epoch: its images a second."""
     images = len((ours / "data/annotations/train.csv").read_text().splitlines()) - 1
-    total, stages, printed = watched([*DVC, "exp", "run", "--set-param", EXPERIMENT], ours, env)
-    rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) images/s", printed)]
-    training = sum(images / rate for rate in rates)
-    report.line(f"\ndvc exp run -S {EXPERIMENT}, which runs {', '.join(stage.name for stage in stages)}, n=1:")
-    report.line(
-        f"  {total:.1f} s, of which the training loop {training:.1f} s ({len(rates)} epochs), all else "
-        f"{total - training:.1f} s"
-    )
+    return sum(images / float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) images/s", printed))
 
 
 def measure_nothing_to_do(report: Report, ours: Path, trivial: Path, env: dict[str, str], repeats: int) -> None:
-    make_repository(trivial, TRIVIAL, env)
-    (trivial / "input.txt").write_text("x\n")
-    dvc_seconds(trivial, env, "repro")
     timings: dict[Path, list[float]] = {ours: [], trivial: []}
     for _ in range(repeats):
         for pipeline, seconds in timings.items():
@@ -170,10 +220,10 @@ def make_repository(folder: Path, pipeline: str, env: dict[str, str]) -> None:
     (folder / "dvc.yaml").write_text(pipeline)
 
 
-def dvc_seconds(folder: Path, env: dict[str, str], command: str) -> float:
+def dvc_seconds(folder: Path, env: dict[str, str], *command: str) -> float:
     """Seconds of wall time that a command of DVC's takes in `folder`."""
     started = time.perf_counter()
-    subprocess.run([*DVC, command, "--quiet"], cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*DVC, *command, "--quiet"], cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 

@@ -11,7 +11,14 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import takewhile
+
+if not (find_spec("torch") and find_spec("psutil")):
+    sys.exit(
+        f"{sys.executable} has no torch or no psutil: DVC runs the stages with the first `python` on the PATH.\n"
+        "Activate the environment, `. .venv/bin/activate`, then run the same command again; or run `make repro`."
+    )
 
 # How long torch's threads wait actively for one another (GNU OpenMP; about 0.1 ms). By default they do so for
 # milliseconds: two trainings at once on the same cores, as with `dvc queue start -j 2`, then hold each other up so much

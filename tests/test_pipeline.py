@@ -218,6 +218,14 @@ def test_a_device_that_is_not_there_is_an_error_that_names_the_ones_that_are(rep
     assert done.stderr.strip().endswith("cpu")
 
 
+def test_a_python_without_the_packages_is_told_what_to_activate(reproduced: Project) -> None:
+    done = reproduced.run(sys.executable, "-S", "-m", "stages.train", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{sys.executable} has no torch or no psutil: ")
+    assert done.stderr.endswith("Activate the environment, `. .venv/bin/activate`, then run the same command again; "
+                                "or run `make repro`.\n")  # fmt: skip
+
+
 @pytest.fixture
 def copied(reproduced: Project, tmp_path: Path) -> Project:
     """A copy of the reproduced project, outputs and cache included, that a test may change."""
