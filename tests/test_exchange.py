@@ -175,7 +175,9 @@ def test_weights_of_known_metadata_and_bytes(exported: Path, tmp_path: Path) -> 
     with safetensors.safe_open(exported / "model.safetensors", "pt") as file:
         assert file.metadata() == {"network": "mlp", "image_shape": "[3, 6, 6]", "classes": "5"}
         assert set(file.keys()) == mlp().state_dict().keys()
-    write_weights(TemperatureScaled(Mirrored(mlp()), 1 / 3), "mlp", IMAGE_SHAPE, CLASSES, tmp_path / "scaled.safetensors")
+    write_weights(
+        TemperatureScaled(Mirrored(mlp()), 1 / 3), "mlp", IMAGE_SHAPE, CLASSES, tmp_path / "scaled.safetensors"
+    )
     with safetensors.safe_open(tmp_path / "scaled.safetensors", "pt") as file:
         assert float(file.metadata()["temperature"]) == 1 / 3
         assert file.metadata()["test_flip"] == "true"
