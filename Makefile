@@ -74,6 +74,7 @@ bench: env peers  ## run the benchmarks, for hours; prints and benchmarks/result
 	$(RUN) benchmarks.pipeline
 	$(PEERS) -m benchmarks.train_step
 	$(RUN) benchmarks.step
+	$(RUN) benchmarks.distributed
 	$(RUN) benchmarks.inference
 	$(RUN) benchmarks.scale
 	$(PEERS) -m benchmarks.time_to_accuracy

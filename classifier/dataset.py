@@ -10,6 +10,7 @@ import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from tqdm import tqdm
 from classifier.annotations import faulty_rows, read_annotations
 from classifier.archive import Images
 from classifier.decoding import LARGEST_PIXELS, decode_image
+from classifier.distributed import ALONE, Group
 from classifier.errors import PipelineError
 from classifier.png import decode_stored_png
-from classifier.transforms import accept_tensors, augment, mix, to_float
+from classifier.transforms import MIXING, accept_tensors, augment, mix, to_float
 
 
 class CustomImageDataset(Dataset[tuple[Any, Any]]):
@@ -90,7 +92,10 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
 
     def pixels(self, indices: Iterable[int]) -> Tensor:
         """Pixels of some of the images, (n, C, H, W) float32 in [0, 1]; n may be 0."""
-        return to_float(self._decode_some([int(index) for index in indices]))
+        chosen = [int(index) for index in indices]
+        images = torch.empty((len(chosen), *self.image_shape()), dtype=torch.uint8)
+        self._decode_into(images, chosen)
+        return to_float(images)
 
     def targets(self) -> Tensor:
         """All labels, (N,) int64, or what the target transform makes of them."""
@@ -141,26 +146,26 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
             raise faulty_rows(self.annotations, faults)
         raise PipelineError(f"{self.annotations}: names no image")
 
-    def decode_all(self) -> Tensor:
-        """Pixels of all images as one uint8 tensor (N, C, H, W), with a progress bar."""
-        return self._decode_some(range(len(self)), disable=None)
+    def decode_all(self, into: Tensor | None = None) -> Tensor:
+        """Pixels of all images as one uint8 tensor (N, C, H, W), that given or a new one, with a progress bar."""
+        images = torch.empty((len(self), *self.image_shape()), dtype=torch.uint8) if into is None else into
+        self._decode_into(images, range(len(self)), disable=None)
+        return images
 
-    def _decode_some(self, indices: Sequence[int], disable: bool | None = True) -> Tensor:
-        """Pixels of some of the images, uint8 (n, C, H, W). Raises PipelineError that lists all that are not usable.
+    def _decode_into(self, images: Tensor, indices: Sequence[int], disable: bool | None = True) -> None:
+        """Decode some of the images into uint8 (n, C, H, W). Raises PipelineError that lists all that are not usable.
 
         disable: True for no progress bar, None for one on terminals.
         """
         shape = self.image_shape()
-        pixels = torch.empty((len(indices), *shape), dtype=torch.uint8)
         faults = []
         for place, index in enumerate(tqdm(indices, desc="decoding", unit="image", disable=disable)):
             try:
-                pixels[place] = self.decode_as(shape, index)
+                images[place] = self.decode_as(shape, index)
             except PipelineError as error:
                 faults.append((self.rows[index], str(error)))
         if faults:
             raise faulty_rows(self.annotations, faults)
-        return pixels
 
 
 def epoch_order(count: int, seed: int, epoch: int, shuffle: bool, weights: Tensor | None = None) -> Tensor:
@@ -190,6 +195,7 @@ class Batches:
 
     `dataset.transform` is not used here: pixels are scaled, and augmented if asked, a batch at a time.
     weights: of the images, (N,) float64, as `epoch_order` takes them: an epoch is then N images drawn by them.
+    group: the processes that share the work: of each batch there is this one's part, `group.part`.
     Raises PipelineError if there are weights, but no `shuffle`.
     """
 
@@ -205,6 +211,7 @@ class Batches:
         augmentations: Sequence[str] = (),
         memory_limit_gib: float,
         workers: int,
+        group: Group = ALONE,
     ) -> None:
         if weights is not None and not shuffle:
             raise PipelineError(
@@ -218,42 +225,64 @@ class Batches:
         self.weights = weights
         self.augmentations = augmentations
         self.workers = workers
+        self.group = group
         self.image_count = len(dataset)
         self.targets = dataset.targets().to(device)
         self.image_shape = dataset.image_shape()
         fits = self.image_count * math.prod(self.image_shape) <= memory_limit_gib * 2**30
-        self.pixels = dataset.decode_all().to(device) if fits else None
+        shape = (self.image_count, *self.image_shape)
+        self.pixels = group.shared(shape, dataset.decode_all).to(device) if fits else None
 
     def __len__(self) -> int:
         """The number of batches in an epoch; the last one may be smaller."""
         return -(-self.image_count // self.batch_size)
 
+    def count(self, number: int) -> int:
+        """How many images a batch has, in all processes."""
+        return min(self.batch_size, self.image_count - number * self.batch_size)
+
     def epoch(self, epoch: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from number `first` on, each a function of (seed, epoch, number) alone."""
-        order = epoch_order(self.image_count, self.seed, epoch, self.shuffle, self.weights)[first * self.batch_size :]
-        on_device = order.to(self.device)
-        indices = on_device.split(self.batch_size) if len(order) else ()
-        for number, (index, pixels) in enumerate(zip(indices, self._pixels(order, on_device), strict=True), first):
+        """This process's part of the batches of an epoch from number `first` on.
+
+        Each batch is a function of (seed, epoch, number) alone, whatever the number of processes.
+        """
+        order = epoch_order(self.image_count, self.seed, epoch, self.shuffle, self.weights)
+        indices = self._parts(order.to(self.device), first)
+        for number, (index, pixels) in enumerate(zip(indices, self._pixels(order, first), strict=True), first):
             images, targets = to_float(pixels), self.targets[index]
             if self.augmentations:
                 generator = _generator(self.seed, epoch, 1, number)
-                images = augment(images, self.augmentations, generator)
+                images = augment(images, self.augmentations, generator, (self.count(number), self._places(number)))
                 images, targets = mix(images, targets, self.augmentations, generator, self.dataset.classes)
-            yield images, targets
+            before = len(images) - len(self.group.part(self.count(number)))
+            yield images[before:], targets[before:]
 
-    def _pixels(self, order: Tensor, on_device: Tensor) -> Iterator[Tensor]:
-        """uint8 pixels of each batch, from memory or from the worker processes."""
-        if len(order) == 0:
-            return
+    def _places(self, number: int) -> slice | Tensor:
+        """The places of this process's images in a batch; before them, where images are mixed, what the first is."""
+        count = self.count(number)
+        own = self.group.part(count)
+        if len(own) == count or not any(name in MIXING for name in self.augmentations):
+            return slice(own.start, own.stop)
+        return torch.tensor([(own.start - 1) % count, *own])
+
+    def _parts(self, order: Tensor, first: int) -> Iterator[Tensor]:
+        """Which images of an epoch's order this process takes for each batch from number `first` on, int64."""
+        for number in range(first, len(self)):
+            yield order[number * self.batch_size :][: self.batch_size][self._places(number)]
+
+    def _pixels(self, order: Tensor, first: int) -> Iterator[Tensor]:
+        """uint8 pixels of what `_parts` names, from memory or from the worker processes."""
         if self.pixels is not None:
-            for index in on_device.split(self.batch_size):
+            for index in self._parts(order.to(self.device), first):
                 yield self.pixels[index]
+            return
+        if first == len(self):
             return
         loader = DataLoader(
             _Pixels(self.dataset, self.image_shape),
-            batch_sampler=_Parts(order, self.batch_size),
+            batch_sampler=(index.tolist() for index in self._parts(order, first)),  # made when they are asked for
             num_workers=self.workers,
-            collate_fn=_stack,
+            collate_fn=partial(_stack, self.image_shape),
             worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # or it would draw from the global one, which dropout draws from
         )
@@ -267,22 +296,6 @@ class Batches:
                 yield pixels.to(self.device)
         if faults:
             raise faulty_rows(self.dataset.annotations, sorted(faults))
-
-
-class _Parts:
-    """The indices of each batch, as a DataLoader wants them: lists of Python numbers, made when they are asked for."""
-
-    def __init__(self, order: Tensor, batch_size: int) -> None:
-        self.order = order
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (
-            self.order[start : start + self.batch_size].tolist() for start in range(0, len(self.order), self.batch_size)
-        )
 
 
 class _Pixels(Dataset[Tensor | tuple[int, str]]):
@@ -311,7 +324,13 @@ def _leave_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _stack(images: list[Tensor | tuple[int, str]]) -> Tensor | list[tuple[int, str]]:
-    """One tensor (B, C, H, W), or what is wrong with its images."""
-    faults = [image for image in images if isinstance(image, tuple)]
-    return faults or torch.stack(images)  # type: ignore[arg-type]
+def _stack(shape: tuple[int, int, int], images: list[Tensor | tuple[int, str]]) -> Tensor | list[tuple[int, str]]:
+    """One uint8 tensor (B, C, H, W), or what is wrong with its images."""
+    pixels = torch.empty((len(images), *shape), dtype=torch.uint8)
+    faults = []
+    for place, image in enumerate(images):
+        if isinstance(image, tuple):
+            faults.append(image)
+        else:
+            pixels[place] = image
+    return faults or pixels

@@ -26,6 +26,8 @@ def select_device(name: str) -> torch.device:
     usable = usable_devices()
     if name == "auto":
         name = usable[0]
+    if name == "cuda" and _processes_here() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name not in usable:
         raise PipelineError(f"device: {name} is not usable here; usable: {', '.join(usable)}")
     device = torch.device(name)
@@ -50,8 +52,9 @@ def _holds_a_tensor(name: str) -> bool:
 
 
 def set_threads(threads: int | Literal["auto"]) -> int:
-    """Set and return the number of CPU threads; auto is one for each core this process may use.
+    """Set the number of CPU threads, shared by the processes that torchrun starts on a machine; return this one's.
 
+    auto is one for each core that may be used.
     The number decides the last bits of sums, so results are reproducible for one number only. The environment
     variable CLASSIFIER_THREADS is what auto means where it is set: a rebuild elsewhere uses the recorded number.
     """
@@ -61,8 +64,13 @@ def set_threads(threads: int | Literal["auto"]) -> int:
         threads = int(recorded)
     if threads == "auto":
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(threads // _processes_here(), 1)
     torch.set_num_threads(threads)
     return threads
+
+
+def _processes_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def keep_freed_memory() -> None:
@@ -76,12 +84,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def refuse_several_processes() -> None:
-    """Raise PipelineError if torchrun started more than one process: each would train and write on its own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise PipelineError("launcher: training on several processes is not supported; use python")
 
 
 def seed_everything(seed: int) -> None:
@@ -100,18 +102,19 @@ def seed_everything(seed: int) -> None:
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """What decides the last bits of a result besides code, data and parameters."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() * _processes_here(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "blas": _blas_name(),
-    }
+    } | ({"processes": processes} if processes > 1 else {})
 
 
 def _cpu_name() -> str:

@@ -6,7 +6,7 @@ import random
 import warnings
 import zipfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import partial
@@ -43,6 +43,7 @@ class TrainState:
     kept: dict[str, float] = field(default_factory=dict)  # those of the epoch whose weights are kept
     weights: dict[str, Tensor] = field(default_factory=dict)  # the weights kept, on the CPU
     unread: list[tuple[int, float, str, Tensor]] = field(default_factory=list)  # see read
+    together: nn.Module | None = None  # the network as several processes train it, see Group.train_together
 
     def note(self, batch: int, what: str, tensor: Tensor) -> None:
         """Have a batch's loss, or the sum of its gradients, read later: reading it waits for the device."""
@@ -106,7 +107,7 @@ class TrainState:
 
 
 STATEFUL = ("network", "optimizer", "scheduler")
-PLAIN = [spec.name for spec in fields(TrainState) if spec.name not in (*STATEFUL, "unread")]
+PLAIN = [spec.name for spec in fields(TrainState) if spec.name not in (*STATEFUL, "unread", "together")]
 
 
 def _random_states() -> dict[str, Any]:
@@ -147,29 +148,38 @@ def train_loop(
     after_update: called after each update, when the state is one to go on from.
     report: called every REPORT_EVERY batches with the images seen so far and the loss of the current batch,
         which the progress bar shows too.
+    The batches' group works on them together: what is returned and reported is of all its processes.
     Raises PipelineError at the step whose loss or gradient is not finite, before its update; on an accelerator, which
     would have to be waited for in every step, at the next report or checkpoint. The state's kept weights stay.
     """
-    network, optimizer = state.network, state.optimizer
+    network, optimizer, group = state.network, state.optimizer, batches.group
     set_training_mode(network)
-    group_size = accumulate_steps * batches.batch_size
+    together = state.together or network
+    images_in_update = accumulate_steps * batches.batch_size
     started = perf_counter() - state.seconds
-    with tqdm(total=batches.image_count, desc=f"epoch {state.epoch + 1}", unit="image", disable=None) as bar:
+    with tqdm(
+        total=batches.image_count, desc=f"epoch {state.epoch + 1}", unit="image", disable=group.hides_bars
+    ) as bar:
         for number, (pixels, targets) in enumerate(batches.epoch(state.epoch, state.batch), state.batch):
-            images_in_group = min(group_size, batches.image_count - number // accumulate_steps * group_size)
-            with _autocast(batches.device, precision):
-                loss = loss_fn(network(pixels), targets)
-            state.note(number, "loss", loss.detach())
-            if batches.device.type == "cpu" or number % REPORT_EVERY == 0:
-                state.read()
-            (loss * (len(pixels) / images_in_group) if accumulate_steps > 1 else loss).backward()
+            count, is_last = batches.count(number), (number + 1) % accumulate_steps == 0 or number + 1 == len(batches)
+            images = min(images_in_update, batches.image_count - number // accumulate_steps * images_in_update)
+            with nullcontext() if is_last else group.no_exchange(together):
+                with _autocast(batches.device, precision):
+                    logits = together(pixels)
+                    # A process without images takes part all the same
+                    loss = loss_fn(logits, targets) if len(pixels) else logits.sum()
+                state.note(number, "loss", group.sum(loss.detach() * (len(pixels) / count)))
+                if batches.device.type == "cpu" or number % REPORT_EVERY == 0:
+                    state.read()
+                weight = len(pixels) / images * group.size  # of what the update takes the processes' mean
+                (loss * weight if weight != 1 else loss).backward()
             if number % REPORT_EVERY == 0:
-                seen = number * batches.batch_size + len(pixels)
+                seen = number * batches.batch_size + count
                 bar.set_postfix(loss=f"{state.last_loss:.4f}", refresh=False)
                 bar.update(seen - bar.n)
                 if report:
                     report(seen, state.last_loss)
-            if (number + 1) % accumulate_steps == 0 or number + 1 == len(batches):
+            if is_last:
                 state.note(number, "gradient", _sum_of_gradients(network))
                 if batches.device.type == "cpu":
                     state.read()
@@ -199,10 +209,11 @@ test_loop.__test__ = False  # type: ignore[attr-defined]  # the tutorial's name,
 
 @torch.inference_mode()
 def predict(batches: Batches, network: nn.Module, precision: Precision) -> Tensor:
-    """Logits of all images, (N, classes) float32 on the CPU, in the order of the dataset."""
+    """Logits of all images, (N, classes) float32 on the CPU, in the order of the dataset, in every process."""
     network.eval()
     with _autocast(batches.device, precision):
-        return torch.cat([network(pixels).float() for pixels, _ in batches.epoch()]).cpu()
+        logits = torch.cat([network(pixels).float() for pixels, _ in batches.epoch()]).cpu()
+    return batches.group.in_order(logits, [batches.count(number) for number in range(len(batches))])
 
 
 def score(logits: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float]:

@@ -56,23 +56,34 @@ def _to_tensor(image: Any) -> Any:
     return to_float(image) if image.dtype == torch.uint8 else image
 
 
-def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
+def augment(
+    images: Tensor, names: Sequence[str], generator: torch.Generator, part: tuple[int, slice | Tensor] | None = None
+) -> Tensor:
     """Change float images (N, C, H, W) at random, each image by its own draw from the CPU generator.
+
+    part: that they are only some of a batch of so many images, those at these places: each gets the draw that it gets
+    in the whole batch.
 
     crop: shifted by up to CROP_PADDING pixels each way, black beyond the edge; flip: left to right, every
     second image; color: brightness, contrast and, of images with three channels, saturation times 1 ± COLOR_JITTER
     at most; erase: a rectangle of noise. They are applied in this order whatever the order of `names`, in which those
     of `mix` are passed over.
     """
+    count, places = part or (len(images), slice(None))
     if "crop" in names:
-        images = _crop(images, generator)
+        images = _crop(images, torch.randint(0, 2 * CROP_PADDING + 1, (2, count), generator=generator)[:, places])
     if "flip" in names:
-        flipped = torch.rand(len(images), generator=generator) < 0.5
+        flipped = (torch.rand(count, generator=generator) < 0.5)[places]
         images = torch.where(flipped.to(images.device)[:, None, None, None], images.flip(3), images)
     if "color" in names:
-        images = _jitter(images, generator)
+        operations = [adjust_brightness, adjust_contrast] + ([adjust_saturation] if images.shape[1] == 3 else [])
+        factors = 1 + COLOR_JITTER * (2 * torch.rand((len(operations), count), generator=generator) - 1)
+        for adjust, factor in zip(operations, factors[:, places].to(images.device), strict=True):
+            images = adjust(images, factor)
     if "erase" in names:
-        images = _erase(images, generator)
+        draws = torch.rand((5, count), generator=generator)[:, places]
+        noise = torch.rand((count, *images.shape[1:]), generator=generator)[places]
+        images = _erase(images, draws, noise)
     return images
 
 
@@ -117,14 +128,6 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     return _blend(images, _grey(images), factor)
 
 
-def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    operations = [adjust_brightness, adjust_contrast] + ([adjust_saturation] if images.shape[1] == 3 else [])
-    factors = 1 + COLOR_JITTER * (2 * torch.rand((len(operations), len(images)), generator=generator) - 1)
-    for adjust, factor in zip(operations, factors.to(images.device), strict=True):
-        images = adjust(images, factor)
-    return images
-
-
 def _grey(images: Tensor) -> Tensor:
     """(N, 1, H, W) of images with one channel or three."""
     if images.shape[1] == 1:
@@ -137,10 +140,11 @@ def _blend(images: Tensor, others: Tensor, factor: Tensor) -> Tensor:
     return (images * factor + others * (1 - factor)).clamp(0, 1)
 
 
-def _crop(images: Tensor, generator: torch.Generator) -> Tensor:
+def _crop(images: Tensor, offsets: Tensor) -> Tensor:
+    """offsets: (2, N) int64, the first row and the first column of each image's part of the padded one."""
     count, channels, height, width = images.shape
     padded = functional.pad(images, [CROP_PADDING] * 4)
-    offsets = torch.randint(0, 2 * CROP_PADDING + 1, (2, count), generator=generator).to(images.device)
+    offsets = offsets.to(images.device)
     rows = offsets[0, :, None] + torch.arange(height, device=images.device)  # (N, H)
     columns = offsets[1, :, None] + torch.arange(width, device=images.device)  # (N, W)
     image = torch.arange(count, device=images.device)[:, None, None, None]
@@ -148,9 +152,10 @@ def _crop(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def _erase(images: Tensor, generator: torch.Generator) -> Tensor:
-    count, _, height, width = images.shape
-    chosen, area, aspect, top, left = torch.rand((5, count), generator=generator)
+def _erase(images: Tensor, draws: Tensor, noise: Tensor) -> Tensor:
+    """draws: (5, N) in [0, 1], of whether, how large, of which shape and where; noise: what comes there, as images."""
+    _, _, height, width = images.shape
+    chosen, area, aspect, top, left = draws
     area = (ERASE_AREA[0] + area * (ERASE_AREA[1] - ERASE_AREA[0])) * height * width
     low, high = (torch.tensor(ratio).log() for ratio in ERASE_ASPECT)
     aspect = torch.exp(low + aspect * (high - low))
@@ -161,5 +166,4 @@ def _erase(images: Tensor, generator: torch.Generator) -> Tensor:
     inside = (y >= top[:, None, None]) & (y < (top + tall)[:, None, None])
     inside = inside & (x >= left[:, None, None]) & (x < (left + wide)[:, None, None])
     inside &= (chosen < ERASE_PROBABILITY)[:, None, None]
-    noise = torch.rand(images.shape, generator=generator)
     return torch.where(inside[:, None].to(images.device), noise.to(images.device), images)

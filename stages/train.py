@@ -7,6 +7,7 @@ Keeps   with validation images, the weights of the epoch with the best validatio
 """
 
 import io
+from contextlib import ExitStack
 from functools import partial
 from time import monotonic
 
@@ -19,11 +20,11 @@ from classifier.dataset import Batches, CustomImageDataset
 from classifier.device import (
     environment,
     keep_freed_memory,
-    refuse_several_processes,
     seed_everything,
     select_device,
     set_threads,
 )
+from classifier.distributed import Group, joined
 from classifier.errors import run_main
 from classifier.interrupts import held_back
 from classifier.networks import Mirrored, build_network
@@ -48,8 +49,12 @@ LONGEST_STEP = 3  # seconds that a signal waits for the next place to stop at
 
 def main() -> None:
     params = load_params()
-    refuse_several_processes()
-    tracker = Tracker()
+    with joined() as group:
+        train(params, group)
+
+
+def train(params: Params, group: Group) -> None:
+    tracker = Tracker() if group.is_first else None
     device = select_device(params.device)
     set_threads(params.threads)
     keep_freed_memory()
@@ -57,7 +62,7 @@ def main() -> None:
     made_of = makings("train", params.model_dump(), recorded)  # now: while images are decoded, code may be edited
 
     names = class_names(files.verified(files.ANNOTATIONS))
-    train_batches, val_batches, selects = load_batches(params, device, names)
+    train_batches, val_batches, selects = load_batches(params, device, names, group)
 
     seed_everything(params.seed)  # just before the weights are drawn, as in the tutorial
     network = build_network(params.network, train_batches.dataset.image_shape(), len(names)).to(device)
@@ -68,23 +73,25 @@ def main() -> None:
     optimizer = build_optimizer(params.optimizer, trainable, params.lr, params.momentum, params.weight_decay)
     updates = params.epochs * -(-len(train_batches) // params.accumulate_steps)
     state = TrainState(network, optimizer, build_scheduler(params.schedule, optimizer, updates))
+    state.together = group.train_together(network)
     class_weights = train_batches.dataset.class_weights(names).float().to(device) if params.balance == "loss" else None
     loss_fn = build_loss(params.label_smoothing, class_weights)
 
-    with (
-        checkpoints(made_of) as saved,
-        tracker.training(params, recorded, saved.name, saved.started),
-    ):
-        if start:
-            tracker.tag({"sha256.weights": start})
-        resume(state, saved)
+    with ExitStack() as stack:
+        saved = stack.enter_context(checkpoints(made_of)) if group.is_first else None
+        if tracker and saved:
+            stack.enter_context(tracker.training(params, recorded, saved.name, saved.started))
+            if start:
+                tracker.tag({"sha256.weights": start})
+        resume(state, group, saved)
         with held_back(LONGEST_STEP) as held:
 
             def after_update() -> None:
                 steps = -(-state.batch // params.accumulate_steps)
-                is_due = steps % params.checkpoint_steps == 0 or monotonic() - saved.last > CHECKPOINT_SECONDS
-                if held.number or is_due or state.batch == len(train_batches):
-                    saved.save(state.epoch, state.batch, state.content())
+                is_due = steps % params.checkpoint_steps == 0 or state.batch == len(train_batches)
+                is_late = saved is not None and monotonic() - saved.last > CHECKPOINT_SECONDS
+                if group.any(is_due or is_late or held.number is not None):
+                    save(state, group, saved)
                     held.release()
 
             while state.epoch < params.epochs:
@@ -106,28 +113,43 @@ def main() -> None:
                 figures = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
                 better = not selects or not state.kept or val_accuracy > state.kept["val_accuracy"]
                 state.end_epoch(figures, keep=better)
-                tracker.log_metrics(figures | {"images_per_second": images_per_second}, step=state.epoch)
+                if tracker:
+                    tracker.log_metrics(figures | {"images_per_second": images_per_second}, step=state.epoch)
 
-        content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
-        torch.save(state.weights, content)
-        with files.atomic(files.WEIGHTS) as path:
-            path.write_bytes(content.getbuffer())
-        with files.atomic(files.EPOCHS) as path:
-            write_csv(path, {key: [figures[key] for figures in state.history] for key in state.history[0]})
-        files.write_json(files.TRAIN_METRICS, state.kept)
-        files.write_json(files.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
+        if group.is_first:
+            write(state, recorded)
 
 
-def resume(state: TrainState, saved: Checkpoints) -> None:
+def save(state: TrainState, group: Group, saved: Checkpoints | None) -> None:
+    """Have the first process save what all of them go on from."""
+    content = state.content()
+    content["random"] = group.gather(content["random"])  # each draws its own numbers, as for dropout
+    if saved:
+        saved.save(state.epoch, state.batch, content)
+
+
+def resume(state: TrainState, group: Group, saved: Checkpoints | None) -> None:
     """Go on where this training was killed, if it was."""
-    if content := saved.load():
-        state.restore(content)
+    content = group.from_first(lambda: saved.load() if saved else None)
+    if content:
+        state.restore(content | {"random": content["random"][group.rank]})
         print(f"Going on in epoch {state.epoch + 1} after batch {state.batch}", flush=True)
-    elif other := saved.given_up():
+    elif saved and (other := saved.given_up()):
         print(f"Starting anew, not from the checkpoint of a training that was given up: {other}", flush=True)
 
 
-def load_batches(params: Params, device: torch.device, names: list[str]) -> tuple[Batches, Batches, bool]:
+def write(state: TrainState, recorded: dict[str, str | int]) -> None:
+    content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
+    torch.save(state.weights, content)
+    with files.atomic(files.WEIGHTS) as path:
+        path.write_bytes(content.getbuffer())
+    with files.atomic(files.EPOCHS) as path:
+        write_csv(path, {key: [figures[key] for figures in state.history] for key in state.history[0]})
+    files.write_json(files.TRAIN_METRICS, state.kept)
+    files.write_json(files.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
+
+
+def load_batches(params: Params, device: torch.device, names: list[str], group: Group) -> tuple[Batches, Batches, bool]:
     """Batches for training, batches for the figures of each epoch, and whether these select the weights to keep.
 
     Without validation images there is nothing to select by, and the figures are the tutorial's: on test.
@@ -148,6 +170,7 @@ def load_batches(params: Params, device: torch.device, names: list[str]) -> tupl
         device=device,
         memory_limit_gib=params.memory_limit_gib,
         workers=params.workers,
+        group=group,
     )
     train_batches = batches(
         train_set,

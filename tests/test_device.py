@@ -17,7 +17,6 @@ import torch
 from classifier import device
 from classifier.device import (
     environment,
-    refuse_several_processes,
     seed_everything,
     select_device,
     set_threads,
@@ -192,10 +191,9 @@ def test_environment_is_complete_and_plain() -> None:
     assert recorded == environment(torch.device("cpu"))
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for alone in ("1", None):
-        monkeypatch.setenv("WORLD_SIZE", alone) if alone else monkeypatch.delenv("WORLD_SIZE", raising=False)
-        refuse_several_processes()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(PipelineError, match="launcher: training on several processes is not supported; use python"):
-        refuse_several_processes()
+def test_processes_of_one_machine_share_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = environment(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert [set_threads(threads) for threads in (6, 3, 1)] == [3, 1, 1]
+    assert environment(torch.device("cpu")) == alone | {"threads": 2, "processes": 4}

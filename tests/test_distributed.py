@@ -1,0 +1,223 @@
+"""Several processes, as torchrun starts them, do what one does: real torchrun, gloo, DVC and MLflow."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tracker
+from dvc_queue import processes_in
+from imports import ROOT
+from project import Project, small_project
+from small_images import write_images
+from tracker import send_the_rest
+
+from classifier.archive import Images, write_zip
+from classifier.distributed import Group
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+# Two epochs of the product's own loop; in float64, whose sums hardly depend on their order. With small batches the
+# training of a network with batch normalisation is chaotic: in float32 a change of 1e-6 grows a thousandfold.
+TRAIN = """\
+import json, sys
+from pathlib import Path
+from torch import nn
+from classifier.dataset import Batches, CustomImageDataset
+from classifier.device import set_threads
+from classifier.distributed import joined
+from classifier.networks import build_network
+from classifier.training import TrainState, build_optimizer, build_scheduler, predict, train_loop
+
+class Float64(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network.double()
+    def forward(self, pixels):
+        return self.network(pixels.double())
+
+folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+set_threads(2)
+with joined() as group:
+    device = torch.device("cpu")
+    dataset = CustomImageDataset(folder / "images.csv", folder / "images.zip", classes=4)
+    batches = Batches(dataset, settings["batch_size"], device, seed=1, shuffle=True, augmentations=settings["augment"],
+                      memory_limit_gib=settings["memory"], workers=1, group=group)
+    torch.manual_seed(0)
+    network = Float64(build_network(settings["network"], batches.image_shape, 4))
+    optimizer = build_optimizer("sgd", list(network.parameters()), 0.05, 0.9, 0.0)
+    state = TrainState(network, optimizer, build_scheduler("constant", optimizer, 100))
+    state.together = group.train_together(network)
+    losses = []
+    for _ in range(2):
+        losses.append(train_loop(batches, state, nn.CrossEntropyLoss(), accumulate_steps=settings["accumulate"],
+                                 precision=settings["precision"]))
+        state.end_epoch({"loss": losses[-1]}, keep=True)
+    logits = predict(batches, network, "float32")
+    print(json.dumps({"losses": losses, "rank": group.rank, "logits": logits.tolist(), "weights":
+                      {name: tensor.tolist() for name, tensor in network.state_dict().items()}}))
+"""
+SETTINGS = {"network": "mlp", "batch_size": 8, "augment": [], "memory": 1, "accumulate": 1, "precision": "float32"}
+STREAMED = 1e-9  # GiB
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """41 images of 12 x 12 pixels: the last batch of 8 has one."""
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder, 41, 12)
+    return folder
+
+
+def trained(images: Path, processes: int, **settings: Any) -> dict[str, Any]:
+    launcher = [*TORCHRUN, f"--nproc-per-node={processes}", "--no-python"] if processes > 1 else []
+    done = subprocess.run(
+        [*launcher, sys.executable, "-c", TRAIN, str(images), json.dumps(SETTINGS | settings)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()  # all but the first process are silent
+    result: dict[str, Any] = json.loads(line)
+    assert result.pop("rank") == 0
+    return result
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        (2, {}),
+        pytest.param(3, {"accumulate": 4}, marks=pytest.mark.slow),
+        pytest.param(2, {"network": "cnn"}, marks=pytest.mark.slow),
+        pytest.param(
+            3, {"network": "cnn", "memory": STREAMED, "augment": ["crop", "flip", "erase"]}, marks=pytest.mark.slow
+        ),
+        pytest.param(2, {"augment": ["flip", "mixup", "cutmix"]}, marks=pytest.mark.slow),
+        pytest.param(3, {"augment": ["color", "mixup"], "memory": STREAMED, "accumulate": 3}, marks=pytest.mark.slow),
+    ],
+)
+def test_losses_and_weights_are_those_of_one_process(images: Path, processes: int, settings: dict[str, Any]) -> None:
+    alone, together = trained(images, 1, **settings), trained(images, processes, **settings)
+    np.testing.assert_allclose(together["losses"], alone["losses"], rtol=1e-7)
+    np.testing.assert_allclose(together["logits"], alone["logits"], rtol=0, atol=1e-5)
+    for name, tensor in alone["weights"].items():
+        np.testing.assert_allclose(together["weights"][name], tensor, rtol=0, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_the_parts_of_a_batch_are_all_of_it_in_order_and_as_even_as_can_be(count: int, size: int) -> None:
+    parts = [Group(rank, size).part(count) for rank in range(size)]
+    assert [place for part in parts for place in part] == list(range(count))
+    lengths = [len(part) for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+    assert Group(0, size).part(count, size - 1) == parts[-1]
+
+
+# The stage, under DVC
+
+EPOCHS, BATCHES = 6, 20
+TRAINED = ["models/model_weights.pth", "metrics/epochs.csv", "metrics/train.json", "metrics/environment.json"]
+# Put behind the network. In the batch whose number is in $AT, the process whose number is in $RANK_AT kills itself, or
+# ends torchrun; not when torchrun has started it again.
+ENDING = """
+
+import os, signal, time
+build_network = build
+def build(image_shape, classes):
+    network = build_network(image_shape, classes)
+    if os.environ.get("RANK") == os.environ.get("RANK_AT", "") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        left = iter(range(int(os.environ["AT"]), -1, -1))
+        def end(module, inputs):
+            if module.training and next(left, -1) == 0:
+                if os.environ["END"] == "itself":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getppid(), signal.SIGTERM)
+                time.sleep(1)
+        network.register_forward_pre_hook(end)
+    return network
+"""
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project that two processes have trained, all else done too."""
+    project = small_project(
+        tmp_path_factory.mktemp("distributed"),
+        launcher="torchrun --nproc-per-node=2 --max-restarts=1", threads="auto", epochs=str(EPOCHS), batch_size="8",
+        momentum="0.9", schedule="cosine", augment="[crop, flip]", checkpoint_steps="7", export_formats="[pth]",
+    )  # fmt: skip
+    with (project.root / "classifier/networks/mlp.py").open("a") as network:
+        network.write(ENDING)
+    project.commit()
+    project.dvc("repro")
+    return project
+
+
+@pytest.fixture
+def untrained(reference: Project, tmp_path: Path) -> Project:
+    project = reference.copy(tmp_path / "project")
+    for name in (".dvc/cache/runs", "models", "metrics", "mlruns"):
+        shutil.rmtree(project.root / name)
+    (project.root / "mlflow.db").unlink()
+    return project
+
+
+def assert_trained_as(project: Project, reference: Project) -> None:
+    send_the_rest(project)
+    for name in TRAINED:
+        assert (project.root / name).read_bytes() == (reference.root / name).read_bytes(), name
+    assert tracker.statuses(project.root / "mlflow.db") == ["FINISHED"]
+    assert list(project.root.glob(".checkpoints/*/")) == []
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does_once(reference: Project, tmp_path: Path) -> None:
+    alone = reference.copy(tmp_path / "project")
+    alone.set_params(launcher="python")
+    alone.dvc("repro")
+    epochs, others = (pd.read_csv(project.root / "metrics/epochs.csv") for project in (reference, alone))
+    np.testing.assert_allclose(epochs, others, rtol=1e-3)
+    environment, other = (json.loads((project.root / "metrics/environment.json").read_text())[0]
+                          for project in (reference, alone))  # fmt: skip
+    assert environment == other | {"processes": 2}
+    assert tracker.statuses(reference.root / "mlflow.db") == ["FINISHED"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_starts_a_killed_process_again_and_training_goes_on_to_the_same_bytes(
+    untrained: Project, reference: Project, rank: int
+) -> None:
+    done = untrained.dvc("repro", "train", RANK_AT=str(rank), AT=str(2 * BATCHES + 9), END="itself")
+    assert "Going on in epoch 3 after batch 7\n" in done.stdout
+    assert_trained_as(untrained, reference)
+
+
+@pytest.mark.slow
+def test_an_ended_torchrun_leaves_a_checkpoint_and_no_process(untrained: Project, reference: Project) -> None:
+    done = untrained.dvc("repro", "train", check=False, RANK_AT="0", AT=str(2 * BATCHES + 9), END="torchrun")
+    assert done.returncode != 0
+    assert processes_in(untrained.root) == []
+    assert "Going on in epoch 3 after batch " in untrained.dvc("repro", "train").stdout
+    assert_trained_as(untrained, reference)
+
+
+@pytest.mark.slow
+def test_an_image_that_cannot_be_used_is_told_once(untrained: Project) -> None:
+    names = [line.split(",")[0] for line in (untrained.root / "data/annotations/train.csv").read_text().split()[1:]]
+    images = Images(untrained.root / "data/images.zip")
+    contents = [(name, b"no image" if name == names[3] else images.read(name)) for name in images.names()]
+    (untrained.root / "data/images.zip").unlink()
+    write_zip(untrained.root / "data/images.zip", contents)
+    command = ["torchrun", "--nproc-per-node=2", "-m", "stages.train"]
+    done = untrained.run(*command, check=False)
+    assert done.returncode != 0
+    message = f"data/annotations/train.csv, row 5: {names[3]} in data/images.zip is not a usable image"
+    assert done.stderr.count(message) == 1
+    assert "stages/train.py" not in done.stderr  # no traceback of ours
+    assert list(Path("/dev/shm").glob("classifier-*")) == []  # noqa: S108
