@@ -150,20 +150,27 @@ def joined() -> Iterator[Group]:
     group = Group(*numbers)
     if not group.is_first:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, until the process ends
-    torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
-    )
     try:
+        store, *_ = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun keeps the store when it starts its processes again, with the addresses of those before
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(
+            backend, store=store, rank=group.rank, world_size=group.size, timeout=PATIENCE
+        )
         yield group
     except (RuntimeError, torch.distributed.DistError) as error:
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
             raise
         raise PipelineError(
             f"process {group.rank}: another of the {group.size} processes has ended, see above; what is trained so far "
             "is kept: run the same command again"
         ) from None
     finally:
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 class _Sum(torch.autograd.Function):

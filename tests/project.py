@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from filelock import FileLock
 from imports import ROOT
 from small_data import write_idx_dataset
@@ -76,6 +77,15 @@ class Project:
         )  # fmt: skip
         shutil.copytree(self.root, root, symlinks=True, ignore=results)
         return Project(root)
+
+    def forget_training(self) -> None:
+        """As if `dvc repro` had come to annotate, and no further."""
+        lock = yaml.safe_load((self.root / "dvc.lock").read_text())
+        lock["stages"] = {name: entry for name, entry in lock["stages"].items() if name in ("download", "annotate")}
+        (self.root / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+        (self.root / "mlflow.db").unlink()
+        for name in ("metrics", "models", "mlruns", ".dvc/cache/runs"):
+            shutil.rmtree(self.root / name)
 
     def commit(self) -> None:
         """Make a commit of all there is that Git does not ignore."""

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import psutil
 import pytest
 import tracker
-import yaml
 from dvc_queue import processes_in
 from project import Project, clean_environment, small_project
 from tracker import send_the_rest, wait_for
@@ -67,12 +66,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     outputs = [project.root / TRAINED[0], *(path for path in project.root.glob("metrics/**/*") if path.is_file())]
     written = {path.relative_to(project.root).as_posix(): path.read_bytes() for path in outputs}
 
-    lock = yaml.safe_load((project.root / "dvc.lock").read_text())
-    lock["stages"] = {name: entry for name, entry in lock["stages"].items() if name in ("download", "annotate")}
-    (project.root / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
-    (project.root / "mlflow.db").unlink()
-    for name in ("metrics", "models", "mlruns", ".dvc/cache/runs"):
-        shutil.rmtree(project.root / name)
+    project.forget_training()
     project.commit()
     return Reference(written, project.root)
 
