@@ -44,7 +44,7 @@ LAUNCHERS = {"one process": "python", "two processes": "torchrun --nproc-per-nod
 RECIPES = {
     "mlp, the tutorial's recipe": {},
     "cnn, batches of 256, bfloat16": {
-        "network": "cnn", "batch_size": "256", "lr": "0.1", "momentum": "0.9", "augment": "[flip]",
+        "network": "cnn", "batch_size": "256", "lr": "0.01", "momentum": "0.9", "augment": "[flip]",
         "precision": "bfloat16",
     },
 }  # fmt: skip
@@ -127,7 +127,7 @@ def watch(dvc: psutil.Process, project: Project, peaks: dict[int, int], kills: b
             for process in dvc.children(recursive=True):
                 command = process.cmdline()
                 if command[1:3] == ["-m", "stages.train"] or command[1:4] == ["-u", "-m", "stages.train"]:
-                    peaks[process.pid] = peak_memory(process)
+                    peaks[process.pid] = max(peaks.get(process.pid, 0), peak_memory(process))
                     if kills and process.environ()["RANK"] == "1" and list(project.root.glob(".checkpoints/*/*.pt")):
                         process.kill()
                         kills = False

@@ -64,9 +64,9 @@ def set_threads(threads: int | Literal["auto"]) -> int:
         threads = int(recorded)
     if threads == "auto":
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(threads // _processes_here(), 1)
-    torch.set_num_threads(threads)
-    return threads
+    own = max(int(threads) // _processes_here(), 1)
+    torch.set_num_threads(own)
+    return own
 
 
 def _processes_here() -> int:
@@ -103,7 +103,8 @@ def seed_everything(seed: int) -> None:
 def environment(device: torch.device) -> dict[str, str | int]:
     """What decides the last bits of a result besides code, data and parameters."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return {
+    several: dict[str, str | int] = {"processes": processes} if processes > 1 else {}
+    return several | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -114,7 +115,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "torchvision": version("torchvision"),
         "numpy": np.__version__,
         "blas": _blas_name(),
-    } | ({"processes": processes} if processes > 1 else {})
+    }
 
 
 def _cpu_name() -> str:

@@ -71,7 +71,7 @@ class Group:
 
         for module in network.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-                module.forward = _BatchNormOverAll(module)  # type: ignore[method-assign]
+                module.forward = _BatchNormOverAll(module)  # type: ignore[method-assign, assignment]
         return DistributedDataParallel(network, forward_sync_buffers=False)
 
     def no_exchange(self, network: nn.Module) -> AbstractContextManager[None]:
@@ -144,18 +144,19 @@ def joined() -> Iterator[Group]:
     if size == 1:
         yield ALONE
         return
-    import torch.distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     numbers = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     group = Group(*numbers)
     if not group.is_first:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, until the process ends
     try:
-        store, *_ = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+        store, *_ = next(rendezvous("env://", timeout=PATIENCE))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             # torchrun keeps the store when it starts its processes again, with the addresses of those before
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+            store = PrefixStore(f"attempt {attempt}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(
             backend, store=store, rank=group.rank, world_size=group.size, timeout=PATIENCE
@@ -215,7 +216,7 @@ class _BatchNormOverAll:
                 momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
                 norm.running_mean.lerp_(mean, momentum)
                 norm.running_var.lerp_(variance * count / (count - 1), momentum)
-        normalised = centred * (variance + norm.eps).rsqrt().view(shape)
+        normalised: Tensor = centred * (variance + norm.eps).rsqrt().view(shape)
         if norm.affine:
             normalised = normalised * norm.weight.view(shape) + norm.bias.view(shape)
         return normalised.to(maps.dtype)

@@ -24,7 +24,7 @@ from classifier.device import (
     select_device,
     set_threads,
 )
-from classifier.distributed import Group, joined
+from classifier.distributed import ALONE, Group, joined
 from classifier.errors import run_main
 from classifier.interrupts import held_back
 from classifier.networks import Mirrored, build_network
@@ -149,7 +149,9 @@ def write(state: TrainState, recorded: dict[str, str | int]) -> None:
     files.write_json(files.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
 
 
-def load_batches(params: Params, device: torch.device, names: list[str], group: Group) -> tuple[Batches, Batches, bool]:
+def load_batches(
+    params: Params, device: torch.device, names: list[str], group: Group = ALONE
+) -> tuple[Batches, Batches, bool]:
     """Batches for training, batches for the figures of each epoch, and whether these select the weights to keep.
 
     Without validation images there is nothing to select by, and the figures are the tutorial's: on test.
