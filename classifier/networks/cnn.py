@@ -1,13 +1,13 @@
 """Three convolutions that widen the maps, and two residual blocks between them.
 
-463,594 parameters for grey pixels and ten classes. Fashion-MNIST, all 60,000 training images:
+1,041,322 parameters for grey pixels and ten classes. Fashion-MNIST, all 60,000 training images:
 
     dvc exp run -S network=cnn -S val_size=0 -S epochs=24 -S batch_size=256 -S lr=0.2 -S momentum=0.9 \\
-        -S weight_decay=0.0005 -S schedule=onecycle -S label_smoothing=0.1 -S 'augment=[crop, flip]' \\
-        -S precision=bfloat16
+        -S weight_decay=0.001 -S schedule=onecycle -S label_smoothing=0.1 -S 'augment=[flip, erase]' \\
+        -S precision=bfloat16 -S test_flip=true
 
-Test accuracy after the last epoch 0.9370, standard deviation 0.0019 (seeds 0 to 3), in some 250 seconds on two threads
-of an AMD EPYC with avx512_bf16; `python -m benchmarks.time_to_accuracy --only recipe --seeds 4` runs the same.
+Test accuracy after the last epoch 0.9399 (seed 0) in some 420 seconds on two threads of an AMD EPYC with avx512_bf16;
+`python -m benchmarks.time_to_accuracy --only recipe` runs the same with five seeds.
 """
 
 import torch
