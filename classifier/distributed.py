@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from classifier.errors import PipelineError
+from classifier.files import temporary_folder
 
 T = TypeVar("T")
 
@@ -33,7 +34,6 @@ class Group:
         self.size = size
         self.local_rank = local_rank
         self.local_size = local_size
-        self._shared = 0  # tensors so far
 
     @property
     def is_first(self) -> bool:
@@ -103,31 +103,33 @@ class Group:
         return made[0]  # type: ignore[no-any-return]
 
     def shared(self, shape: tuple[int, ...], fill: Callable[[Tensor], object]) -> Tensor:
-        """A uint8 tensor on the CPU that the first process of each machine fills, in the memory of all of its."""
+        """A uint8 tensor on the CPU that the first process of each machine fills, in the memory of all of its.
+
+        Raises what `fill` raises; in the other processes SystemExit, for that is told once.
+        """
+        size = prod(shape)
         if self.local_size == 1:
             pixels = torch.empty(shape, dtype=torch.uint8)
             fill(pixels)
             return pixels
-        # A name that the processes of this machine have in common, and no others: they have one parent
-        self._shared += 1
-        name = f"classifier-{os.getppid()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{self._shared}"
-        path = _memory_folder(prod(shape)) / name
-        fault = None
-        try:
-            if self.local_rank == 0:
-                pixels = torch.from_file(str(path), shared=True, size=prod(shape), dtype=torch.uint8).view(shape)
+        is_first_here, fault = self.local_rank == 0, None
+        with temporary_folder(_memory_folder(size) / "classifier") if is_first_here else nullcontext() as folder:
+            path = str(folder / "pixels") if folder else ""
+            if is_first_here:
+                pixels = torch.from_file(path, shared=True, size=size, dtype=torch.uint8).view(shape)
                 try:
                     fill(pixels)
                 except PipelineError as error:
-                    fault = str(error)
-            if faults := [text for text in self.gather(fault) if text]:
-                raise PipelineError(faults[0]) if self.is_first else SystemExit(1)
-            if self.local_rank:
-                pixels = torch.from_file(str(path), shared=True, size=prod(shape), dtype=torch.uint8).view(shape)
-            self.gather(None)  # all have it: the name can go
-        finally:
-            if self.local_rank == 0:
-                path.unlink(missing_ok=True)
+                    fault = error
+            told = self.gather((path, fault is None))
+            if fault:
+                raise fault
+            if not all(succeeded for _, succeeded in told):
+                raise SystemExit(1)
+            if not is_first_here:
+                path, _ = told[self.rank - self.local_rank]
+                pixels = torch.from_file(path, shared=True, size=size, dtype=torch.uint8).view(shape)
+            self.gather(None)  # all have it: the file's name can go
         return pixels
 
 
@@ -228,8 +230,8 @@ def _total(tensor: Tensor) -> Tensor:
 
 
 def _memory_folder(size: int) -> Path:
-    """Where a file is memory, if there is room for so many bytes, or else where temporary files are."""
-    memory = Path("/dev/shm")  # noqa: S108, the name is made for one use
+    """Where files are memory, if there is room for so many bytes, or else where temporary ones are."""
+    memory = Path("/dev/shm")  # noqa: S108, files there get names of their own
     if memory.is_dir():
         free = os.statvfs(memory)
         if free.f_bavail * free.f_frsize > size:

@@ -74,6 +74,8 @@ def train(params: Params, group: Group) -> None:
     updates = params.epochs * -(-len(train_batches) // params.accumulate_steps)
     state = TrainState(network, optimizer, build_scheduler(params.schedule, optimizer, updates))
     state.together = group.train_together(network)
+    if not group.is_first:
+        torch.manual_seed(params.seed + group.rank)  # other numbers for other images, as dropout draws them
     class_weights = train_batches.dataset.class_weights(names).float().to(device) if params.balance == "loss" else None
     loss_fn = build_loss(params.label_smoothing, class_weights)
 

@@ -13,9 +13,9 @@ import pytest
 import tracker
 from dvc_queue import processes_in
 from imports import ROOT
-from project import Project, small_project
+from project import Project, clean_environment, small_project
 from small_images import write_images
-from tracker import send_the_rest
+from tracker import free_port, send_the_rest
 
 from classifier.archive import Images, write_zip
 from classifier.distributed import Group
@@ -74,17 +74,28 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def training(images: Path, settings: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-c", TRAIN, str(images), json.dumps(SETTINGS | settings)]
+
+
 def trained(images: Path, processes: int, **settings: Any) -> dict[str, Any]:
     launcher = [*TORCHRUN, f"--nproc-per-node={processes}", "--no-python"] if processes > 1 else []
     done = subprocess.run(
-        [*launcher, sys.executable, "-c", TRAIN, str(images), json.dumps(SETTINGS | settings)],
+        [*launcher, *training(images, settings)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()  # all but the first process are silent
     result: dict[str, Any] = json.loads(line)
-    assert result.pop("rank") == 0
     return result
+
+
+def assert_same(together: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert together["rank"] == 0
+    np.testing.assert_allclose(together["losses"], alone["losses"], rtol=1e-7)
+    np.testing.assert_allclose(together["logits"], alone["logits"], rtol=0, atol=1e-5)
+    for name, tensor in alone["weights"].items():
+        np.testing.assert_allclose(together["weights"][name], tensor, rtol=0, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +112,25 @@ def trained(images: Path, processes: int, **settings: Any) -> dict[str, Any]:
     ],
 )
 def test_losses_and_weights_are_those_of_one_process(images: Path, processes: int, settings: dict[str, Any]) -> None:
-    alone, together = trained(images, 1, **settings), trained(images, processes, **settings)
-    np.testing.assert_allclose(together["losses"], alone["losses"], rtol=1e-7)
-    np.testing.assert_allclose(together["logits"], alone["logits"], rtol=0, atol=1e-5)
-    for name, tensor in alone["weights"].items():
-        np.testing.assert_allclose(together["weights"][name], tensor, rtol=0, atol=1e-7, err_msg=name)
+    assert_same(trained(images, processes, **settings), trained(images, 1, **settings))
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(images: Path) -> None:
+    """Each with a torchrun of its own, which meet at an address; here both are on this one."""
+    settings = {"network": "cnn", "augment": ["flip", "cutmix"]}
+    meeting = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
+    agents = [
+        subprocess.Popen(
+            [*TORCHRUN, *meeting, "--nproc-per-node=1", "--no-python", *training(images, settings)],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    printed = [agent.communicate()[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0]
+    (line,) = "".join(printed).splitlines()
+    assert_same(json.loads(line), trained(images, 1, **settings))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -206,6 +231,31 @@ def test_an_ended_torchrun_leaves_a_checkpoint_and_no_process(untrained: Project
 
 
 @pytest.mark.slow
+def test_a_second_machine_joins_the_training_that_dvc_runs_on_the_first(
+    untrained: Project, reference: Project, tmp_path: Path
+) -> None:
+    """As docs/processes.md says. Two copies of the project are the machines."""
+    untrained.set_params(launcher="torchrun --nproc-per-node=1")
+    second = untrained.copy(tmp_path / "second")
+    before = second.outputs()
+    meeting = {
+        "PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}",
+        "PET_RDZV_ID": "test",
+    }  # fmt: skip
+    with subprocess.Popen(
+        ["torchrun", "--nproc-per-node=1", "-m", "stages.train"], cwd=second.root,
+        env=clean_environment(tmp_path, **meeting), stdout=subprocess.PIPE, text=True,
+    ) as joining:  # fmt: skip
+        untrained.dvc("repro", "train", **meeting)
+        printed, _ = joining.communicate()
+    assert (joining.returncode, printed) == (0, "")
+    assert second.outputs() == before
+    epochs, others = (pd.read_csv(project.root / "metrics/epochs.csv") for project in (reference, untrained))
+    np.testing.assert_allclose(epochs, others, rtol=1e-3)
+    assert tracker.statuses(untrained.root / "mlflow.db") == ["FINISHED"]
+
+
+@pytest.mark.slow
 def test_an_image_that_cannot_be_used_is_told_once(untrained: Project) -> None:
     names = [line.split(",")[0] for line in (untrained.root / "data/annotations/train.csv").read_text().split()[1:]]
     images = Images(untrained.root / "data/images.zip")
@@ -219,4 +269,4 @@ def test_an_image_that_cannot_be_used_is_told_once(untrained: Project) -> None:
     message = f"data/annotations/train.csv, row 5: {names[3]} in data/images.zip is not a usable image"
     assert done.stderr.count(message) == 1
     assert "stages/train.py" not in done.stderr  # no traceback of ours
-    assert list(Path("/dev/shm").glob("classifier-*")) == []  # noqa: S108
+    assert list(Path("/dev/shm").glob(".classifier.*")) == []  # noqa: S108
