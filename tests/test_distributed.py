@@ -243,7 +243,7 @@ def test_a_second_machine_joins_the_training_that_dvc_runs_on_the_first(
         ["torchrun", "--nproc-per-node=1", "-m", "stages.train"], cwd=second.root,
         env=clean_environment(tmp_path, **meeting, PET_NODE_RANK="1"), stdout=subprocess.PIPE, text=True,
     ) as joining:  # fmt: skip
-        untrained.dvc("repro", "train", **meeting, PET_NODE_RANK="0")
+        untrained.dvc("repro", "train", check=True, **meeting, PET_NODE_RANK="0")
         printed, _ = joining.communicate()
     assert (joining.returncode, printed) == (0, "")
     assert second.outputs() == before

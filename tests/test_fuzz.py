@@ -288,7 +288,7 @@ def test_a_damaged_picture_is_decoded_or_refused(image: np.ndarray, seed: int) -
 @pytest.mark.parametrize("target", ["annotations", "archive"])
 def test_fuzzer_finds_nothing(target: str, tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
-    command = [sys.executable, ROOT / "tests/fuzz_targets.py", target, "corpus", f"-max_total_time={FUZZER_SECONDS}"]
+    command = [sys.executable, f"{ROOT}/tests/fuzz_targets.py", target, "corpus", f"-max_total_time={FUZZER_SECONDS}"]
     # The fuzzer ends above 2 GiB, by a peak of memory that a process has from the one that starts it: here a shell, not
     # pytest, in which other tests may have used more
     done = subprocess.run(
