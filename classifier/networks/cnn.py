@@ -81,7 +81,7 @@ def convolution(before: int, after: int, pools: bool) -> nn.Sequential:
 
 
 def strided_convolution(before: int, after: int) -> nn.Sequential:
-    """A convolution that halves the sides, batch normalisation and ReLU: a quarter of the work of one that pools."""
+    """A convolution that halves the sides, batch normalisation and ReLU: 16 products where one that pools has 36."""
     return nn.Sequential(
         nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
     )
