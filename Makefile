@@ -7,6 +7,7 @@ JOBS ?= 1
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 PEERS := .venv-peers/bin/python
+SCRIPTS := .ci/run .ci/metrics-comment classifier/command.sh deploy/mlflow-server.sh deploy/train.slurm
 COMPILE := $(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock"
 
 # DVC starts the stages with the `python` that it finds on PATH.
@@ -42,6 +43,7 @@ slow: env  ## the slow tests: all ten epochs, and the committed metrics from a f
 check: env  ## formatting, lint, types
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
+	$(BIN)/shellcheck $(SCRIPTS)
 	$(RUN) mypy
 
 format: env  ## mend formatting and lint where it can be done by itself
@@ -77,10 +79,11 @@ bench: env peers  ## run the benchmarks, for hours; prints and benchmarks/result
 	$(RUN) benchmarks.distributed
 	$(RUN) benchmarks.inference
 	$(RUN) benchmarks.scale
+	$(RUN) benchmarks.plan
 	$(PEERS) -m benchmarks.time_to_accuracy
 
 lock: env  ## write requirements.lock and benchmarks/requirements.lock anew from pyproject.toml
-	$(COMPILE) --extra dev pyproject.toml --output-file requirements.lock
+	$(COMPILE) --extra dev --extra team pyproject.toml --output-file requirements.lock
 	$(COMPILE) --group pyproject.toml:peers --constraints requirements.lock pyproject.toml --output-file benchmarks/requirements.lock
 
 clean:  ## remove .venv, .venv-peers and the tools' caches, never data, models or runs

@@ -42,10 +42,10 @@ from benchmarks.measuring import (
     raw_data,
     summary,
 )
-from classifier.archive import write_zip
 from classifier.errors import PipelineError, run_main
 from classifier.png import encode_png
 from classifier.sources.fashion_mnist import read
+from classifier.zip_format import write_zip
 
 IMPORT_RUNS = 5
 RATES = (0.0011, 0.0012, 0.0013, 0.0014, 0.0015)  # of the experiments; none is the committed one

@@ -41,7 +41,7 @@ from project import Project
 
 # As they are spelt in params.yaml
 RECIPE = {
-    "network": "cnn", "val_size": "0", "epochs": "24", "batch_size": "256", "lr": "0.2", "momentum": "0.9",
+    "network": "cnn", "val_size": "0", "epochs": "16", "batch_size": "256", "lr": "0.2", "momentum": "0.9",
     "weight_decay": "0.001", "schedule": "onecycle", "label_smoothing": "0.1", "augment": "[flip, erase]",
     "precision": "bfloat16", "test_flip": "true",
 }  # fmt: skip

@@ -28,10 +28,10 @@ import numpy as np
 
 from benchmarks.measuring import Contender, Report, in_turns, median_ratio, parser, raw_data, summary
 from classifier.annotations import write_csv
-from classifier.archive import write_zip
 from classifier.errors import PipelineError, run_main
 from classifier.png import encode_png
 from classifier.sources.fashion_mnist import read
+from classifier.zip_format import write_zip
 
 BATCH, LR, SEED = 64, 1e-3, 42
 REPORTED = 100  # the loss of every such batch, as in the tutorial

@@ -1,75 +1,51 @@
-"""Images in a folder or in a zip of one, read alike; and the zip that `annotate` writes.
+"""Images in a folder, in a zip, or in a folder of zips, read alike; and the zips that `annotate` writes.
 
 One zip of stored members instead of 70,000 files: DVC's cost grows with the number of files.
 """
 
-import io
 import os
-import shutil
+import re
 import stat
-import struct
-import tempfile
-import zipfile
-import zlib
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from classifier.annotations import Names
 from classifier.errors import PipelineError
+from classifier.zip_format import Zip, check_size, write_zip
 
-# The earliest date that a zip can hold, 1 January 1980; a real one would make the bytes differ from run to run.
-ZIP_EPOCH = 1 << 5 | 1
-ZIP_VERSION, ZIP64_VERSION = 20, 45  # of the format, times ten, that a reader needs
-UNIX = 3  # where a file is from, on every system
-LARGEST_FILE = 256 * 2**20  # bytes of one unpacked file; checked before it is read
 IMAGE_SUFFIXES = frozenset(
     (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 )
 # What systems and their archivers put beside a user's files; and names that begin with a dot
 CLUTTER = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini"))
-COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # Python unpacks the others without a limit
-LARGEST_PACKED = LARGEST_FILE + LARGEST_FILE // 1024  # deflate adds 5 bytes to a block of 65,535 that it cannot shrink
-
-# The records of a zip: APPNOTE.TXT of PKWARE, 6.3.10, sections 4.3.7, 4.3.12 and 4.3.14 to 4.3.16
-LOCAL = struct.Struct("<4s5H3I2H")
-MEMBER = struct.Struct("<4s6H3I5H2I")
-END = struct.Struct("<4s4H2IH")
-END64_LOCATOR = struct.Struct("<4sIQI")
-END64 = struct.Struct("<4sQ2H2I4Q")
-LONGEST_COMMENT = 0xFFFF
-NEWEST_VERSION = 63  # times ten, of the format
-ENCRYPTED, PATCHED, STRONGLY_ENCRYPTED, IS_UTF8 = 0x1, 0x20, 0x40, 0x800
-LONGEST_RECORD = MEMBER.size + 3 * 0xFFFF  # bytes: with name, extra field and comment
-USUAL_RECORD = 256
-READ_AHEAD = 1 << 20  # bytes of a directory that are read at a time
-LARGEST_IN_MEMORY = 1 << 24  # bytes of a directory; a longer one is kept in a file until it can be written
+# Above it, images are written to several zips: one that is sent or hashed anew then is no more than this
+SHARD_BYTES = 2**30
+SHARD = re.compile(r"images-\d{5,}\.zip")
 
 
 class Images:
-    """The files of an image folder, or of a zip of one, by name.
+    """The files of an image folder, of a zip of one, or of a folder of the zips that `write_images` writes, by name.
 
-    Raises PipelineError if the path is missing, or neither a folder nor a zip.
+    Raises PipelineError if the path is missing, or none of these.
     """
 
     def __init__(self, path: Path) -> None:
         if not os.path.exists(path):  # noqa: PTH110, pathlib raises an error for folders that may not be entered
             raise PipelineError(f"{path}: no such image folder or zip; `dvc repro` makes data/images.zip")
         self.path = path
-        self._is_folder = path.is_dir()
+        zips = shards(path)
+        self._is_folder = path.is_dir() and not zips
         if self._is_folder:
             self._root = os.path.join(os.path.realpath(path), "")  # noqa: PTH118, with the separator at its end
-        elif not path.is_file():
+        elif not (zips or path.is_file()):
             raise PipelineError(f"{path}: neither a folder nor a zip")
         else:
-            try:
-                self._zip = Zip(path)
-            except Exception as error:  # hostile archives make it raise anything
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise PipelineError(f"{path}: not readable as a zip: {reason}") from None
+            self._members = _Members(zips or [path])
 
     def read(self, name: str) -> bytes:
         """The bytes of one file of at most LARGEST_FILE bytes.
@@ -79,7 +55,7 @@ class Images:
         Raises PipelineError, naming the file, if not.
         """
         try:
-            return self._read_file(name) if self._is_folder else self._zip.read(name)
+            return self._read_file(name) if self._is_folder else self._members.read(name)
         except (KeyError, FileNotFoundError):
             raise PipelineError(f"{name} is missing in {self.path}") from None
         except Exception as error:  # hostile archives make zipfile raise anything
@@ -95,7 +71,7 @@ class Images:
 
     def _all_names(self) -> Iterator[str]:
         if not self._is_folder:
-            yield from (name for name in self._zip.names() if not name.endswith("/"))
+            yield from (name for name in self._members.names() if not name.endswith("/"))
             return
 
         def refuse(error: OSError) -> None:  # or such a folder would be passed over
@@ -116,7 +92,7 @@ class Images:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
             raise ValueError("it is not a regular file")
-        _check_size(status.st_size)
+        check_size(status.st_size)
         return path.read_bytes()
 
     def __getstate__(self) -> dict[str, Path]:
@@ -126,223 +102,84 @@ class Images:
         self.__init__(state["path"])  # type: ignore[misc]
 
 
-class Zip:
-    """The members of a zip, read with 16 bytes of memory for each; `zipfile` takes half a KiB.
+class _Members:
+    """The members of zips, found by name with 18 bytes of memory for each; `zipfile` takes half a KiB.
 
-    Of each member there is the hash of its name and the place of its record in the directory at the file's end; the
-    record is read anew with the member. Reading moves no position in the file, so threads and forked processes share
-    it. Raises zipfile.BadZipFile, or whatever else a hostile directory leads to.
+    These are the hash of its name, its place in its zip, and which zip that is. Raises PipelineError if a zip is none.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self._start, self._end, self._shift = self._find_directory(os.fstat(self._file).st_size)
-        hashes, places = array("q"), array("q")
-        for place, member in self._members():
-            hashes.append(hash(member.filename))
-            places.append(place)
+    def __init__(self, paths: list[Path]) -> None:
+        self._zips: list[Zip] = []
+        hashes, places, owners = array("q"), array("q"), array("H")
+        for number, path in enumerate(paths):
+            try:
+                self._zips.append(Zip(path))
+                for place, member in self._zips[-1].members():
+                    hashes.append(hash(member.filename))
+                    places.append(place)
+                    owners.append(number)
+            except Exception as error:  # hostile archives make it raise anything
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise PipelineError(f"{path}: not readable as a zip: {reason}") from None
         order = np.argsort(np.frombuffer(hashes, np.int64), kind="stable")
         self._hashes, self._places = (np.frombuffer(part, np.int64)[order].data for part in (hashes, places))
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
+        self._owners = np.frombuffer(owners, np.uint16)[order].data
 
     def names(self) -> Iterator[str]:
-        """The names of all members, folders too, in the order of the directory."""
-        return (member.filename for _, member in self._members())
+        """The names of all members, folders too, in the order of the directories."""
+        return (member.filename for archive in self._zips for _, member in archive.members())
 
     def read(self, name: str) -> bytes:
         """The bytes of a member, as `Images.read` says. Raises KeyError if there is none of that name."""
-        places = self._places[bisect_left(self._hashes, hash(name)) : bisect_right(self._hashes, hash(name))]
-        found = [member for place in places if (member := self._member(place)).filename == name]
+        found = []
+        for index in range(bisect_left(self._hashes, hash(name)), bisect_right(self._hashes, hash(name))):
+            archive = self._zips[self._owners[index]]
+            if (member := archive.member(self._places[index])).filename == name:
+                found.append((archive, member))
         if not found:
             raise KeyError(name)
         if len(found) > 1:
             raise ValueError("it is there more than once")
-        member = found[0]
-        if member.is_dir() or stat.S_ISLNK(member.external_attr >> 16):
-            raise ValueError("it is a folder or a symbolic link")
-        if member.compress_type not in COMPRESSIONS:
-            raise ValueError("it is neither stored nor deflated; zip it anew")
-        _check_size(member.file_size)
-        if member.compress_size > LARGEST_PACKED:
-            raise ValueError(f"its {member.compress_size:,} packed bytes are more than {LARGEST_PACKED:,}")
-        packed = os.pread(self._file, member.compress_size, self._start_of(member))
-        if member.compress_type == zipfile.ZIP_STORED and len(packed) == member.file_size == member.compress_size:
-            if zlib.crc32(packed) != member.CRC:
-                raise zipfile.BadZipFile(f"Bad CRC-32 for file {member.orig_filename!r}")
-            return packed
-        with zipfile.ZipExtFile(io.BytesIO(packed), "r", member) as file:  # which checks the checksum
-            content = file.read(member.file_size)  # with a limit: it may unpack to more than it declares
-        if len(content) != member.file_size:
-            raise ValueError(f"cut off after {len(content)} of {member.file_size} bytes")
-        return content
-
-    def _start_of(self, member: zipfile.ZipInfo) -> int:
-        """Where a member's bytes start: behind a record of its own, which must be of the same name."""
-        header = os.pread(self._file, USUAL_RECORD, member.header_offset) if member.header_offset >= 0 else b""
-        if len(header) < LOCAL.size:
-            raise zipfile.BadZipFile("Truncated file header")
-        signature, _, flags, *_, name_length, extra_length = LOCAL.unpack_from(header)
-        if signature != b"PK\3\4":
-            raise zipfile.BadZipFile("Bad magic number for file header")
-        if member.flag_bits & PATCHED:
-            raise NotImplementedError("compressed patched data (flag bit 5)")
-        if member.flag_bits & STRONGLY_ENCRYPTED:
-            raise NotImplementedError("strong encryption (flag bit 6)")
-        name = header[LOCAL.size : LOCAL.size + name_length]
-        if len(name) < name_length:
-            name = os.pread(self._file, name_length, member.header_offset + LOCAL.size)
-        if _decoded(name, flags) != member.orig_filename:
-            raise zipfile.BadZipFile(f"File name in directory {member.orig_filename!r} and header {name!r} differ.")
-        if member.flag_bits & ENCRYPTED:
-            raise RuntimeError("it is encrypted; zip it anew without a password")
-        start: int = member.header_offset + LOCAL.size + name_length + extra_length
-        return start
-
-    def _find_directory(self, size: int) -> tuple[int, int, int]:
-        """Where the directory starts and ends, and by how much the file is longer than its places say.
-
-        As bytes in front of a zip do; places are counted from its own first byte.
-        """
-        tail_start = max(size - END.size - LONGEST_COMMENT, 0)
-        tail = os.pread(self._file, size - tail_start, tail_start)
-        # A comment may hold the signature, but none is there mostly
-        place = len(tail) - END.size
-        if place < 0 or tail[place : place + 4] != b"PK\5\6" or tail[-2:] != b"\0\0":
-            place = tail.rfind(b"PK\5\6")
-        if place < 0 or len(tail) - place < END.size:
-            raise zipfile.BadZipFile("File is not a zip file")
-        *_, length, start, _ = END.unpack_from(tail, place)
-        end = tail_start + place
-        locator_start = end - END64_LOCATOR.size
-        locator = os.pread(self._file, END64_LOCATOR.size, locator_start) if locator_start >= 0 else b""
-        if locator[:4] == b"PK\6\7":
-            _, disk, _, disks = END64_LOCATOR.unpack(locator)
-            if disk != 0 or disks > 1:
-                raise zipfile.BadZipFile("zipfiles that span multiple disks are not supported")
-            record_start = locator_start - END64.size
-            record = os.pread(self._file, END64.size, record_start) if record_start >= 0 else b""
-            if record[:4] == b"PK\6\6":
-                *_, length, start = END64.unpack(record)
-                end = record_start
-        if end < length:
-            raise zipfile.BadZipFile("Bad offset for central directory")
-        return end - length, end, end - length - start
-
-    def _members(self) -> Iterator[tuple[int, zipfile.ZipInfo]]:
-        """Each member with the place of its record; the directory is read piece by piece."""
-        place, piece, piece_start = self._start, b"", self._start
-        while place < self._end:
-            if place + LONGEST_RECORD > piece_start + len(piece) < self._end:
-                piece_start = place
-                piece = os.pread(self._file, min(READ_AHEAD, self._end - place), place)
-                if not piece:
-                    raise zipfile.BadZipFile("Truncated central directory")
-            member, length = self._parsed(piece, place - piece_start)
-            yield place, member
-            place += length
-
-    def _member(self, place: int) -> zipfile.ZipInfo:
-        content = os.pread(self._file, min(USUAL_RECORD, self._end - place), place)
-        if len(content) == USUAL_RECORD and MEMBER.size + sum(MEMBER.unpack_from(content)[10:12]) > USUAL_RECORD:
-            content = os.pread(self._file, min(LONGEST_RECORD, self._end - place), place)
-        return self._parsed(content, 0)[0]
-
-    def _parsed(self, content: bytes, start: int) -> tuple[zipfile.ZipInfo, int]:
-        """The member whose record starts there, and the record's length."""
-        if len(content) - start < MEMBER.size:
-            raise zipfile.BadZipFile("Truncated central directory")
-        (signature, _, version, flags, compression, _, _, checksum, packed, size, name_length, extra_length,
-         comment_length, _, _, attributes, offset) = MEMBER.unpack_from(content, start)  # fmt: skip
-        if signature != b"PK\1\2":
-            raise zipfile.BadZipFile("Bad magic number for central directory")
-        if version > NEWEST_VERSION:
-            raise NotImplementedError(f"zip file version {version / 10:.1f}")
-        start += MEMBER.size
-        member = zipfile.ZipInfo(_decoded(content[start : start + name_length], flags))
-        member.flag_bits, member.compress_type, member.CRC, member.external_attr = (
-            flags, compression, checksum, attributes
-        )  # fmt: skip
-        extra = content[start + name_length : start + name_length + extra_length]
-        member.file_size, member.compress_size, offset = _long_sizes(extra, size, packed, offset)
-        member.header_offset = offset + self._shift
-        return member, MEMBER.size + name_length + extra_length + comment_length
+        ((archive, member),) = found
+        return archive.read(member)
 
 
-def _decoded(name: bytes, flags: int) -> str:
-    return name.decode("utf-8" if flags & IS_UTF8 else "cp437")
+def write_images(path: Path, files: Iterable[tuple[str, bytes]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write named files to a zip; of more than `shard_bytes`, to a folder of zips: `images-00000.zip` and so on.
+
+    In a folder, DVC sends, fetches and repeats each zip by itself, several at a time, and keeps what has not changed.
+    """
+    written = 0
+
+    def shard(file: tuple[str, bytes]) -> int:
+        nonlocal written
+        number = written // shard_bytes
+        written += len(file[1])
+        return number
+
+    folder = path.with_name(f"{path.name}.shards")
+    folder.mkdir()
+    for number, (_, members) in enumerate(groupby(files, shard)):
+        write_zip(folder / f"images-{number:05}.zip", members)
+    zips = list(folder.iterdir())
+    if len(zips) > 1:
+        folder.replace(path)
+        return
+    if zips:
+        zips[0].replace(path)
+    else:
+        write_zip(path, [])
+    folder.rmdir()
 
 
-def _long_sizes(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, int]:
-    """Sizes and offset as the extra field has them where they need 64 bits, section 4.5.3."""
-    numbers = [size, packed, offset]
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<2H", extra)
-        if 4 + length > len(extra):
-            raise zipfile.BadZipFile(f"Corrupt extra field {kind:04x} (size={length})")
-        if kind == 1:
-            data = extra[4 : 4 + length]
-            for place, number in enumerate(numbers):
-                if number == 0xFFFFFFFF:
-                    if len(data) < 8:
-                        raise zipfile.BadZipFile("Corrupt zip64 extra field.")
-                    numbers[place] = int.from_bytes(data[:8], "little")
-                    data = data[8:]
-        extra = extra[4 + length :]
-    size, packed, offset = numbers
-    return size, packed, offset
+def shards(path: Path) -> list[Path]:
+    """The zips of a folder that `write_images` has written; none if it is another folder, or no folder."""
+    try:
+        names = sorted(os.listdir(path))  # noqa: PTH208, there may be a million
+    except OSError:  # no folder, or one whose names may not be listed
+        return []
+    return [path / name for name in names] if names and all(map(SHARD.fullmatch, names)) else []
 
 
 def _is_clutter(name: str) -> bool:
     return any((part.startswith(".") and part not in (".", "..")) or part in CLUTTER for part in name.split("/"))
-
-
-def _check_size(size: int) -> None:
-    if size > LARGEST_FILE:
-        raise ValueError(f"its {size:,} bytes are more than {LARGEST_FILE:,}")
-
-
-def write_zip(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write named files, of 2 GB at most each, to a zip whose bytes depend on the names, contents and order alone.
-
-    The same bytes as Python's `zipfile` writes, which keeps half a KiB of memory for each member.
-    """
-    with (
-        path.open("wb") as archive,
-        tempfile.SpooledTemporaryFile(max_size=LARGEST_IN_MEMORY, dir=str(path.parent)) as directory,
-    ):
-        count = start = 0
-        for name, content in files:
-            encoded, flags = (name.encode(), 0) if name.isascii() else (name.encode(), IS_UTF8)
-            about = (
-                flags,
-                zipfile.ZIP_STORED,
-                0,
-                ZIP_EPOCH,
-                zlib.crc32(content),
-                len(content),
-                len(content),
-                len(encoded),
-            )
-            archive.write(LOCAL.pack(b"PK\3\4", ZIP_VERSION, *about, 0) + encoded)
-            archive.write(content)
-            extra = struct.pack("<2HQ", 1, 8, start) if start > zipfile.ZIP64_LIMIT else b""
-            version = ZIP64_VERSION if extra else ZIP_VERSION
-            made_by, offset = UNIX << 8 | version, 0xFFFFFFFF if extra else start
-            directory.write(
-                MEMBER.pack(b"PK\1\2", made_by, version, *about, len(extra), 0, 0, 0, 0o644 << 16, offset)
-                + encoded + extra
-            )  # fmt: skip
-            count, start = count + 1, start + LOCAL.size + len(encoded) + len(content)
-        length = directory.tell()
-        directory.seek(0)
-        shutil.copyfileobj(directory, archive)
-        if count > 0xFFFF or max(start, length) > zipfile.ZIP64_LIMIT:
-            archive.write(
-                END64.pack(b"PK\6\6", END64.size - 12, ZIP64_VERSION, ZIP64_VERSION, 0, 0, count, count, length, start)
-            )
-            archive.write(END64_LOCATOR.pack(b"PK\6\7", 0, start + length, 1))
-        count, length, start = min(count, 0xFFFF), min(length, 0xFFFFFFFF), min(start, 0xFFFFFFFF)
-        archive.write(END.pack(b"PK\5\6", 0, 0, count, count, length, start, 0))

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -151,11 +152,11 @@ def hash_path(path: Path) -> str:
     """The md5 by which dvc.lock knows a file, or a folder: of the sorted list of its files, with `.dir` behind it."""
     if path.is_file():
         return hash_file(path)
-    listed = [
-        {"md5": hash_file(file), "relpath": file.relative_to(path).as_posix()}
-        for file in path.rglob("*")
-        if file.is_file()
-    ]
+    paths = [file for file in path.rglob("*") if file.is_file()]
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        md5s = pool.map(hash_file, paths)
+    names = (file.relative_to(path).as_posix() for file in paths)
+    listed = [{"md5": md5, "relpath": name} for md5, name in zip(md5s, names, strict=True)]
     listed.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
     return f"{hash_bytes(json.dumps(listed, sort_keys=True).encode())}.dir"
 

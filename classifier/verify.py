@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from classifier.archive import shards
 from classifier.errors import PipelineError
 from classifier.files import (
     ENVIRONMENT,
@@ -33,6 +33,7 @@ from classifier.files import (
 from classifier.lineage import stale
 from classifier.params import read_yaml
 from classifier.repository import changes, commit_of, git
+from classifier.zip_format import Zip
 
 IDENTICAL, WITHIN, DRIFTED = "bit-identical", "within tolerance", "DRIFTED"
 
@@ -228,12 +229,15 @@ def _not_as_locked(md5s: dict[str, str], folder: Path) -> list[str]:
 
 
 def _changed_images(here: Path, rebuilt: Path) -> str:
-    """Which members of the image archive differ from the rebuilt ones, for the reason of its verdict."""
+    """Which members of the images' zips differ from the rebuilt ones, for the reason of its verdict."""
     if here != IMAGES or not here.exists():
         return ""
     try:
-        members = [{m.filename: m.CRC for m in zipfile.ZipFile(path).infolist()} for path in (here, rebuilt)]
-    except zipfile.BadZipFile:
+        members = [
+            {member.filename: member.CRC for shard in shards(path) or [path] for _, member in Zip(shard).members()}
+            for path in (here, rebuilt)
+        ]
+    except Exception:  # what is no zip makes it raise anything
         return ", and no zip"
     differing = sorted(dict(members[0].items() ^ members[1].items()))
     more = f" and {len(differing) - LISTED} more" if len(differing) > LISTED else ""

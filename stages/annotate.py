@@ -1,7 +1,7 @@
 """Annotate stage: original files in, one archive of images of one shape and one table per split out.
 
 Reads   data/raw/
-Writes  data/images.zip, data/annotations/{train,val,test,classes}.csv
+Writes  data/images.zip (a folder of zips where it is large), data/annotations/{train,val,test,classes}.csv
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from itertools import accumulate
 import numpy as np
 
 from classifier.annotations import Names, write_csv
-from classifier.archive import write_zip
+from classifier.archive import write_images
 from classifier.errors import run_main
 from classifier.files import ANNOTATIONS, IMAGES, RAW, atomic, verified
 from classifier.params import load_params
@@ -45,7 +45,7 @@ def main() -> None:
             yield image.name, image.png
 
     with atomic(IMAGES) as path:
-        write_zip(path, files())
+        write_images(path, files())
 
     # An image keeps its name whichever split it goes to, so images.zip does not depend on how they are cut.
     names_of = {split: file_names(split, data) for split, data in splits.items()}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from classifier.archive import write_zip
 from classifier.png import encode_png
+from classifier.zip_format import write_zip
 
 CLASSES = 4
 

@@ -21,8 +21,9 @@ import pytest
 from imports import ROOT
 from torch.utils.data import DataLoader, Dataset
 
-from classifier.archive import LARGEST_FILE, Images, write_zip
+from classifier.archive import Images
 from classifier.errors import PipelineError
+from classifier.zip_format import LARGEST_FILE, write_zip
 
 FILES = {f"train/{index:03d}.png": bytes([index]) * (100 + index) for index in range(40)} | {"grün/ä.png": b"\0" * 9}
 
@@ -263,9 +264,8 @@ def test_file_without_permission() -> None:
 
 
 def test_zip_bytes_do_not_depend_on_the_process(zipped: Path, tmp_path: Path) -> None:
-    code = (
-        f"from classifier.archive import write_zip; from pathlib import Path; write_zip(Path('o.zip'), {FILES}.items())"
-    )
+    code = "from classifier.zip_format import write_zip; from pathlib import Path; "
+    code += f"write_zip(Path('o.zip'), {FILES}.items())"
     env = os.environ | {"PYTHONPATH": str(ROOT), "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, umask=0o077, check=True)
     assert (tmp_path / "o.zip").read_bytes() == zipped.read_bytes()

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from classifier.archive import write_zip
 from classifier.dataset import Batches, CustomImageDataset, epoch_order
 from classifier.errors import PipelineError
 from classifier.png import encode_png
 from classifier.sources import fashion_mnist
 from classifier.transforms import augment, one_hot, to_float
+from classifier.zip_format import write_zip
 
 CPU = torch.device("cpu")
 ALL_AUGMENTATIONS = ["crop", "flip", "erase", "color", "mixup", "cutmix"]

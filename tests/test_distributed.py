@@ -17,8 +17,9 @@ from project import Project, clean_environment, small_project
 from small_images import write_images
 from tracker import free_port, send_the_rest
 
-from classifier.archive import Images, write_zip
+from classifier.archive import Images
 from classifier.distributed import Group
+from classifier.zip_format import write_zip
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Two epochs of the product's own loop; in float64, whose sums hardly depend on their order. With small batches the
@@ -252,6 +253,39 @@ def test_a_second_machine_joins_the_training_that_dvc_runs_on_the_first(
     np.testing.assert_allclose(epochs[:1], others[:1], rtol=1e-3)
     assert len(others) == EPOCHS
     assert tracker.statuses(untrained.root / "mlflow.db") == ["FINISHED"]
+
+
+# What SLURM has, for nodes that are processes here: srun runs its command once for each
+SLURM = {
+    "scontrol": "echo 127.0.0.1",
+    "srun": """
+shift
+for node in $(seq "$SLURM_JOB_NUM_NODES"); do SLURM_NODEID=$((node - 1)) "$@" & tasks+=($!); done
+for task in "${tasks[@]}"; do wait "$task"; done
+""",
+}
+
+
+@pytest.mark.slow
+def test_a_slurm_job_trains_on_all_of_its_nodes(untrained: Project, reference: Project, tmp_path: Path) -> None:
+    for name, script in SLURM.items():
+        (tmp_path / "slurm").mkdir(exist_ok=True)
+        (tmp_path / "slurm" / name).write_text(f"#!/usr/bin/env bash\nset -e\n{script}")
+        (tmp_path / "slurm" / name).chmod(0o755)
+    untrained.set_params(launcher="torchrun --nproc-per-node=1")
+    job = {
+        "PATH": f"{tmp_path / 'slurm'}:{clean_environment(tmp_path)['PATH']}", "PET_MASTER_PORT": str(free_port()),
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2",
+    }  # fmt: skip
+    printed = untrained.run("deploy/train.slurm", **job).stdout
+    assert untrained.stages_run(printed) == ["train", "evaluate", "export"]
+    assert json.loads((untrained.root / "metrics/environment.json").read_text())[0]["processes"] == 2
+    epochs, others = (pd.read_csv(project.root / "metrics/epochs.csv") for project in (reference, untrained))
+    np.testing.assert_allclose(epochs[:1], others[:1], rtol=1e-3)
+    assert len(others) == EPOCHS
+
+    printed = untrained.run("deploy/train.slurm", **job).stdout  # which would wait for the other node in vain
+    assert untrained.stages_run(printed) == []
 
 
 @pytest.mark.slow

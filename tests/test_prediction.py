@@ -23,7 +23,6 @@ from PIL import Image
 from project import Project, clean_environment, reproduced_project
 from scipy.special import softmax
 
-from classifier.archive import write_zip
 from classifier.dataset import Batches, CustomImageDataset
 from classifier.errors import PipelineError
 from classifier.exchange import write
@@ -42,6 +41,7 @@ from classifier.prediction import (
 )
 from classifier.training import load_weights
 from classifier.training import predict as logits_of
+from classifier.zip_format import write_zip
 
 CLASSES = ["dark", "bright, or\nnot"]
 FORMATS = ["pth", "pt2", "onnx", "safetensors"]

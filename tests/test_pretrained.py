@@ -75,8 +75,8 @@ def test_the_layers_fitted_to_images_and_classes_stay_newly_drawn_where_they_dif
         assert torch.equal(tensor, expected), key
     assert capsys.readouterr().out.splitlines() == [
         f"41 of 44 tensors are from {path}",
-        "  stages.0.0.weight is newly drawn: 48 x 3 x 4 x 4, not 48 x 1 x 4 x 4",
-        "  classifier.weight is newly drawn: 5 x 192, not 10 x 192",
+        "  stages.0.0.weight is newly drawn: 64 x 3 x 4 x 4, not 64 x 1 x 4 x 4",
+        "  classifier.weight is newly drawn: 5 x 256, not 10 x 256",
         "  classifier.bias is newly drawn: 5, not 10",
     ]
 
@@ -91,7 +91,7 @@ def test_for_grey_images_the_first_convolution_is_the_sum_over_the_channels(
     grey = torch.rand(4, 1, 8, 8)
     torch.testing.assert_close(network(grey), given(grey.expand(4, 3, 8, 8)), rtol=0, atol=1e-5)
     assert (
-        "  stages.0.0.weight is the sum over the channels: 48 x 1 x 4 x 4, of 48 x 3 x 4 x 4\n"
+        "  stages.0.0.weight is the sum over the channels: 64 x 1 x 4 x 4, of 64 x 3 x 4 x 4\n"
         in capsys.readouterr().out
     )
 
@@ -129,7 +129,7 @@ def add_line(state: State) -> None:
 
 
 def reshape(state: State) -> None:
-    state[MIDDLE] = torch.zeros(192, 96, 5, 5)
+    state[MIDDLE] = torch.zeros(256, 128, 5, 5)
 
 
 def count_in_fractions(state: State) -> None:
@@ -149,7 +149,7 @@ def put(key: str, tensor: Callable[[Tensor], object]) -> Callable[[State], None]
         (remove, r"does not fit the network: it lacks stages\.1\.2\.running_var, stages\.2\.0\.weight$"),
         (add, r"does not fit the network: it has extra\.A, extra\.B, extra\.C and 23 more besides$"),
         (add_line, r"does not fit the network: it has 'a\\nb\\x1bc{91} besides$"),
-        (reshape, r"not fit the network: it has stages\.2\.0\.weight of 192 x 96 x 5 x 5, not 192 x 96 x 3 x 3$"),
+        (reshape, r"not fit the network: it has stages\.2\.0\.weight of 256 x 128 x 5 x 5, not 256 x 128 x 3 x 3$"),
         (count_in_fractions, r"does not fit the network: it has stages\.1\.2\.num_batches_tracked of torch\.float32$"),
         (put(LAST[1], lambda bias: bias * torch.nan), r"plain tensor of finite numbers in classifier\.bias$"),
         (put(MIDDLE, lambda weight: weight.to_sparse()), r"plain tensor of finite numbers in stages\.2\.0\.weight$"),

@@ -15,7 +15,6 @@ from hostile import RunsCodeWhenUnpickled
 from small_images import CLASSES, write_images
 from torch import Tensor, nn
 
-from classifier.archive import write_zip
 from classifier.dataset import Batches, CustomImageDataset
 from classifier.errors import PipelineError
 from classifier.networks import build_network
@@ -38,6 +37,7 @@ from classifier.training import (
     weighted_cross_entropy,
 )
 from classifier.transforms import one_hot
+from classifier.zip_format import write_zip
 
 CPU = torch.device("cpu")
 WEIGHTS = torch.tensor([0.25, 3.0, 0.5, 1.0])  # of classes

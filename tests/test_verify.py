@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from project import Project, clean_environment, small_project
 
-from classifier.archive import write_zip
 from classifier.errors import PipelineError
 from classifier.verify import DRIFTED, IDENTICAL, WITHIN, State, compare
+from classifier.zip_format import write_zip
 
 RECORDED = State(
     md5s={

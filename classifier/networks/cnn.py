@@ -1,19 +1,19 @@
 """Three convolutions that widen the maps, and two residual blocks between them.
 
-1,041,322 parameters for grey pixels and ten classes. Fashion-MNIST, all 60,000 training images:
+1,849,226 parameters for grey pixels and ten classes. Fashion-MNIST, all 60,000 training images:
 
-    dvc exp run -S network=cnn -S val_size=0 -S epochs=24 -S batch_size=256 -S lr=0.2 -S momentum=0.9 \\
+    dvc exp run -S network=cnn -S val_size=0 -S epochs=16 -S batch_size=256 -S lr=0.2 -S momentum=0.9 \\
         -S weight_decay=0.001 -S schedule=onecycle -S label_smoothing=0.1 -S 'augment=[flip, erase]' \\
         -S precision=bfloat16 -S test_flip=true
 
-Test accuracy after the last epoch 0.9399 (seed 0) in some 420 seconds on two threads of an AMD EPYC with avx512_bf16;
+Test accuracy after the last epoch 0.9425 (seed 0) in some 460 seconds on two threads of an AMD EPYC with avx512_bf16;
 `python -m benchmarks.time_to_accuracy --only recipe` runs the same with five seeds.
 """
 
 import torch
 from torch import Tensor, nn
 
-WIDTHS = (48, 96, 192)  # channels behind each convolution that widens the maps
+WIDTHS = (64, 128, 256)  # channels behind each convolution that widens the maps
 SMALLEST = 3  # pixels a side that halving must leave
 
 

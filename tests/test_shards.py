@@ -1,0 +1,118 @@
+"""Images that are too many for one zip: a folder of zips, and everything as with one."""
+
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from project import Project, reproduced_project
+
+from classifier.archive import Images, shards, write_images
+from classifier.errors import PipelineError
+from classifier.files import hash_file
+from classifier.zip_format import write_zip
+
+FILES = {f"train/{index:02d}.png": bytes([index]) * 100 for index in range(40)}
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    write_images(tmp_path / "images.zip", FILES.items(), shard_bytes=1000)
+    return tmp_path / "images.zip"
+
+
+def test_images_of_few_bytes_are_in_one_zip(tmp_path: Path) -> None:
+    write_images(tmp_path / "images.zip", FILES.items(), shard_bytes=4000)
+    write_zip(tmp_path / "one.zip", FILES.items())
+    assert (tmp_path / "images.zip").read_bytes() == (tmp_path / "one.zip").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.zip", "one.zip"]
+
+
+def test_no_images_are_in_one_zip_too(tmp_path: Path) -> None:
+    write_images(tmp_path / "images.zip", [])
+    assert list(Images(tmp_path / "images.zip").names()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["images.zip"]
+
+
+def test_images_of_more_bytes_are_in_several_zips(sharded: Path) -> None:
+    assert [path.name for path in shards(sharded)] == [f"images-{number:05}.zip" for number in range(4)]
+    inner = [zipfile.ZipFile(path).namelist() for path in shards(sharded)]
+    assert [len(names) for names in inner] == [10] * 4
+    assert [name for names in inner for name in names] == list(FILES)
+    assert [path.name for path in sharded.parent.iterdir()] == ["images.zip"]
+
+
+def test_several_zips_are_read_as_one(sharded: Path) -> None:
+    images = Images(sharded)
+    assert {name: images.read(name) for name in images.names()} == FILES
+
+
+def test_the_same_images_give_the_same_zips(sharded: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "again", FILES.items(), shard_bytes=1000)
+    digests = [list(map(hash_file, shards(folder))) for folder in (sharded, tmp_path / "again")]
+    assert digests[0] == digests[1]
+
+
+def test_a_changed_image_changes_one_zip(sharded: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "other", (FILES | {"train/15.png": bytes(100)}).items(), shard_bytes=1000)
+    changed = [
+        before.name
+        for before, after in zip(shards(sharded), shards(tmp_path / "other"), strict=True)
+        if before.read_bytes() != after.read_bytes()
+    ]
+    assert changed == ["images-00001.zip"]
+
+
+def test_an_image_that_is_in_two_zips_is_refused(sharded: Path) -> None:
+    write_zip(sharded / "images-00003.zip", [("train/05.png", b"another")])
+    with pytest.raises(PipelineError, match=r"train/05\.png in .*images\.zip is not readable: it is there more than"):
+        Images(sharded).read("train/05.png")
+
+
+def test_a_broken_zip_is_named(sharded: Path) -> None:
+    (sharded / "images-00002.zip").write_bytes(b"no zip")
+    with pytest.raises(PipelineError, match=r"images-00002\.zip: not readable as a zip: File is not a zip file"):
+        Images(sharded)
+
+
+def test_a_folder_with_other_files_too_is_a_folder_of_images(sharded: Path) -> None:
+    (sharded / "photo.png").write_bytes(b"")
+    assert list(Images(sharded).names()) == [*(f"images-{number:05}.zip" for number in range(4)), "photo.png"]
+
+
+@pytest.mark.slow
+def test_the_results_are_those_of_one_zip(tmp_path_factory: pytest.TempPathFactory) -> None:
+    one = reproduced_project(tmp_path_factory)
+    several = one.copy_without_results(tmp_path_factory.mktemp("several") / "project")
+    code = several.root / "classifier/archive.py"
+    small = code.read_text().replace("SHARD_BYTES = 2**30", "SHARD_BYTES = 2**16")
+    assert small != code.read_text()
+    code.write_text(small)
+    several.dvc("repro")
+    several.commit()
+    assert len(shards(several.root / "data/images.zip")) > 2
+    assert results(several) == results(one)
+
+    verified = several.run(sys.executable, "-m", "classifier", "verify").stdout
+    assert "drifted" not in verified
+    assert "data/images.zip" in verified
+    shard = several.root / "data/images.zip/images-00001.zip"
+    kept = Images(shard)
+    names = list(kept.names())
+    contents = [(name, kept.read(name)) for name in names]
+    shard.unlink()
+    write_zip(shard, contents[1:])
+    changed = several.run(sys.executable, "-m", "classifier", "verify", check=False)
+    assert changed.returncode == 1
+    assert f"differing images: {names[0]}" in changed.stdout
+    refused = several.run(sys.executable, "-m", "stages.train", check=False)
+    assert "data/images.zip: changed since the stage that wrote it" in refused.stderr
+
+
+def results(project: Project) -> dict[str, str]:
+    """The md5 of what is made of the images."""
+    return {
+        path: md5
+        for path, md5 in project.outputs().items()
+        if path.startswith(("data/annotations", "models/model_weights.pth", "metrics/"))
+    }
