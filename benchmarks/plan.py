@@ -91,8 +91,8 @@ def report_plan(report: Report, cost: Cost, images: int, rates: Sequence[float])
         f"in {-(-images * cost.zip_bytes // SHARD_BYTES):,.0f} shards"
     )
     report.line(
-        f"    annotate {images * cost.annotate / 3600:,.0f} core hours, one hashing {images * cost.hash / 3600:,.1f} "
-        f"core hours, sent at 10 Gbit/s {terabytes * 8e12 / 1e10 / 3600:,.1f} h"
+        f"    annotate {images * cost.annotate / 3600:,.0f} core hours, one hashing {images * cost.hash / 3600:,.2f} "
+        f"core hours, sent at 10 Gbit/s {terabytes * 8e12 / 1e10 / 3600:,.2f} h"
     )
     epoch = images / cost.trained / 3600
     report.line(f"    an epoch: {epoch:,.0f} h on a machine as this one, {epoch / 64:,.1f} h on 64 of them")
@@ -100,7 +100,7 @@ def report_plan(report: Report, cost: Cost, images: int, rates: Sequence[float])
         hours = images / rate / 3600
         report.line(
             f"    an accelerator of {rate:,.0f} images/s: {hours:,.1f} h, 8 of them {hours / 8:,.1f} h; "
-            f"fed by {rate * cost.read:,.1f} cores each, {rate * cost.zip_bytes / 1e6:,.0f} MB/s"
+            f"fed by {rate * cost.read:,.2f} cores each, {rate * cost.zip_bytes / 1e6:,.0f} MB/s"
         )
 
 

@@ -13,10 +13,10 @@ from project import Project, clean_environment
 TASK = re.compile(r"^([0-9a-f]{7})\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
 
 
-def run_queue(project: Project, workers: int = 2, seconds: float = 1800, **env: str) -> None:
+def run_queue(project: Project, workers: int = 2, seconds: float = 1800) -> None:
     """Run all queued experiments, `workers` at a time; raises with DVC's logs if one fails or time is up."""
     try:
-        start(project, workers, **env)
+        start(project, workers)
         deadline = time.monotonic() + seconds
         while {"Queued", "Running"} & set((states := queue_states(project)).values()):
             assert time.monotonic() < deadline, queue_logs(project, states)
@@ -26,13 +26,13 @@ def run_queue(project: Project, workers: int = 2, seconds: float = 1800, **env: 
         stop_queue(project)
 
 
-def start(project: Project, workers: int, **env: str) -> None:
+def start(project: Project, workers: int) -> None:
     """Start the workers. They keep the output they are given open: read through a pipe, it would end when they do."""
     log = project.root.parent / "queue.log"
     with log.open("w") as output:
         done = subprocess.run(
             [sys.executable, "-m", "dvc", "queue", "start", "-j", str(workers)],
-            cwd=project.root, env=clean_environment(project.root.parent, **env),
+            cwd=project.root, env=clean_environment(project.root.parent, **project.env),
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
     assert done.returncode == 0, log.read_text()

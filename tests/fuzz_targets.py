@@ -60,7 +60,7 @@ def archive(folder: Path, content: bytes) -> None:
     except PipelineError as error:
         assert len(str(error).splitlines()) == 1  # noqa: PT017, or it is taken
         return
-    for name in ["a.png", "", "../a.png", *sorted(images._zip.names())[:20]]:
+    for name in ["a.png", "", "../a.png", *sorted(images._members.names())[:20]]:
         with contextlib.suppress(PipelineError):
             assert isinstance(images.read(name), bytes)
 

@@ -66,7 +66,7 @@ def postgres() -> Iterator[Postgres]:
         check=True, stdout=subprocess.DEVNULL, cwd=data, **account,
     )  # fmt: skip
     options = ["listen_addresses=127.0.0.1", f"unix_socket_directories={data}", "fsync=off"]
-    command = [folder / "postgres", "-D", data / "data", "-p", server.environment["PGPORT"]]
+    command: list[str | Path] = [folder / "postgres", "-D", data / "data", "-p", server.environment["PGPORT"]]
     for option in options:
         command += ["-c", option]
     with subprocess.Popen(

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,9 @@ def clean_environment(folder: Path, **extra: str) -> dict[str, str]:
 class Project:
     """A repository that holds the project."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, env: Mapping[str, str] | None = None) -> None:
         self.root = root
+        self.env = dict(env or {})  # of all commands
 
     @classmethod
     def create(cls, root: Path) -> "Project":
@@ -116,7 +118,7 @@ class Project:
     def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the repository; its output is in the error if it fails and `check` is true."""
         done = subprocess.run(
-            command, cwd=self.root, env=clean_environment(self.root.parent, **env), stdin=subprocess.DEVNULL,
+            command, cwd=self.root, env=clean_environment(self.root.parent, **self.env | env), stdin=subprocess.DEVNULL,
             capture_output=True, text=True,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"

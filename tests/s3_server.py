@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,8 @@ def add_remote(project: Project, server: S3Server, prefix: str) -> None:
     project.commit()
 
 
-def clone(repository: Path, root: Path) -> Project:
+def clone(repository: Path, root: Path, env: Mapping[str, str]) -> Project:
     """A clone with an empty cache, whose DVC has nothing in common with that of another folder."""
     root.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["git", "clone", "--quiet", repository, root], check=True, env=clean_environment(root.parent))
-    return Project(root)
+    return Project(root, env)

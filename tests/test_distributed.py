@@ -273,18 +273,18 @@ def test_a_slurm_job_trains_on_all_of_its_nodes(untrained: Project, reference: P
         (tmp_path / "slurm" / name).write_text(f"#!/usr/bin/env bash\nset -e\n{script}")
         (tmp_path / "slurm" / name).chmod(0o755)
     untrained.set_params(launcher="torchrun --nproc-per-node=1")
-    job = {
+    untrained.env = {
         "PATH": f"{tmp_path / 'slurm'}:{clean_environment(tmp_path)['PATH']}", "PET_MASTER_PORT": str(free_port()),
         "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2",
     }  # fmt: skip
-    printed = untrained.run("deploy/train.slurm", **job).stdout
+    printed = untrained.run("deploy/train.slurm").stdout
     assert untrained.stages_run(printed) == ["train", "evaluate", "export"]
     assert json.loads((untrained.root / "metrics/environment.json").read_text())[0]["processes"] == 2
     epochs, others = (pd.read_csv(project.root / "metrics/epochs.csv") for project in (reference, untrained))
     np.testing.assert_allclose(epochs[:1], others[:1], rtol=1e-3)
     assert len(others) == EPOCHS
 
-    printed = untrained.run("deploy/train.slurm", **job).stdout  # which would wait for the other node in vain
+    printed = untrained.run("deploy/train.slurm").stdout  # which would wait for the other node in vain
     assert untrained.stages_run(printed) == []
 
 

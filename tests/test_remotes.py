@@ -27,6 +27,7 @@ def server() -> Iterator[S3Server]:
 def first(tmp_path_factory: pytest.TempPathFactory, server: S3Server, request: pytest.FixtureRequest) -> Project:
     """A committed project in which everything is done, with a remote of its own that has nothing yet."""
     project = reproduced_project(tmp_path_factory)
+    project.env = server.environment
     project.commit()
     add_remote(project, server, request.node.name)
     return project
@@ -35,24 +36,24 @@ def first(tmp_path_factory: pytest.TempPathFactory, server: S3Server, request: p
 def test_a_clone_pulls_data_and_model_and_has_nothing_left_to_do(
     first: Project, server: S3Server, tmp_path: Path
 ) -> None:
-    first.dvc("push", **server.environment)
-    second = clone(first.root, tmp_path / "second/project")
-    second.dvc("pull", **server.environment)
+    first.dvc("push")
+    second = clone(first.root, tmp_path / "second/project", server.environment)
+    second.dvc("pull")
     assert second.outputs() == first.outputs()
     assert second.stages_run(second.dvc("repro").stdout) == []
-    verified = second.run(sys.executable, "-m", "classifier", "verify", **server.environment)
+    verified = second.run(sys.executable, "-m", "classifier", "verify")
     assert "bit-identical" in verified.stdout
     assert "drifted" not in verified.stdout
 
 
 def test_what_another_has_trained_comes_from_the_run_cache(first: Project, server: S3Server, tmp_path: Path) -> None:
-    second = clone(first.root, tmp_path / "second/project")  # of the state before
+    second = clone(first.root, tmp_path / "second/project", server.environment)  # of the state before
     first.set_params(lr="0.05")
     first.dvc("repro")
-    first.run(sys.executable, "-m", "classifier", "push", **server.environment)
-    second.dvc("fetch", "--run-cache", "download", **server.environment)
+    first.run(sys.executable, "-m", "classifier", "push")
+    second.dvc("fetch", "--run-cache", "download")
     second.set_params(lr="0.05")
-    again = second.dvc("repro", "--pull", **server.environment)
+    again = second.dvc("repro", "--pull")
     assert second.outputs() == first.outputs()
     assert "is cached - skipping run" in again.stdout
     assert second.stages_run(again.stdout) == []
@@ -62,7 +63,7 @@ def killed(project: Project, arguments: list[str], server: S3Server, condition: 
     """Start a command of DVC's, stop the server when the condition holds, kill the command, let the server go on."""
     with subprocess.Popen(
         [*DVC, *arguments], cwd=project.root,
-        env=clean_environment(project.root.parent, **server.environment),
+        env=clean_environment(project.root.parent),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     ) as process:  # fmt: skip
         wait_for(condition)  # type: ignore[arg-type]
@@ -80,21 +81,23 @@ def test_killed_pushes_and_pulls_are_repeated_without_loss(
     prefix = request.node.name
     killed(first, ["push", "--jobs", "1"], server, lambda: server.objects(prefix))
     pushed = server.objects(prefix)
-    first.dvc("push", **server.environment)
+    first.dvc("push")
     assert len(server.objects(prefix)) > len(pushed)
 
-    second = clone(first.root, tmp_path / "second/project")
+    second = clone(first.root, tmp_path / "second/project", server.environment)
     cache = second.root / ".dvc/cache/files"
     killed(second, ["pull", "--jobs", "1"], server, lambda: list(cache.rglob("*/*")))
-    second.dvc("pull", **server.environment)
+    second.dvc("pull")
     assert second.outputs() == first.outputs()
-    second.dvc("status", "--cloud", **server.environment)
+    second.dvc("status", "--cloud")
 
 
 def test_without_credentials_nothing_is_sent_and_none_are_in_git(first: Project, server: S3Server) -> None:
-    refused = first.dvc("push", check=False, AWS_SHARED_CREDENTIALS_FILE=os.devnull, AWS_EC2_METADATA_DISABLED="true")
+    first.env = {"AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true"}
+    refused = first.dvc("push", check=False)
     assert refused.returncode != 0
-    first.dvc("push", **server.environment)
+    first.env = server.environment
+    first.dvc("push")
     for value in server.environment.values():
         if value.endswith("of-the-test"):
             assert first.run("git", "grep", "-c", value, check=False).stdout == ""
@@ -109,10 +112,9 @@ def test_without_a_remote_it_is_said_how_to_have_one(tmp_path_factory: pytest.Te
     assert "Traceback" not in done.stderr
 
 
-def test_a_server_that_is_away_is_told_in_one_line(first: Project, server: S3Server) -> None:
+def test_a_server_that_is_away_is_told_in_one_line(first: Project) -> None:
     first.dvc("remote", "modify", "team", "endpointurl", "http://127.0.0.1:9")
-    env = server.environment | {"AWS_MAX_ATTEMPTS": "1"}
-    done = first.run(sys.executable, "-m", "classifier", "push", check=False, **env)
+    done = first.run(sys.executable, "-m", "classifier", "push", check=False, AWS_MAX_ATTEMPTS="1")
     assert done.returncode == 1
     assert "The remote does not have everything: " in done.stderr
     assert "Traceback" not in done.stderr

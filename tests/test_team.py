@@ -79,7 +79,8 @@ def team(tmp_path_factory: pytest.TempPathFactory, storage: S3Server) -> Iterato
 def project(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Project:
     """A project in which everything is done, with an experiment in MLflow and a registered model of its own."""
     project = reproduced_project(tmp_path_factory)
-    project.set_params(experiment=request.node.name, registered_model=request.node.name)
+    names = {"experiment": request.node.name, "registered_model": request.node.name}
+    project.set_params(**names, export_formats="[onnx]")
     project.commit()
     return project
 
@@ -99,7 +100,7 @@ def runs(team: TeamServer, experiment: str) -> list[tuple[str, str]]:
 def test_who_has_no_password_is_refused_and_loses_nothing(team: TeamServer, project: Project) -> None:
     experiment = "test_who_has_no_password_is_refused_and_loses_nothing"
     anonymous = {"MLFLOW_TRACKING_URI": team.address}
-    done = project.dvc("repro", "--force", "--single-item", "train", **anonymous)
+    done = project.dvc("repro", "--force", "--single-item", "train", check=True, **anonymous)
     assert "401" in done.stderr
     assert "You are not authenticated" in done.stderr
     wrong = team.member("first") | {"MLFLOW_TRACKING_PASSWORD": "another"}
@@ -107,7 +108,7 @@ def test_who_has_no_password_is_refused_and_loses_nothing(team: TeamServer, proj
     assert refused.returncode == 1
     assert runs(team, experiment) == []
 
-    project.run(sys.executable, "-m", "classifier", "sync", **team.member("first"))
+    project.run(sys.executable, "-m", "classifier", "sync", check=True, **team.member("first"))
     ((_, status),) = runs(team, experiment)
     assert status == "FINISHED"
     for password in (*MEMBERS.values(), ADMIN[1]):
@@ -118,16 +119,17 @@ def test_who_has_no_password_is_refused_and_loses_nothing(team: TeamServer, proj
 
 def test_eight_experiments_at_once_lose_nothing_while_the_server_restarts(team: TeamServer, project: Project) -> None:
     experiment = "test_eight_experiments_at_once_lose_nothing_while_the_server_restarts"
+    project.env = team.member("first")
     rates = [f"0.0{number}" for number in range(1, 9)]
     project.dvc("exp", "run", "--queue", "-S", f"lr={','.join(rates)}")
     with ThreadPoolExecutor() as pool:
-        queue = pool.submit(run_queue, project, workers=8, **team.member("first"))
+        queue = pool.submit(run_queue, project, workers=8)
         wait_for(lambda: queue.done() or len(runs(team, experiment)) >= 2, seconds=600)
         team.kill()
         assert not queue.done()
         team.start()
         queue.result()
-    project.run(sys.executable, "-m", "classifier", "sync", **team.member("first"))
+    project.run(sys.executable, "-m", "classifier", "sync", check=True, **team.member("first"))
     assert waiting(project) == []
     found = runs(team, experiment)
     assert len({name for name, _ in found}) == len(rates)
@@ -149,69 +151,67 @@ def test_two_members_share_runs_models_and_data_and_a_lost_clone_loses_nothing(
     team: TeamServer, project: Project, tmp_path: Path
 ) -> None:
     server = team.storage
+    project.env = server.environment
     add_remote(project, server, "shared")
-    project.dvc("push", **server.environment)
+    project.dvc("push")
     central = tmp_path / "central.git"
     project.run("git", "clone", "--quiet", "--bare", ".", str(central))
 
     def work(name: str, rate: str) -> dict[str, object]:
         """An experiment in a clone, shared as docs/team.md says; what made its model."""
-        member = clone(central, tmp_path / name / "project")
-        env = server.environment | team.member(name)
-        member.dvc("pull", **env)
-        member.dvc("exp", "run", "--name", f"rate-{name}", "-S", f"lr={rate}", **env)
-        member.dvc("exp", "push", "origin", f"rate-{name}", **env)
-        return lineage(member, f"rate-{name}", env)
+        member = clone(central, tmp_path / name / "project", server.environment | team.member(name))
+        member.dvc("pull")
+        member.dvc("exp", "run", "--name", f"rate-{name}", "-S", f"lr={rate}")
+        member.dvc("exp", "push", "origin", f"rate-{name}")
+        return lineage(member, f"rate-{name}")
 
     with ThreadPoolExecutor() as pool:
         before = dict(zip(MEMBERS, pool.map(work, MEMBERS, ("0.05", "0.02")), strict=True))
     for name, found in before.items():
         shutil.rmtree(tmp_path / name)
         other = next(member for member in MEMBERS if member != name)
-        env = server.environment | team.member(other)
-        again = clone(central, tmp_path / name / "again")
-        again.dvc("exp", "pull", "origin", f"rate-{name}", **env)
-        again.dvc("pull", **env)
-        again.dvc("exp", "apply", f"rate-{name}", **env)
-        verified = again.run(sys.executable, "-m", "classifier", "verify", **env)
+        again = clone(central, tmp_path / name / "again", server.environment | team.member(other))
+        again.dvc("exp", "pull", "origin", f"rate-{name}")
+        again.dvc("pull")
+        again.dvc("exp", "apply", f"rate-{name}")
+        verified = again.run(sys.executable, "-m", "classifier", "verify")
         assert "bit-identical" in verified.stdout
         assert "drifted" not in verified.stdout
-        assert lineage(again, f"rate-{name}", env) == found
+        assert lineage(again, f"rate-{name}") == found
         assert found["runs"]
 
 
 def test_a_sweep_on_two_machines_is_one_table(team: TeamServer, project: Project, tmp_path: Path) -> None:
-    server = team.storage
-    env = server.environment | team.member("first")
-    add_remote(project, server, "sweep")
-    project.dvc("push", **server.environment)
+    project.env = team.storage.environment | team.member("first")
+    add_remote(project, team.storage, "sweep")
+    project.dvc("push")
     central = tmp_path / "central.git"
     project.run("git", "clone", "--quiet", "--bare", ".", str(central))
 
     def sweep(name: str, rates: str) -> None:
-        machine = clone(central, tmp_path / name / "project")
-        machine.dvc("pull", **env)
-        machine.dvc("exp", "run", "--queue", "-S", f"lr={rates}", **env)
-        run_queue(machine, workers=1, **env)
-        machine.dvc("exp", "push", "origin", "--rev", "HEAD", **env)
+        machine = clone(central, tmp_path / name / "project", project.env)
+        machine.dvc("pull")
+        machine.dvc("exp", "run", "--queue", "-S", f"lr={rates}")
+        run_queue(machine, workers=1)
+        machine.dvc("exp", "push", "origin", "--rev", "HEAD")
         shutil.rmtree(machine.root.parent)
 
     parts = {"first": "0.01,0.03", "second": "0.05,0.07"}
     with ThreadPoolExecutor() as pool:
         list(pool.map(sweep, parts, parts.values()))
-    third = clone(central, tmp_path / "third/project")
-    third.dvc("exp", "pull", "origin", "--rev", "HEAD", **env)
-    table = pd.read_csv(StringIO(third.dvc("exp", "show", "--csv", **env).stdout))
+    third = clone(central, tmp_path / "third/project", project.env)
+    third.dvc("exp", "pull", "origin", "--rev", "HEAD")
+    table = pd.read_csv(StringIO(third.dvc("exp", "show", "--csv").stdout))
     experiments = table[table["rev"].notna() & table["Experiment"].notna()]
     assert sorted(experiments["lr"]) == [0.01, 0.03, 0.05, 0.07]
-    assert experiments["metrics/test.json:accuracy"].notna().all()
+    assert experiments["accuracy"].notna().all()
     for name in experiments["Experiment"]:
-        third.dvc("exp", "apply", name, **env)
+        third.dvc("exp", "apply", name)
         assert (third.root / "models/export/model.onnx").is_file()
 
 
-def lineage(project: Project, target: str, env: dict[str, str]) -> dict[str, object]:
-    done = project.run(sys.executable, "-m", "classifier", "lineage", target, "--json", **env)
+def lineage(project: Project, target: str) -> dict[str, object]:
+    done = project.run(sys.executable, "-m", "classifier", "lineage", target, "--json")
     found: dict[str, object] = json.loads(done.stdout)
     return found
 
