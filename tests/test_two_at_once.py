@@ -162,7 +162,7 @@ def run_annotate(project: Project) -> None:
 
 
 def being_written(project: Project) -> list[Path]:
-    return list((project.root / "data").glob(".images.zip.*/images.zip"))
+    return list((project.root / "data").glob(".images.zip.*/images.zip.shards/*"))
 
 
 def wait_until_it_writes(project: Project, process: "subprocess.Popen[str]") -> None:
