@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,14 +59,14 @@ def test_what_another_has_trained_comes_from_the_run_cache(first: Project, serve
     assert second.stages_run(again.stdout) == []
 
 
-def killed(project: Project, arguments: list[str], server: S3Server, condition: object) -> None:
+def killed(project: Project, arguments: list[str], server: S3Server, condition: Callable[[], object]) -> None:
     """Start a command of DVC's, stop the server when the condition holds, kill the command, let the server go on."""
     with subprocess.Popen(
         [*DVC, *arguments], cwd=project.root,
-        env=clean_environment(project.root.parent),
+        env=clean_environment(project.root.parent, **project.env),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     ) as process:  # fmt: skip
-        wait_for(condition)  # type: ignore[arg-type]
+        wait_for(lambda: process.poll() is not None or condition())
         server.process.send_signal(signal.SIGSTOP)
         try:
             assert process.poll() is None

@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dvc_queue import processes_in, run_queue
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Error as PlaywrightError
 from project import Project, small_project
 
 pytestmark = pytest.mark.slow
@@ -25,6 +27,7 @@ RATES = ["0.1", "0.01"]
 OPTIMIZERS = ["sgd", "adam"]
 PAIRS = sorted(product(RATES, OPTIMIZERS))
 EPOCHS = 5
+CLICKS = 6  # at most, before it is a fault
 PATIENCE = 60_000  # milliseconds, where the machine is busy
 
 
@@ -112,11 +115,16 @@ def row(table: Locator, title: str) -> list[str]:
 
 def draw_losses(page: Page) -> Locator:
     """From the comparison, open the chart of both losses; returns the curves."""
-    # The comparison is laid out anew when its chart is there: a click before that can be lost
+    # The comparison is laid out anew when its chart is there, and perhaps again: a click before that can be lost
     expect(page.locator(".parcoords .axis-title").first).to_be_visible(timeout=PATIENCE)
-    page.get_by_role("link", name="train_loss").click()
     metrics = page.get_by_role("combobox")
-    expect(metrics).to_have_count(1, timeout=PATIENCE)  # the comparison, which stays until this page is there, has two
+    for _ in range(CLICKS):
+        with suppress(PlaywrightError):  # the link is gone
+            page.get_by_role("link", name="train_loss").click(timeout=PATIENCE / CLICKS)
+        with suppress(AssertionError):
+            # The comparison, which stays until this page is there, has two
+            expect(metrics).to_have_count(1, timeout=PATIENCE / CLICKS)
+            break
     metrics.click()
     metrics.press_sequentially("val_loss")
     page.keyboard.press("Enter")
