@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.measuring import Report, parser
 from classifier.annotations import Names, write_csv
-from classifier.archive import SHARD_BYTES, write_images
+from classifier.archive import SHARD_BYTES, shards, write_images
 from classifier.dataset import CustomImageDataset
 from classifier.device import keep_freed_memory
 from classifier.errors import run_main
@@ -120,10 +120,12 @@ def measure(kind: Kind, sample: int) -> Cost:
         for index in order:
             dataset.decode_as(kind.shape, index)
         read = time.process_time() - started
+        zips = shards(folder / "images.zip") or [folder / "images.zip"]
         started = time.process_time()
-        hash_file(folder / "images.zip")
+        for path in zips:
+            hash_file(path)
         hashing = time.process_time() - started
-        zip_bytes = (folder / "images.zip").stat().st_size
+        zip_bytes = sum(path.stat().st_size for path in zips)
     return Cost(
         sum(map(len, originals)) / sample, zip_bytes / sample, annotate / sample, read / sample, hashing / sample,
         training_rate(kind),

@@ -9,6 +9,7 @@ import stat
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -23,7 +24,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 # What systems and their archivers put beside a user's files; and names that begin with a dot
 CLUTTER = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini"))
-# Above it, images are written to several zips: one that is sent or hashed anew then is no more than this
+# Above it, images are written to several zips of about as much: it is what is sent or hashed anew for one image
 SHARD_BYTES = 2**30
 SHARD = re.compile(r"images-\d{5,}\.zip")
 
@@ -103,14 +104,14 @@ class Images:
 
 
 class _Members:
-    """The members of zips, found by name with 18 bytes of memory for each; `zipfile` takes half a KiB.
+    """The members of zips, found by name with 20 bytes of memory for each; `zipfile` takes half a KiB.
 
     These are the hash of its name, its place in its zip, and which zip that is. Raises PipelineError if a zip is none.
     """
 
     def __init__(self, paths: list[Path]) -> None:
         self._zips: list[Zip] = []
-        hashes, places, owners = array("q"), array("q"), array("H")
+        hashes, places, owners = array("q"), array("q"), array("I")
         for number, path in enumerate(paths):
             try:
                 self._zips.append(Zip(path))
@@ -123,7 +124,7 @@ class _Members:
                 raise PipelineError(f"{path}: not readable as a zip: {reason}") from None
         order = np.argsort(np.frombuffer(hashes, np.int64), kind="stable")
         self._hashes, self._places = (np.frombuffer(part, np.int64)[order].data for part in (hashes, places))
-        self._owners = np.frombuffer(owners, np.uint16)[order].data
+        self._owners = np.frombuffer(owners, np.uint32)[order].data
 
     def names(self) -> Iterator[str]:
         """The names of all members, folders too, in the order of the directories."""
@@ -174,11 +175,13 @@ def write_images(path: Path, files: Iterable[tuple[str, bytes]], shard_bytes: in
 
 def shards(path: Path) -> list[Path]:
     """The zips of a folder that `write_images` has written; none if it is another folder, or no folder."""
-    try:
-        names = sorted(os.listdir(path))  # noqa: PTH208, there may be a million
-    except OSError:  # no folder, or one whose names may not be listed
-        return []
-    return [path / name for name in names] if names and all(map(SHARD.fullmatch, names)) else []
+    zips = []
+    with suppress(OSError), os.scandir(path) as entries:  # no folder, or one whose names may not be listed
+        for entry in entries:
+            if not (SHARD.fullmatch(entry.name) and entry.is_file()):
+                return []
+            zips.append(path / entry.name)
+    return sorted(zips)
 
 
 def _is_clutter(name: str) -> bool:

@@ -33,6 +33,7 @@ TEST_METRICS = Path("metrics/test.json")
 CLASS_METRICS = Path("metrics/classes.csv")
 PLOTS = Path("metrics/plots")
 
+MANY_FILES = 100_000
 CLOCK_SECONDS = 60  # by which a process may seem to have started too late: clocks are set
 
 
@@ -60,21 +61,26 @@ def atomic(path: Path) -> Iterator[Path]:
     with temporary_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
-        if temporary.is_dir():
+        if temporary.is_dir() or path.is_dir():
             _replace_folder(path, temporary, aside=folder)
         else:
             temporary.replace(path)
 
 
 def _replace_folder(path: Path, new: Path, aside: Path) -> None:
-    """Put a new folder where there may be one, which goes aside: it cannot be replaced while it has files."""
+    """Put a new folder, or file, where there may be a folder, which goes aside: it cannot be replaced as a file can."""
     for number in itertools.count():
         with suppress(FileNotFoundError):
             path.replace(aside / f"old{number}")
         try:
             new.replace(path)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process has just put one there
+            if error.errno not in (
+                errno.ENOTEMPTY,
+                errno.EEXIST,
+                errno.EISDIR,
+                errno.ENOTDIR,
+            ):  # another process has just put one there
                 raise
         else:
             return
@@ -153,8 +159,12 @@ def hash_path(path: Path) -> str:
     if path.is_file():
         return hash_file(path)
     paths = [file for file in path.rglob("*") if file.is_file()]
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        md5s = pool.map(hash_file, paths)
+    pool = ThreadPoolExecutor()  # hashing lets other threads run
+    try:
+        # Of small files there may be a million, each of which would wait for its turn in memory
+        md5s = list((pool.map if len(paths) < MANY_FILES else map)(hash_file, paths))
+    finally:
+        pool.shutdown(cancel_futures=True)
     names = (file.relative_to(path).as_posix() for file in paths)
     listed = [{"md5": md5, "relpath": name} for md5, name in zip(md5s, names, strict=True)]
     listed.sort(key=lambda entry: tuple(entry["relpath"].split("/")))

@@ -1,4 +1,4 @@
-"""What DVC's cache and remote still hold: the only module that uses DVC's Python interface."""
+"""What DVC's cache and remote hold, and sending from one to the other; no other module uses DVC's Python interface."""
 
 import json
 from collections.abc import Iterable

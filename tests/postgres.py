@@ -82,7 +82,8 @@ def postgres() -> Iterator[Postgres]:
             yield server
         finally:
             process.send_signal(signal.SIGINT)  # it waits for no client
-    shutil.rmtree(data)
+            process.wait()
+            shutil.rmtree(data)
 
 
 def _answers(server: Postgres) -> bool:

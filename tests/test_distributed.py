@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -272,11 +273,15 @@ def test_a_slurm_job_trains_on_all_of_its_nodes(untrained: Project, reference: P
         (tmp_path / "slurm").mkdir(exist_ok=True)
         (tmp_path / "slurm" / name).write_text(f"#!/usr/bin/env bash\nset -e\n{script}")
         (tmp_path / "slurm" / name).chmod(0o755)
-    untrained.set_params(launcher="torchrun --nproc-per-node=1")
     untrained.env = {
         "PATH": f"{tmp_path / 'slurm'}:{clean_environment(tmp_path)['PATH']}", "PET_MASTER_PORT": str(free_port()),
-        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
     }  # fmt: skip
+    untrained.set_params(launcher="python")
+    refused = untrained.run("deploy/train.slurm", check=False)
+    assert refused.returncode == 1
+    assert "params.yaml, launcher: python: each node would train by itself" in refused.stderr
+    untrained.set_params(launcher="torchrun --nproc-per-node=1")
     printed = untrained.run("deploy/train.slurm").stdout
     assert untrained.stages_run(printed) == ["train", "evaluate", "export"]
     assert json.loads((untrained.root / "metrics/environment.json").read_text())[0]["processes"] == 2
@@ -284,6 +289,7 @@ def test_a_slurm_job_trains_on_all_of_its_nodes(untrained: Project, reference: P
     np.testing.assert_allclose(epochs[:1], others[:1], rtol=1e-3)
     assert len(others) == EPOCHS
 
+    shutil.rmtree(untrained.root / "models")  # it is in the cache
     printed = untrained.run("deploy/train.slurm").stdout  # which would wait for the other node in vain
     assert untrained.stages_run(printed) == []
 

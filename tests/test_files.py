@@ -253,3 +253,16 @@ def test_a_lock_that_is_not_dvcs_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "dvc.lock").write_text(text)
     with pytest.raises(PipelineError, match=r"dvc\.lock: not a file of DVC's; `git restore "):
         locked_md5s(tmp_path / "dvc.lock")
+
+
+def test_a_file_takes_the_place_of_a_folder_and_a_folder_that_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "images.zip"
+    for _ in range(2):
+        with atomic(path) as folder:
+            folder.mkdir()
+            (folder / "images-00000.zip").write_bytes(b"part")
+        assert (path / "images-00000.zip").read_bytes() == b"part"
+        with atomic(path) as file:
+            file.write_bytes(b"whole")
+        assert path.read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [path]

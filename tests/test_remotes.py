@@ -92,10 +92,13 @@ def test_killed_pushes_and_pulls_are_repeated_without_loss(
     second.dvc("status", "--cloud")
 
 
-def test_without_credentials_nothing_is_sent_and_none_are_in_git(first: Project, server: S3Server) -> None:
+def test_without_credentials_nothing_is_sent_and_none_are_in_git(
+    first: Project, server: S3Server, request: pytest.FixtureRequest
+) -> None:
     first.env = {"AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true"}
     refused = first.dvc("push", check=False)
     assert refused.returncode != 0
+    assert server.objects(request.node.name) == {}
     first.env = server.environment
     first.dvc("push")
     for value in server.environment.values():

@@ -1,5 +1,6 @@
 """Images that are too many for one zip: a folder of zips, and everything as with one."""
 
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -78,6 +79,12 @@ def test_a_broken_zip_is_named(sharded: Path) -> None:
 def test_a_folder_with_other_files_too_is_a_folder_of_images(sharded: Path) -> None:
     (sharded / "photo.png").write_bytes(b"")
     assert list(Images(sharded).names()) == [*(f"images-{number:05}.zip" for number in range(4)), "photo.png"]
+
+
+def test_a_pipe_with_the_name_of_a_zip_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "images-00000.zip")
+    with pytest.raises(PipelineError, match=r"images-00000\.zip in .* is not readable: it is not a regular file"):
+        Images(tmp_path).read("images-00000.zip")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from tracker import Server, wait_for, waiting
 pytestmark = pytest.mark.slow
 
 ADMIN = ("admin", "password-of-the-admin")
+PAGES = "https://mlflow.example.org"
 MEMBERS = {"first": "password-of-the-first", "second": "password-of-the-second"}
 
 
@@ -41,6 +42,7 @@ class TeamServer(Server):
         return self.postgres.environment | self.storage.environment | {
             "PYTHON": sys.executable, "PORT": str(self.port), "WORKERS": "2", "ARTIFACTS": f"s3://{BUCKET}/mlflow",
             "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN[1], "MLFLOW_FLASK_SERVER_SECRET_KEY": "a long random text",
+            "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": PAGES,
         }  # fmt: skip
 
     def member(self, name: str) -> dict[str, str]:
@@ -115,6 +117,16 @@ def test_who_has_no_password_is_refused_and_loses_nothing(team: TeamServer, proj
         found = project.run("grep", "--recursive", "--fixed-strings", "--count", password, ".", check=False)
         assert not [line for line in found.stdout.splitlines() if not line.endswith(":0")]
         assert team.postgres.query("SELECT * FROM tags WHERE strpos(value, %s) > 0", password) == []
+
+
+@pytest.mark.parametrize(("origin", "status"), [(PAGES, 200), ("https://elsewhere.example.org", 403)])
+def test_its_pages_work_where_they_are_served_and_nowhere_else(team: TeamServer, origin: str, status: int) -> None:
+    """A browser says where the page came from that asks; the client of the stages says nothing."""
+    answer = requests.post(
+        f"{team.address}/api/2.0/mlflow/experiments/search", auth=("first", MEMBERS["first"]), timeout=60,
+        json={"max_results": 1}, headers={"Origin": origin},
+    )  # fmt: skip
+    assert answer.status_code == status, answer.text
 
 
 def test_eight_experiments_at_once_lose_nothing_while_the_server_restarts(team: TeamServer, project: Project) -> None:
