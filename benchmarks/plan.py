@@ -4,8 +4,8 @@ python -m benchmarks.plan [--images N] [--sample N] [--rates R R ...]
 
 For three kinds of images: the bytes of an original JPEG and of the image in images.zip; the seconds of a core that
 `annotate` takes to make the one from the other, that training takes to read it, in any order, and that it takes to be
-hashed; and the images/s that a network trains on here. From these, for N images: storage, time of each stage, memory,
-shards, and how many cores feed an accelerator that trains on R images/s.
+hashed; and the images/s that a network trains on here. From these, for N images: storage, shards, time, and how many
+cores feed an accelerator that trains on R images/s.
 """
 
 import io

@@ -2,15 +2,15 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import boto3
+from botocore.exceptions import EndpointConnectionError
 from project import Project, clean_environment
-from tracker import free_port
+from tracker import free_port, wait_for
 
 BUCKET = "team"
 REGION = "us-east-1"
@@ -31,6 +31,15 @@ class S3Server:
             aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
         )  # fmt: skip
 
+    def has_bucket(self) -> bool:
+        """Whether it is up; it then has the bucket."""
+        assert self.process.poll() is None
+        try:
+            self._client.create_bucket(Bucket=BUCKET)
+        except EndpointConnectionError:
+            return False
+        return True
+
     def objects(self, prefix: str = "") -> dict[str, int]:
         """The bytes of each object below a prefix, by its key."""
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
@@ -44,14 +53,7 @@ def s3_server() -> Iterator[S3Server]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         server = S3Server(f"http://127.0.0.1:{port}", process)
         try:
-            deadline = time.monotonic() + 120
-            while True:
-                try:
-                    server._client.create_bucket(Bucket=BUCKET)
-                    break
-                except Exception:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.2)
+            wait_for(server.has_bucket)
             yield server
         finally:
             process.kill()

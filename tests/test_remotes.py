@@ -14,6 +14,7 @@ from tracker import wait_for
 
 pytestmark = pytest.mark.slow
 
+LARGE = 2**26  # bytes
 DVC = [sys.executable, "-m", "dvc"]
 
 
@@ -78,6 +79,11 @@ def killed(project: Project, arguments: list[str], server: S3Server, condition: 
 def test_killed_pushes_and_pulls_are_repeated_without_loss(
     first: Project, server: S3Server, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    large = first.root / "data/own/large.bin"  # which takes so long that nothing is over when it is killed
+    large.parent.mkdir(parents=True, exist_ok=True)
+    large.write_bytes(os.urandom(LARGE))
+    first.dvc("add", str(large.relative_to(first.root)))
+    first.commit()
     prefix = request.node.name
     killed(first, ["push", "--jobs", "1"], server, lambda: server.objects(prefix))
     pushed = server.objects(prefix)
@@ -87,6 +93,7 @@ def test_killed_pushes_and_pulls_are_repeated_without_loss(
     second = clone(first.root, tmp_path / "second/project", server.environment)
     cache = second.root / ".dvc/cache/files"
     killed(second, ["pull", "--jobs", "1"], server, lambda: list(cache.rglob("*/*")))
+    assert len([path for path in cache.rglob("*") if path.is_file()]) < len(server.objects(prefix))
     second.dvc("pull")
     assert second.outputs() == first.outputs()
     second.dvc("status", "--cloud")
