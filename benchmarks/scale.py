@@ -68,7 +68,7 @@ def main() -> None:
     for count in given.images:
         with tempfile.TemporaryDirectory(prefix="scale-") as folder:
             data = Path(folder) / "images.zip"
-            write_images(data, count, given.jpeg)
+            make_images(data, count, given.jpeg)
             decoded = count * bytes_of_image
             report.line(
                 f"\n{count:,} images, {data.stat().st_size / 2**20:,.0f} MiB, decoded {decoded / 2**20:,.0f} MiB"
@@ -108,7 +108,7 @@ def report_growth(report: Report, measured: dict[int, Figures]) -> None:
         report.line(line)
 
 
-def write_images(path: Path, count: int, jpeg: bool) -> None:
+def make_images(path: Path, count: int, jpeg: bool) -> None:
     """A zip with a folder for each class; an image is a surface of its own, and brighter by its class."""
     make = _jpegs if jpeg else _pngs
     with ProcessPoolExecutor() as pool, zipfile.ZipFile(path, "w") as archive:

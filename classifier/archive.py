@@ -3,6 +3,7 @@
 One zip of stored members instead of 70,000 files: DVC's cost grows with the number of files.
 """
 
+import errno
 import os
 import re
 import stat
@@ -26,6 +27,8 @@ IMAGE_SUFFIXES = frozenset(
 CLUTTER = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini"))
 # Above it, images are written to several zips of about as much: it is what is sent or hashed anew for one image
 SHARD_BYTES = 2**30
+# How often a process has each zip open at most, as `export` that reads three splits, and its other open files
+ZIP_OPENED, OPEN_FILES = 4, 1000
 SHARD = re.compile(r"images-\d{5,}\.zip")
 
 
@@ -110,6 +113,8 @@ class _Members:
     """
 
     def __init__(self, paths: list[Path]) -> None:
+        if len(paths) > 1:
+            _allow_open_files()
         self._zips: list[Zip] = []
         hashes, places, owners = array("q"), array("q"), array("I")
         for number, path in enumerate(paths):
@@ -120,6 +125,11 @@ class _Members:
                     places.append(place)
                     owners.append(number)
             except Exception as error:  # hostile archives make it raise anything
+                if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                    raise PipelineError(
+                        f"{path.parent}: its {len(paths)} zips are more files than this process may have open; "
+                        f"allow more: ulimit -Hn {OPEN_FILES + ZIP_OPENED * len(paths)}"
+                    ) from None
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise PipelineError(f"{path}: not readable as a zip: {reason}") from None
         order = np.argsort(np.frombuffer(hashes, np.int64), kind="stable")
@@ -182,6 +192,15 @@ def shards(path: Path) -> list[Path]:
                 return []
             zips.append(path / entry.name)
     return sorted(zips)
+
+
+def _allow_open_files() -> None:
+    """Let this process have as many files open as its user may allow it, instead of the usual 1024."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit; macOS allows less than it says
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _is_clutter(name: str) -> bool:

@@ -29,15 +29,20 @@ class Held:
 
     def __init__(self, seconds: float) -> None:
         self.number: int | None = None
+        self.is_over = False
         self.timer = threading.Timer(seconds, self._insist)
         self.timer.daemon = True
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Remember a signal; a second one, or the same one again when time is up, is no longer held back."""
-        if self.number is not None:
+        """Remember a signal until time is up; a Ctrl-C after it is no longer held back.
+
+        Several SIGTERM may be of one event: SLURM and torchrun each end a process, as does, in a stage, the end of DVC.
+        """
+        if self.is_over or (self.number is not None and number == signal.SIGINT):
             _raise(number, frame)
-        self.number = number
-        self.timer.start()
+        if self.number is None:
+            self.number = number
+            self.timer.start()
 
     def release(self) -> None:
         """Raise Interrupted if a signal has arrived."""
@@ -45,6 +50,7 @@ class Held:
             raise Interrupted(self.number)
 
     def _insist(self) -> None:
+        self.is_over = True
         os.kill(os.getpid(), self.number or signal.SIGTERM)
 
 

@@ -55,6 +55,7 @@ def find_images(arguments: Iterable[str], folder: Path, complain: Callable[[str]
     `photos/a/1.png` in the folder or zip `photos`. `complain` is called with what is wrong with an argument.
     """
     found = []
+    folders: dict[Path, Images] = {}
     for argument in arguments:
         path = folder / argument
         try:
@@ -70,7 +71,9 @@ def find_images(arguments: Iterable[str], folder: Path, complain: Callable[[str]
                 found += [ImageFile(_printable(f"{argument.rstrip('/')}/{name}"), images, name) for name in members]
             else:
                 file = path.resolve()  # a link that a user names may lead anywhere
-                found.append(ImageFile(_printable(argument), Images(file.parent), file.name))
+                if file.parent not in folders:
+                    folders[file.parent] = Images(file.parent)
+                found.append(ImageFile(_printable(argument), folders[file.parent], file.name))
         except PipelineError as error:
             complain(_printable(str(error)))
     return found

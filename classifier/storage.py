@@ -85,26 +85,39 @@ class Storage:
 
 
 def push_results() -> int:
-    """Send the run cache to the default remote with all that it speaks of; return how many files were sent.
+    """Send the run cache to the default remote, and all that it speaks of and the cache has; return how many files.
 
     `dvc push --run-cache` sends the outputs of the workspace alone, and of these not those that Git keeps, as metrics
-    are: without them no stage of another clone is restored (DVC 3.67).
+    are: without them no stage of another clone is restored (DVC 3.67). It also passes over records that it could not
+    send. Outputs that neither the cache nor the remote has, as after `dvc gc`, are told by DVC in a warning.
     Raises PipelineError if something cannot be sent; what has been sent by then is not sent again.
     """
     with Repo() as repo:
         try:
             sent = int(repo.push(run_cache=True))
-            entries = [(path.parent.name, path.name) for path in Path(repo.stage_cache.cache_dir).glob("*/*/*")]
-            for objects in repo.stage_cache.get_used_objs(entries).values():
+            records = Path(repo.stage_cache.cache_dir)
+            entries = {path.relative_to(records).as_posix() for path in records.glob("*/*/*")}
+            used = [tuple(entry.split("/")[1:]) for entry in entries]
+            for objects in repo.stage_cache.get_used_objs(used).values():
                 result = repo.cloud.push(objects)
                 sent += len(result.transferred)
                 if result.failed:
                     raise DvcException(f"{len(result.failed)} files failed to upload")
+            if missing := entries - _records_of_runs(repo):
+                raise DvcException(f"{len(missing)} records of the run cache failed to upload")
         except Exception as error:  # DVC's own, or whatever the client of this kind of remote raises
             raise PipelineError(
                 f"The remote does not have everything: {_first_line(error)}\nRun it again; `dvc push -v` says more."
             ) from None
     return sent
+
+
+def _records_of_runs(repo: Repo) -> set[str]:
+    """The run cache of the default remote: the path of each record in it."""
+    store = repo.cloud.get_remote_odb(hash_name="md5-dos2unix")
+    runs = store.fs.join(store.path, "runs")
+    found = store.fs.find(runs) if store.fs.exists(runs) else []
+    return {store.fs.as_posix(store.fs.relpath(path, runs)) for path in found}
 
 
 def _first_line(error: Exception) -> str:

@@ -173,7 +173,7 @@ class Tracker:
             sent = self._sender.wait(patience) == 0
         except subprocess.TimeoutExpired:
             sent = False
-            if status != "KILLED":  # then it goes on by itself: there may be no next stage
+            if status == "FINISHED":  # else it goes on by itself: there may be no next stage
                 self._sender.kill()
                 self._sender.wait()
         self._pass_on()

@@ -10,7 +10,7 @@ from classifier.zip_format import write_zip
 CLASSES = 4
 
 
-def write_images(folder: Path, count: int, size: int) -> tuple[Path, Path]:
+def make_images(folder: Path, count: int, size: int) -> tuple[Path, Path]:
     """A CSV and a zip of `count` grey images: noise by a formula, and one bright quarter for each class."""
     labels = np.arange(count) % CLASSES
     noise = (np.arange(count * size * size) * 7919 % 251).reshape(count, size, size)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from small_images import write_images
+from small_images import make_images
 from torch import nn
 
 from classifier.calibration import HIGHEST, LOWEST, calibrated, fit_temperature
@@ -58,7 +58,7 @@ def test_the_network_is_calibrated_on_the_validation_images_and_measured_on_the_
     batches = {}
     for split, count in (("val", 40), ("test", 24)):
         (tmp_path / split).mkdir()
-        dataset = CustomImageDataset(*write_images(tmp_path / split, count, size=6))
+        dataset = CustomImageDataset(*make_images(tmp_path / split, count, size=6))
         batches[split] = Batches(dataset, 7, torch.device("cpu"), memory_limit_gib=1, workers=0)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))

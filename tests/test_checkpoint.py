@@ -19,7 +19,7 @@ import pytest
 import torch
 from hostile import RunsCodeWhenUnpickled
 from imports import ROOT
-from small_images import CLASSES, write_images
+from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
 from classifier import checkpoint
@@ -66,7 +66,7 @@ def give_up(**makings: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
-    csv, images = write_images(tmp_path_factory.mktemp("images"), count=37, size=8)  # the last batch is of five
+    csv, images = make_images(tmp_path_factory.mktemp("images"), count=37, size=8)  # the last batch is of five
     dataset = CustomImageDataset(csv, images, classes=CLASSES)
     return Batches(
         dataset, 8, torch.device("cpu"), seed=3, shuffle=True, weights=(1.0 + dataset.labels).double(),

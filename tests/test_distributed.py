@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,8 @@ import tracker
 from dvc_queue import processes_in
 from imports import ROOT
 from project import Project, clean_environment, small_project
-from small_images import write_images
-from tracker import free_port, send_the_rest
+from small_images import make_images
+from tracker import free_port, send_the_rest, wait_for
 
 from classifier.archive import Images
 from classifier.distributed import Group
@@ -72,7 +73,7 @@ STREAMED = 1e-9  # GiB
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """41 images of 12 x 12 pixels: the last batch of 8 has one."""
     folder = tmp_path_factory.mktemp("images")
-    write_images(folder, 41, 12)
+    make_images(folder, 41, 12)
     return folder
 
 
@@ -149,11 +150,12 @@ def test_the_parts_of_a_batch_are_all_of_it_in_order_and_as_even_as_can_be(count
 
 EPOCHS, BATCHES = 6, 20
 TRAINED = ["models/model_weights.pth", "metrics/epochs.csv", "metrics/train.json", "metrics/environment.json"]
-# Put behind the network. In the batch whose number is in $AT, the process whose number is in $RANK_AT kills itself, or
-# ends torchrun; not when torchrun has started it again.
+# Put behind the network. In the batch whose number is in $AT, the process whose number is in $RANK_AT kills itself,
+# ends torchrun, or does what SLURM does when a job's time is up; not when torchrun has started it again.
 ENDING = """
 
 import os, signal, time
+import psutil
 build_network = build
 def build(image_shape, classes):
     network = build_network(image_shape, classes)
@@ -163,7 +165,13 @@ def build(image_shape, classes):
             if module.training and next(left, -1) == 0:
                 if os.environ["END"] == "itself":
                     os.kill(os.getpid(), signal.SIGKILL)
-                os.kill(os.getppid(), signal.SIGTERM)
+                tasks = [psutil.Process(os.getppid())]
+                if os.environ["END"] == "job":
+                    found = [(task, task.info["environ"] or {}) for task in psutil.process_iter(["environ"])]
+                    tasks = [task for task, of in found
+                             if of.get("SLURM_JOB_ID") == os.environ["SLURM_JOB_ID"] and "SLURM_NODEID" in of]
+                for task in tasks:
+                    task.terminate()
                 time.sleep(1)
         network.register_forward_pre_hook(end)
     return network
@@ -227,7 +235,7 @@ def test_torchrun_starts_a_killed_process_again_and_training_goes_on_to_the_same
 def test_an_ended_torchrun_leaves_a_checkpoint_and_no_process(untrained: Project, reference: Project) -> None:
     done = untrained.dvc("repro", "train", check=False, RANK_AT="0", AT=str(2 * BATCHES + 9), END="torchrun")
     assert done.returncode != 0
-    assert processes_in(untrained.root) == []
+    wait_for(lambda: processes_in(untrained.root) == [])
     assert "Going on in epoch 3 after batch " in untrained.dvc("repro", "train").stdout
     assert_trained_as(untrained, reference)
 
@@ -256,42 +264,69 @@ def test_a_second_machine_joins_the_training_that_dvc_runs_on_the_first(
     assert tracker.statuses(untrained.root / "mlflow.db") == ["FINISHED"]
 
 
-# What SLURM has, for nodes that are processes here: srun runs its command once for each
+# What SLURM has, for nodes that are processes here: srun runs its command once for each, and kills the others when one
+# fails
 SLURM = {
     "scontrol": "echo 127.0.0.1",
     "srun": """
 shift
 for node in $(seq "$SLURM_JOB_NUM_NODES"); do SLURM_NODEID=$((node - 1)) "$@" & tasks+=($!); done
-for task in "${tasks[@]}"; do wait "$task"; done
+for task in "${tasks[@]}"; do wait -n || { kill -KILL "${tasks[@]}"; exit 1; }; done
 """,
 }
 
 
-@pytest.mark.slow
-def test_a_slurm_job_trains_on_all_of_its_nodes(untrained: Project, reference: Project, tmp_path: Path) -> None:
+@pytest.fixture
+def job(untrained: Project, tmp_path: Path) -> Project:
+    """An untrained project, as a job of two nodes finds it."""
     for name, script in SLURM.items():
         (tmp_path / "slurm").mkdir(exist_ok=True)
         (tmp_path / "slurm" / name).write_text(f"#!/usr/bin/env bash\nset -e\n{script}")
         (tmp_path / "slurm" / name).chmod(0o755)
+    port = free_port()
     untrained.env = {
-        "PATH": f"{tmp_path / 'slurm'}:{clean_environment(tmp_path)['PATH']}", "PET_MASTER_PORT": str(free_port()),
-        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
+        "PATH": f"{tmp_path / 'slurm'}:{clean_environment(tmp_path)['PATH']}", "PET_MASTER_PORT": str(port),
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": str(port),
     }  # fmt: skip
-    untrained.set_params(launcher="python")
-    refused = untrained.run("deploy/train.slurm", check=False)
+    untrained.set_params(launcher="torchrun --nproc-per-node=1")
+    return untrained
+
+
+@pytest.mark.slow
+def test_a_slurm_job_is_refused_if_each_node_would_train_by_itself(job: Project) -> None:
+    job.set_params(launcher="python")
+    refused = job.run("deploy/train.slurm", check=False)
     assert refused.returncode == 1
     assert "params.yaml, launcher: python: each node would train by itself" in refused.stderr
-    untrained.set_params(launcher="torchrun --nproc-per-node=1")
-    printed = untrained.run("deploy/train.slurm").stdout
-    assert untrained.stages_run(printed) == ["train", "evaluate", "export"]
-    assert json.loads((untrained.root / "metrics/environment.json").read_text())[0]["processes"] == 2
-    epochs, others = (pd.read_csv(project.root / "metrics/epochs.csv") for project in (reference, untrained))
+
+
+@pytest.mark.slow
+def test_a_slurm_job_whose_time_is_up_saves_a_checkpoint_and_the_next_goes_on_from_it(job: Project) -> None:
+    job.env |= {"RANK_AT": "1", "AT": str(2 * BATCHES + 9), "END": "job"}
+    ended = job.run("deploy/train.slurm", check=False)
+    assert ended.returncode != 0
+    wait_for(lambda: processes_in(job.root) == [])
+    del job.env["AT"], job.env["RANK_AT"]
+    printed = job.run("deploy/train.slurm").stdout
+    saved = re.search(r"Going on in epoch 3 after batch (\d+)", printed)
+    assert saved is not None
+    assert int(saved[1]) > 7  # the last that the training saved by itself
+    assert job.stages_run(printed) == ["train", "evaluate", "export"]
+    assert len(pd.read_csv(job.root / "metrics/epochs.csv")) == EPOCHS
+
+
+@pytest.mark.slow
+def test_a_slurm_job_trains_on_all_of_its_nodes(job: Project, reference: Project) -> None:
+    printed = job.run("deploy/train.slurm").stdout
+    assert job.stages_run(printed) == ["train", "evaluate", "export"]
+    assert json.loads((job.root / "metrics/environment.json").read_text())[0]["processes"] == 2
+    epochs, others = (pd.read_csv(project.root / "metrics/epochs.csv") for project in (reference, job))
     np.testing.assert_allclose(epochs[:1], others[:1], rtol=1e-3)
     assert len(others) == EPOCHS
 
-    shutil.rmtree(untrained.root / "models")  # it is in the cache
-    printed = untrained.run("deploy/train.slurm").stdout  # which would wait for the other node in vain
-    assert untrained.stages_run(printed) == []
+    shutil.rmtree(job.root / "models")  # it is in the cache
+    printed = job.run("deploy/train.slurm").stdout  # which would wait for the other node in vain
+    assert job.stages_run(printed) == []
 
 
 @pytest.mark.slow

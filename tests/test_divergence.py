@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from small_images import CLASSES, write_images
+from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
 from classifier.dataset import Batches, CustomImageDataset
@@ -20,7 +20,7 @@ EPOCHS = 3
 
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
-    csv, images = write_images(tmp_path_factory.mktemp("images"), count=160, size=8)
+    csv, images = make_images(tmp_path_factory.mktemp("images"), count=160, size=8)
     dataset = CustomImageDataset(csv, images)
     return Batches(dataset, 16, torch.device("cpu"), seed=5, shuffle=True, memory_limit_gib=1, workers=0)
 

@@ -26,7 +26,8 @@ def start(body: str, *, ignored: bool = False) -> "subprocess.Popen[str]":
     lines = "\n    ".join(body.splitlines())
     code = f"{IMPORTS}\ndef main():\n    {lines}\nrun_main(main)"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", code], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
     )  # fmt: skip
     assert process.stdout
@@ -60,6 +61,25 @@ with held_back(10) as held:
     process = start(body)
     process.send_signal(number)
     assert ending(process) == (EXIT_CODES[number], "at a safe place\n", "interrupted\n")
+
+
+def test_several_sigterm_are_held_back_as_one() -> None:
+    """As those of SLURM, torchrun and the end of DVC are."""
+    body = f"""\
+with held_back(10) as held:
+    {READY}
+    while not held.number:
+        time.sleep(0.01)
+    print('held', flush=True)
+    input()
+    print('at a safe place', flush=True)"""
+    process = start(body)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate("\n", timeout=120)
+    assert (process.returncode, output, errors) == (143, "at a safe place\n", "interrupted\n")
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
@@ -120,7 +140,7 @@ def test_a_signal_is_held_until_the_end_of_the_block() -> None:
 
 
 @pytest.mark.usefixtures("listening")
-def test_a_second_signal_is_not_held_back() -> None:
+def test_a_second_ctrl_c_is_not_held_back() -> None:
     passed, number = send_held_back(signal.SIGTERM, signal.SIGINT)
     assert (passed, number) == ([signal.SIGTERM], signal.SIGINT)
 

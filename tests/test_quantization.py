@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from small_images import CLASSES, write_images
+from small_images import CLASSES, make_images
 from torch import nn
 
 from classifier.dataset import Batches, CustomImageDataset
@@ -125,7 +125,7 @@ def test_two_processes_write_the_same_bytes(exported: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def batches(tmp_path: Path) -> Batches:
-    dataset = CustomImageDataset(*write_images(tmp_path, 50, SIZE))
+    dataset = CustomImageDataset(*make_images(tmp_path, 50, SIZE))
     return Batches(dataset, 8, torch.device("cpu"), memory_limit_gib=1, workers=0)
 
 

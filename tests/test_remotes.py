@@ -115,6 +115,27 @@ def test_without_credentials_nothing_is_sent_and_none_are_in_git(
             assert not any(value.encode() in (first.root / name).read_bytes() for name in tracked)
 
 
+def test_a_record_that_was_not_sent_is_an_error_and_the_next_push_sends_it(
+    first: Project, server: S3Server, request: pytest.FixtureRequest
+) -> None:
+    push = [sys.executable, "-m", "classifier", "push"]
+    (record, *_) = [path for path in (first.root / ".dvc/cache/runs").rglob("*/*/*") if path.is_file()]
+    content = record.read_bytes()
+    record.unlink()
+    record.symlink_to("nowhere")  # so that it cannot be read
+    refused = first.run(*push, check=False)
+    assert refused.returncode == 1
+    assert "1 records of the run cache failed to upload" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+    record.unlink()
+    record.write_bytes(content)
+    first.run(*push)
+    records = [path for path in (first.root / ".dvc/cache/runs").rglob("*/*/*") if path.is_file()]
+    prefix = f"{request.node.name}/runs/"
+    assert len(server.objects(prefix)) == len(records)
+
+
 def test_without_a_remote_it_is_said_how_to_have_one(tmp_path_factory: pytest.TempPathFactory) -> None:
     done = reproduced_project(tmp_path_factory).run(sys.executable, "-m", "classifier", "push", check=False)
     assert done.returncode == 1

@@ -1,11 +1,13 @@
 """Images that are too many for one zip: a folder of zips, and everything as with one."""
 
 import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from imports import ROOT
 from project import Project, reproduced_project
 
 from classifier.archive import Images, shards, write_images
@@ -74,6 +76,37 @@ def test_a_broken_zip_is_named(sharded: Path) -> None:
     (sharded / "images-00002.zip").write_bytes(b"no zip")
     with pytest.raises(PipelineError, match=r"images-00002\.zip: not readable as a zip: File is not a zip file"):
         Images(sharded)
+
+
+READ_ALL = """
+import resource, sys
+from pathlib import Path
+from classifier.archive import Images
+from classifier.errors import run_main
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+def main():
+    images = Images(Path(sys.argv[1]))
+    print(sum(len(images.read(name)) for name in images.names()))
+run_main(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+@pytest.mark.parametrize(("allowed", "on_demand"), [(64, 256), (64, 64)])
+def test_more_zips_than_files_may_be_open_are_read_where_the_system_allows_it_and_else_told(
+    tmp_path: Path, allowed: int, on_demand: int
+) -> None:
+    write_images(tmp_path / "images.zip", ((f"{n}.png", bytes(10)) for n in range(100)), shard_bytes=10)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ALL, tmp_path / "images.zip", str(allowed), str(on_demand)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    if on_demand > 100:
+        assert (done.returncode, done.stdout) == (0, "1000\n")
+    else:
+        assert done.returncode == 1
+        assert "its 100 zips are more files than this process may have open; allow more: ulimit -Hn 1400" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_folder_with_other_files_too_is_a_folder_of_images(sharded: Path) -> None:

@@ -113,10 +113,31 @@ def test_who_has_no_password_is_refused_and_loses_nothing(team: TeamServer, proj
     project.run(sys.executable, "-m", "classifier", "sync", check=True, **team.member("first"))
     ((_, status),) = runs(team, experiment)
     assert status == "FINISHED"
+    assert_nowhere(team, project)
+
+
+def test_a_password_is_in_no_file_while_the_server_is_away_nor_in_the_store(team: TeamServer, project: Project) -> None:
+    team.kill()
+    try:
+        project.dvc("repro", "--force", "--single-item", "train", check=True, **team.member("first"))
+        assert waiting(project)
+        assert_nowhere(team, project)
+    finally:
+        team.start()
+    project.run(sys.executable, "-m", "classifier", "sync", check=True, **team.member("first"))
+    assert not waiting(project)
+    assert_nowhere(team, project)
+
+
+def assert_nowhere(team: TeamServer, project: Project) -> None:
+    """No password is in a file of the checkout, or among what the store tells of runs."""
     for password in (*MEMBERS.values(), ADMIN[1]):
-        found = project.run("grep", "--recursive", "--fixed-strings", "--count", password, ".", check=False)
-        assert not [line for line in found.stdout.splitlines() if not line.endswith(":0")]
-        assert team.postgres.query("SELECT * FROM tags WHERE strpos(value, %s) > 0", password) == []
+        found = project.run(
+            "grep", "--recursive", "--fixed-strings", "--files-with-matches", password, ".", check=False
+        )
+        assert (found.returncode, found.stdout) == (1, "")
+        for table in ("tags", "params", "experiment_tags"):
+            assert team.postgres.query(f"SELECT * FROM {table} WHERE strpos(value, %s) > 0", password) == []  # noqa: S608
 
 
 @pytest.mark.parametrize(("origin", "status"), [(PAGES, 200), ("https://elsewhere.example.org", 403)])

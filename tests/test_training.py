@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hostile import RunsCodeWhenUnpickled
-from small_images import CLASSES, write_images
+from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
 from classifier.dataset import Batches, CustomImageDataset
@@ -70,7 +70,7 @@ def make_batches(tmp_path_factory: pytest.TempPathFactory) -> BatchMaker:
         shuffle: bool = False,
         augmentations: Sequence[str] = (),
     ) -> Batches:
-        csv, images = write_images(tmp_path_factory.mktemp("images"), count, size)
+        csv, images = make_images(tmp_path_factory.mktemp("images"), count, size)
         dataset = CustomImageDataset(csv, images, target_transform=target_transform, classes=CLASSES)
         return Batches(
             dataset,
@@ -194,7 +194,9 @@ def test_accumulated_batches_update_as_one_batch(
     train(make_batches(64, count, seed=3, shuffle=True), together, **settings)  # type: ignore[arg-type]
     batches = make_batches(16, count, seed=3, shuffle=True)
     train(batches, accumulated, accumulate_steps=4, **settings)  # type: ignore[arg-type]
-    torch.testing.assert_close(accumulated.state_dict(), together.state_dict(), rtol=0, atol=1e-5)
+    # Adam makes a step of nearly `lr` of any gradient, also of one that is hardly more than the rounding of its sum
+    tolerance = 1e-4 if optimizer == "adam" else 1e-5
+    torch.testing.assert_close(accumulated.state_dict(), together.state_dict(), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("names", MIXES, ids="+".join)
