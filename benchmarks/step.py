@@ -22,7 +22,7 @@ from classifier.device import keep_freed_memory, set_threads
 from classifier.errors import run_main
 from classifier.networks import cnn
 from classifier.networks.mlp import build
-from classifier.training import build_scheduler
+from classifier.optimization import build_scheduler
 from classifier.transforms import augment, to_float
 
 IMAGES, BATCH, LR = 60_000, 64, 1e-3

@@ -113,8 +113,10 @@ def tutorial_data(folder: Path) -> Any:
 def pipeline(folder: Path) -> Callable[[], Epoch]:
     import torch
 
-    from classifier.dataset import Batches, CustomImageDataset
-    from classifier.training import TrainState, build_loss, build_optimizer, build_scheduler, train_loop
+    from classifier.batches import Batches
+    from classifier.dataset import CustomImageDataset
+    from classifier.optimization import build_loss, build_optimizer, build_scheduler
+    from classifier.training import TrainState, train_loop
 
     network = torch_network()
     dataset = CustomImageDataset(folder / "train.csv", folder / "images.zip", classes=10)

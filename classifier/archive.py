@@ -27,8 +27,7 @@ IMAGE_SUFFIXES = frozenset(
 CLUTTER = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini"))
 # Above it, images are written to several zips of about as much: it is what is sent or hashed anew for one image
 SHARD_BYTES = 2**30
-# How often a process has each zip open at most, as `export` that reads three splits, and its other open files
-ZIP_OPENED, OPEN_FILES = 4, 1000
+OPEN_FILES = 1000  # that a process may have besides the zips
 SHARD = re.compile(r"images-\d{5,}\.zip")
 
 
@@ -128,7 +127,7 @@ class _Members:
                 if isinstance(error, OSError) and error.errno == errno.EMFILE:
                     raise PipelineError(
                         f"{path.parent}: its {len(paths)} zips are more files than this process may have open; "
-                        f"allow more: ulimit -Hn {OPEN_FILES + ZIP_OPENED * len(paths)}"
+                        f"allow more: ulimit -Hn {OPEN_FILES + len(paths)}"
                     ) from None
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise PipelineError(f"{path}: not readable as a zip: {reason}") from None

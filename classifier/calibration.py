@@ -10,10 +10,10 @@ import numpy as np
 from scipy.special import softmax
 from torch import nn
 
-from classifier.dataset import Batches
+from classifier.batches import Batches
 from classifier.exchange import TemperatureScaled
+from classifier.inference import predict
 from classifier.metrics import expected_calibration_error, negative_log_likelihood
-from classifier.training import predict
 
 # Where all answers are right, no temperature is too low: then it is the lowest, or one at which all are certain.
 LOWEST, HIGHEST = 0.05, 20.0

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,16 @@ from uuid import uuid4
 import torch
 from filelock import FileLock, Timeout
 
+from classifier.distributed import Group
 from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, repository_root
+from classifier.interrupts import held_back
 from classifier.params import read_yaml
+from classifier.training import TrainState
 
 FOLDER = ".checkpoints"
 RECORD = "training.json"
+CHECKPOINT_SECONDS = 60  # between two at most, however long the updates between them take
+LONGEST_STEP = 3  # seconds that a signal waits for the next place to stop at
 KEPT = 2  # of a training: the last, and the one before in case the last is damaged
 KEPT_TRAININGS = 8  # that were given up
 DIGEST_BYTES = 32  # SHA-256, before the content
@@ -64,6 +69,38 @@ def checkpoints(made_of: Mapping[str, Any]) -> Iterator["Checkpoints"]:
             Path(lock.lock_file).unlink()
     finally:
         lock.release()
+
+
+@contextmanager
+def going_on(
+    state: TrainState, group: Group, saved: "Checkpoints | None", *, every: int, last: int
+) -> Iterator[Callable[[], None]]:
+    """Go on where this training was killed, if it was; give what is to be called after each of its updates.
+
+    It saves a checkpoint after batches `every`, twice `every` and so on of an epoch and after its `last`, and when
+    CHECKPOINT_SECONDS have passed; and one when a signal has arrived, which then ends the block.
+    saved: where, in the first process of the group; None in the others.
+    """
+    content = group.from_first(lambda: saved.load() if saved else None)
+    if content:
+        state.restore(content | {"random": content["random"][group.rank]})
+        print(f"Going on in epoch {state.epoch + 1} after batch {state.batch}", flush=True)
+    elif saved and (other := saved.given_up()):
+        print(f"Starting anew, not from the checkpoint of a training that was given up: {other}", flush=True)
+
+    with held_back(LONGEST_STEP) as held:
+
+        def after_update() -> None:
+            is_due = state.batch % every == 0 or state.batch == last
+            is_late = saved is not None and time.monotonic() - saved.last > CHECKPOINT_SECONDS
+            if group.any(is_due or is_late or held.number is not None):
+                content = state.content()
+                content["random"] = group.gather(content["random"])  # each draws its own numbers, as for dropout
+                if saved:
+                    saved.save(state.epoch, state.batch, content)
+                held.release()
+
+        yield after_update
 
 
 def _claim(home: Path, made_of: Mapping[str, Any], another: bool) -> tuple[Path, FileLock] | None:

@@ -1,38 +1,31 @@
-"""Annotated images: the dataset class that everything goes through, and its batches in a reproducible order.
-
-Images are decoded once into one uint8 tensor (N, C, H, W), which is moved to the device once and batched by
-index there. Above the memory limit they are decoded anew in every epoch by worker processes instead: the same
-order, the same batches, the same numbers.
-"""
+"""Annotated images: the dataset class that everything goes through."""
 
 import hashlib
-import math
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from classifier.annotations import faulty_rows, read_annotations
 from classifier.archive import Images
 from classifier.decoding import LARGEST_PIXELS, decode_image
-from classifier.distributed import ALONE, Group
 from classifier.errors import PipelineError
+from classifier.files import ANNOTATIONS, IMAGES, verified
 from classifier.png import decode_stored_png
-from classifier.transforms import MIXING, accept_tensors, augment, mix, to_float
+from classifier.transforms import accept_tensors, to_float
 
 
 class CustomImageDataset(Dataset[tuple[Any, Any]]):
     """Images of a folder, or of a zip of one, with the labels that a CSV gives them.
 
     annotations_file: CSV of two columns, file name in `img_dir` and label, as `read_annotations` takes it.
+    img_dir: the folder or zip, or what is already open of it.
     transform: called with each image, a uint8 tensor (C, H, W); torchvision's ToTensor works too.
     target_transform: called with each label, an int; `targets` calls it with all labels, (N,) int64.
     classes: the number of classes, if labels beyond them are to be refused; mixup and cutmix need it.
@@ -43,7 +36,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
     def __init__(
         self,
         annotations_file: str | Path,
-        img_dir: str | Path,
+        img_dir: str | Path | Images,
         transform: Callable[[Tensor], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
         *,
@@ -53,7 +46,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         self.files, labels, self.rows = read_annotations(self.annotations, classes=classes)
         self.labels = torch.from_numpy(labels)
         self.classes = classes
-        self.images = Images(Path(img_dir))
+        self.images = img_dir if isinstance(img_dir, Images) else Images(Path(img_dir))
         self.transform: Any = accept_tensors(transform) if transform else None
         self.target_transform = target_transform
 
@@ -168,169 +161,8 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
             raise faulty_rows(self.annotations, faults)
 
 
-def epoch_order(count: int, seed: int, epoch: int, shuffle: bool, weights: Tensor | None = None) -> Tensor:
-    """The order of the images in an epoch, (count,) int64: a function of (seed, epoch), drawn on the CPU.
-
-    weights: (count,) float64; with them images are drawn with replacement, in proportion to their weights.
-    """
-    if not shuffle:
-        return torch.arange(count)
-    generator = _generator(seed, epoch)
-    if weights is None:
-        return torch.randperm(count, generator=generator)
-    # torch.multinomial, which says the same in one line, takes 2^24 images at most.
-    ends = weights.cumsum(0)
-    drawn = torch.rand(count, dtype=torch.float64, generator=generator) * ends[-1:]
-    return torch.searchsorted(ends, drawn, right=True).clamp_(max=count - 1)  # the product may be rounded to the end
-
-
-def _generator(*key: int) -> torch.Generator:
-    """A CPU generator for a key such as (seed, epoch): other keys give unrelated numbers."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> 1))
-
-
-class Batches:
-    """A dataset in batches on a device: pixels (B, C, H, W) float32 in [0, 1], and targets.
-
-    `dataset.transform` is not used here: pixels are scaled, and augmented if asked, a batch at a time.
-    weights: of the images, (N,) float64, as `epoch_order` takes them: an epoch is then N images drawn by them.
-    group: the processes that share the work: of each batch there is this one's part, `group.part`.
-    Raises PipelineError if there are weights, but no `shuffle`.
-    """
-
-    def __init__(
-        self,
-        dataset: CustomImageDataset,
-        batch_size: int,
-        device: torch.device,
-        *,
-        seed: int = 0,
-        shuffle: bool = False,
-        weights: Tensor | None = None,
-        augmentations: Sequence[str] = (),
-        memory_limit_gib: float,
-        workers: int,
-        group: Group = ALONE,
-    ) -> None:
-        if weights is not None and not shuffle:
-            raise PipelineError(
-                "balance: sampler draws the images of an epoch at random; set shuffle: true, or balance: loss"
-            )
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.device = device
-        self.seed = seed
-        self.shuffle = shuffle
-        self.weights = weights
-        self.augmentations = augmentations
-        self.workers = workers
-        self.group = group
-        self.image_count = len(dataset)
-        self.targets = dataset.targets().to(device)
-        self.image_shape = dataset.image_shape()
-        fits = self.image_count * math.prod(self.image_shape) <= memory_limit_gib * 2**30
-        shape = (self.image_count, *self.image_shape)
-        self.pixels = group.shared(shape, dataset.decode_all).to(device) if fits else None
-
-    def __len__(self) -> int:
-        """The number of batches in an epoch; the last one may be smaller."""
-        return -(-self.image_count // self.batch_size)
-
-    def count(self, number: int) -> int:
-        """How many images a batch has, in all processes."""
-        return min(self.batch_size, self.image_count - number * self.batch_size)
-
-    def epoch(self, epoch: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of the batches of an epoch from number `first` on.
-
-        Each batch is a function of (seed, epoch, number) alone, whatever the number of processes.
-        """
-        order = epoch_order(self.image_count, self.seed, epoch, self.shuffle, self.weights)
-        indices = self._parts(order.to(self.device), first)
-        for number, (index, pixels) in enumerate(zip(indices, self._pixels(order, first), strict=True), first):
-            images, targets = to_float(pixels), self.targets[index]
-            if self.augmentations:
-                generator = _generator(self.seed, epoch, 1, number)
-                images = augment(images, self.augmentations, generator, (self.count(number), self._places(number)))
-                images, targets = mix(images, targets, self.augmentations, generator, self.dataset.classes)
-            before = len(images) - len(self.group.part(self.count(number)))
-            yield images[before:], targets[before:]
-
-    def _places(self, number: int) -> slice | Tensor:
-        """The places of this process's images in a batch; before them, where images are mixed, what the first is."""
-        count = self.count(number)
-        own = self.group.part(count)
-        if len(own) == count or not any(name in MIXING for name in self.augmentations):
-            return slice(own.start, own.stop)
-        return torch.tensor([(own.start - 1) % count, *own])
-
-    def _parts(self, order: Tensor, first: int) -> Iterator[Tensor]:
-        """Which images of an epoch's order this process takes for each batch from number `first` on, int64."""
-        for number in range(first, len(self)):
-            yield order[number * self.batch_size :][: self.batch_size][self._places(number)]
-
-    def _pixels(self, order: Tensor, first: int) -> Iterator[Tensor]:
-        """uint8 pixels of what `_parts` names, from memory or from the worker processes."""
-        if self.pixels is not None:
-            for index in self._parts(order.to(self.device), first):
-                yield self.pixels[index]
-            return
-        if first == len(self):
-            return
-        loader = DataLoader(
-            _Pixels(self.dataset, self.image_shape),
-            batch_sampler=(index.tolist() for index in self._parts(order, first)),  # made when they are asked for
-            num_workers=self.workers,
-            collate_fn=partial(_stack, self.image_shape),
-            worker_init_fn=_leave_signals,
-            generator=torch.Generator(),  # or it would draw from the global one, which dropout draws from
-        )
-        faults: list[tuple[int, str]] = []
-        for pixels in loader:
-            if isinstance(pixels, list):
-                if not faults:
-                    print("An image cannot be used: looking through the others of this epoch", flush=True)
-                faults += pixels
-            elif not faults:
-                yield pixels.to(self.device)
-        if faults:
-            raise faulty_rows(self.dataset.annotations, sorted(faults))
-
-
-class _Pixels(Dataset[Tensor | tuple[int, str]]):
-    """The decoded images of a dataset without labels, for worker processes; for an unusable one, its row and why.
-
-    An error is handed over, not raised: a DataLoader would wrap the worker's traceback into its message.
-    """
-
-    def __init__(self, dataset: CustomImageDataset, shape: tuple[int, int, int]) -> None:
-        self.dataset = dataset
-        self.shape = shape
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Tensor | tuple[int, str]:
-        try:
-            return self.dataset.decode_as(self.shape, index)
-        except PipelineError as error:
-            return self.dataset.rows[index], str(error)
-
-
-def _leave_signals(_: int) -> None:
-    """A signal to the whole process group, as Ctrl-C is, is answered by the main process, which then ends these."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _stack(shape: tuple[int, int, int], images: list[Tensor | tuple[int, str]]) -> Tensor | list[tuple[int, str]]:
-    """One uint8 tensor (B, C, H, W), or what is wrong with its images."""
-    pixels = torch.empty((len(images), *shape), dtype=torch.uint8)
-    faults = []
-    for place, image in enumerate(images):
-        if isinstance(image, tuple):
-            faults.append(image)
-        else:
-            pixels[place] = image
-    return faults or pixels
+def annotated(splits: Sequence[str], classes: int) -> list[CustomImageDataset]:
+    """Some of train, val and test, as the annotate stage has written them, all read from the same open zips."""
+    images = Images(verified(IMAGES))
+    csvs = verified(ANNOTATIONS)
+    return [CustomImageDataset(csvs / f"{split}.csv", images, classes=classes) for split in splits]

@@ -48,6 +48,26 @@ class TemperatureScaled(nn.Module):
         return logits
 
 
+def write_checked(
+    network: nn.Module, name: str, classes: int, pixels: Tensor, paths: Sequence[Path], also: Path
+) -> None:
+    """Write a network of classifier/networks to each path, in the format of its suffix, and print how it reads back.
+
+    pixels: (N, C, H, W) float32 with N >= 2, images on which each file's logits are compared with the network's.
+    also: a path to write to that need not be among the others, and is then not read back.
+    Raises PipelineError if a file cannot be read, or its logits differ by more than TOLERANCE.
+    """
+    _, *shape = pixels.shape
+    with checking(paths) as check:
+        for path in dict.fromkeys([*paths, also]):
+            if path.suffix == ".safetensors":
+                write_weights(network, name, (shape[0], shape[1], shape[2]), classes, path)
+            else:
+                write(network, pixels[:2], path)
+        for file, difference in check(network, pixels).items():
+            print(f"{file}: logits within {difference:.1e} of the trained network's on {len(pixels)} test images")
+
+
 def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
     """Write the network, on the CPU and in evaluation mode, in the format that the suffix names: .pth, .pt2 or .onnx.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from classifier.errors import PipelineError
 from classifier.files import hash_file
-from classifier.training import read_weights
+from classifier.inference import read_weights
 
 FILES = (".pth", ".safetensors")
 PATIENCE_SECONDS = 20  # for each answer of the server that has torchvision's weights

@@ -8,11 +8,37 @@ from typing import Any
 
 import numpy as np
 
-from classifier.dataset import Batches
+from classifier.batches import Batches
+from classifier.dataset import CustomImageDataset
 from classifier.errors import PipelineError
 
 CALIBRATION_IMAGES = 512
 BATCH = 64  # images that go through the network at once: it bounds the memory
+
+
+def write_int8(
+    path: Path,
+    onnx_file: Path,
+    train_set: CustomImageDataset,
+    batches: Batches,
+    split: str,
+    *,
+    max_drop: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Write the float ONNX file's network in 8-bit integers; return what that costs, for the manifest.
+
+    train_set: of which CALIBRATION_IMAGES, chosen by `seed`, tell how large the activations become.
+    batches, split, max_drop: the images on which accuracies are measured, and more, see `accuracy_cost`.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(train_set))[:CALIBRATION_IMAGES]
+    quantize(onnx_file, train_set.pixels(chosen).numpy(), path)
+    cost = accuracy_cost(path, onnx_file, batches, split, max_drop)
+    print(
+        f"{path.name}: right for {cost['accuracy']:.2%} of {cost['images']} {split} images, "
+        f"the float network for {cost['float_accuracy']:.2%}"
+    )
+    return cost
 
 
 def quantize(onnx_file: Path, pixels: np.ndarray, path: Path) -> None:

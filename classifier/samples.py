@@ -9,7 +9,8 @@ from torch import Tensor
 
 from classifier import files
 from classifier.annotations import class_names
-from classifier.dataset import Batches, CustomImageDataset
+from classifier.batches import Batches
+from classifier.dataset import annotated
 from classifier.params import Params, load_params
 from classifier.plots import save_grid
 
@@ -29,7 +30,7 @@ def draw_samples(target: Path) -> None:
 
 def training_batches(params: Params, names: list[str]) -> Batches:
     """The batches that the train stage has, but for one-hot targets; only images that are asked for are decoded."""
-    train_set = CustomImageDataset(files.ANNOTATIONS / "train.csv", files.verified(files.IMAGES), classes=len(names))
+    (train_set,) = annotated(["train"], len(names))
     weights = train_set.class_weights(names)[train_set.labels] if params.balance == "sampler" else None
     return Batches(
         train_set,

@@ -44,6 +44,7 @@ MD5_TAGS = {IMAGES: "md5.images", ANNOTATIONS: "md5.annotations", WEIGHTS: WEIGH
 PATCH = "code.patch"
 LARGEST_PATCH = 10_000_000  # bytes
 
+SENDER_NICENESS = 10  # below the stage: a thread of torch that waits for a core holds up all others
 # How long a stage waits at its end for what is not sent yet
 TRAINING_PATIENCE = 8  # seconds; a training has few and small things to send
 UPLOAD_PATIENCE = 120  # pictures and models; a store that does not answer is given up long before
@@ -194,6 +195,8 @@ def _start_sender(journal: Journal) -> "subprocess.Popen[bytes]":
         stderr=subprocess.PIPE,
         start_new_session=True,  # out of reach of Ctrl-C: it ends by itself when this process has ended
     )
+    with suppress(AttributeError, OSError):  # Windows has none; or it has ended already
+        os.setpriority(os.PRIO_PROCESS, sender.pid, SENDER_NICENESS)
     assert sender.stderr is not None  # noqa: S101
     os.set_blocking(sender.stderr.fileno(), False)
     return sender

@@ -4,34 +4,17 @@ Reads   data/images.zip, data/annotations/, models/model_weights.pth
 Writes  metrics/test.json, metrics/classes.csv, metrics/plots/
 """
 
-import math
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-from scipy.special import softmax
-from torch import nn
-
-from classifier import files, plots
+from classifier import files
 from classifier.annotations import class_names
-from classifier.dataset import Batches, CustomImageDataset
+from classifier.batches import Batches
+from classifier.dataset import annotated
 from classifier.device import environment, seed_everything, select_device, set_threads
 from classifier.errors import run_main
-from classifier.metrics import (
-    calibration_bins,
-    class_scores,
-    most_confident_mistakes,
-    overall_scores,
-    wilson_interval,
-)
-from classifier.networks import Mirrored, build_network
+from classifier.inference import predict, score, trained_network
+from classifier.metrics import class_scores, overall_scores, wilson_interval
 from classifier.params import load_params
+from classifier.pictures import draw
 from classifier.tracking import Tracker
-from classifier.training import load_weights, predict, saliency, score
-
-SAMPLES = (3, 3)  # rows and columns of the picture; the tutorial's grid
-MISTAKES = (3, 5)
-SALIENCIES = 8  # images
 
 
 def main() -> None:
@@ -42,11 +25,8 @@ def main() -> None:
     seed_everything(params.seed)
 
     names = class_names(files.verified(files.ANNOTATIONS))
-    images = files.verified(files.IMAGES)
-    test_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", images, classes=len(names))
-    network = build_network(params.network, test_set.image_shape(), len(names)).to(device)
-    load_weights(network, files.verified(files.WEIGHTS), device)
-    network = Mirrored(network) if params.test_flip else network
+    (test_set,) = annotated(["test"], len(names))
+    network = trained_network(params.network, test_set.image_shape(), len(names), device, test_flip=params.test_flip)
     batches = Batches(
         test_set, params.batch_size, device, memory_limit_gib=params.memory_limit_gib, workers=params.workers
     )
@@ -70,34 +50,6 @@ def main() -> None:
 
     with tracker.weights(params, environment(device)):
         tracker.log_evaluation(test_set.md5())
-
-
-def draw(
-    folder: Path, network: nn.Module, test_set: CustomImageDataset, logits: np.ndarray, names: list[str], seed: int
-) -> None:
-    """Write the confusion table (a row an image, as DVC's template wants it) and the pictures."""
-    probabilities = softmax(logits.astype(np.float64), axis=1)
-    labels, answers = test_set.labels.numpy(), logits.argmax(1)
-    truth, said = np.array(names)[labels], np.array(names)[answers]
-    pd.DataFrame({"actual": truth, "predicted": said}).to_csv(
-        folder / "confusion.csv", index=False, lineterminator="\n"
-    )
-
-    chosen = np.random.default_rng(seed).permutation(len(labels))
-    samples = chosen[: math.prod(SAMPLES)]
-    plots.save_grid(folder / "samples.png", test_set.pixels(samples).numpy(), list(truth[samples]), *SAMPLES)
-
-    mistakes = most_confident_mistakes(logits, labels, math.prod(MISTAKES))
-    titles = [f"is {truth[i]}\nsaid {said[i]} {probabilities[i].max():.0%}" for i in mistakes]
-    plots.save_grid(folder / "mistakes.png", test_set.pixels(mistakes).numpy(), titles, *MISTAKES)
-
-    plots.save_reliability(folder / "reliability.png", calibration_bins(probabilities, labels))
-
-    explained = chosen[:SALIENCIES]
-    pixels = test_set.pixels(explained)
-    device = next(network.parameters()).device
-    titles = [f"is {truth[i]}\nsaid {said[i]}" for i in explained]
-    plots.save_saliency(folder / "saliency.png", pixels.numpy(), saliency(network, pixels.to(device)).numpy(), titles)
 
 
 if __name__ == "__main__":

@@ -9,42 +9,25 @@ Keeps   with validation images, the weights of the epoch with the best validatio
 import io
 from contextlib import ExitStack
 from functools import partial
-from time import monotonic
 
 import torch
 
 from classifier import files
 from classifier.annotations import class_names, write_csv
-from classifier.checkpoint import Checkpoints, checkpoints, makings
-from classifier.dataset import Batches, CustomImageDataset
-from classifier.device import (
-    environment,
-    keep_freed_memory,
-    seed_everything,
-    select_device,
-    set_threads,
-)
+from classifier.batches import Batches
+from classifier.checkpoint import checkpoints, going_on, makings
+from classifier.dataset import annotated
+from classifier.device import environment, keep_freed_memory, seed_everything, select_device, set_threads
 from classifier.distributed import ALONE, Group, joined
 from classifier.errors import run_main
-from classifier.interrupts import held_back
-from classifier.networks import Mirrored, build_network
+from classifier.inference import test_loop
+from classifier.networks import Mirrored, build_network, describe
+from classifier.optimization import build_loss, build_optimizer, build_scheduler, freeze
 from classifier.params import Params, load_params
 from classifier.pretrained import load_pretrained
 from classifier.tracking import Tracker
-from classifier.training import (
-    TrainState,
-    build_loss,
-    build_optimizer,
-    build_scheduler,
-    describe,
-    freeze,
-    test_loop,
-    train_loop,
-)
+from classifier.training import TrainState, train_loop
 from classifier.transforms import one_hot
-
-CHECKPOINT_SECONDS = 60  # between checkpoints at most, however long checkpoint_steps take
-LONGEST_STEP = 3  # seconds that a signal waits for the next place to stop at
 
 
 def main() -> None:
@@ -63,21 +46,21 @@ def train(params: Params, group: Group) -> None:
 
     names = class_names(files.verified(files.ANNOTATIONS))
     train_batches, val_batches, selects = load_batches(params, device, names, group)
+    class_weights = train_batches.dataset.class_weights(names).float().to(device) if params.balance == "loss" else None
+    loss_fn = build_loss(params.label_smoothing, class_weights)
 
     seed_everything(params.seed)  # just before the weights are drawn, as in the tutorial
-    network = build_network(params.network, train_batches.dataset.image_shape(), len(names)).to(device)
+    network = build_network(params.network, train_batches.image_shape, len(names)).to(device)
     start = load_pretrained(network, params.network, params.weights) if params.weights else None
     trainable = freeze(network, params.freeze)
-    evaluated = Mirrored(network) if params.test_flip else network
     print(describe(network), flush=True)
     optimizer = build_optimizer(params.optimizer, trainable, params.lr, params.momentum, params.weight_decay)
     updates = params.epochs * -(-len(train_batches) // params.accumulate_steps)
     state = TrainState(network, optimizer, build_scheduler(params.schedule, optimizer, updates))
     state.together = group.train_together(network)
+    evaluated = Mirrored(network) if params.test_flip else network
     if not group.is_first:
         torch.manual_seed(params.seed + group.rank)  # other numbers for other images, as dropout draws them
-    class_weights = train_batches.dataset.class_weights(names).float().to(device) if params.balance == "loss" else None
-    loss_fn = build_loss(params.label_smoothing, class_weights)
 
     with ExitStack() as stack:
         saved = stack.enter_context(checkpoints(made_of)) if group.is_first else None
@@ -85,17 +68,8 @@ def train(params: Params, group: Group) -> None:
             stack.enter_context(tracker.training(params, recorded, saved.name, saved.started))
             if start:
                 tracker.tag({"sha256.weights": start})
-        resume(state, group, saved)
-        with held_back(LONGEST_STEP) as held:
-
-            def after_update() -> None:
-                steps = -(-state.batch // params.accumulate_steps)
-                is_due = steps % params.checkpoint_steps == 0 or state.batch == len(train_batches)
-                is_late = saved is not None and monotonic() - saved.last > CHECKPOINT_SECONDS
-                if group.any(is_due or is_late or held.number is not None):
-                    save(state, group, saved)
-                    held.release()
-
+        every = params.checkpoint_steps * params.accumulate_steps
+        with going_on(state, group, saved, every=every, last=len(train_batches)) as after_update:
             while state.epoch < params.epochs:
                 train_loss = train_loop(
                     train_batches,
@@ -113,42 +87,11 @@ def train(params: Params, group: Group) -> None:
                     flush=True,
                 )
                 figures = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
-                better = not selects or not state.kept or val_accuracy > state.kept["val_accuracy"]
-                state.end_epoch(figures, keep=better)
+                state.end_epoch(figures, keep=not selects or state.is_best(val_accuracy))
                 if tracker:
                     tracker.log_metrics(figures | {"images_per_second": images_per_second}, step=state.epoch)
-
         if group.is_first:
             write(state, recorded)
-
-
-def save(state: TrainState, group: Group, saved: Checkpoints | None) -> None:
-    """Have the first process save what all of them go on from."""
-    content = state.content()
-    content["random"] = group.gather(content["random"])  # each draws its own numbers, as for dropout
-    if saved:
-        saved.save(state.epoch, state.batch, content)
-
-
-def resume(state: TrainState, group: Group, saved: Checkpoints | None) -> None:
-    """Go on where this training was killed, if it was."""
-    content = group.from_first(lambda: saved.load() if saved else None)
-    if content:
-        state.restore(content | {"random": content["random"][group.rank]})
-        print(f"Going on in epoch {state.epoch + 1} after batch {state.batch}", flush=True)
-    elif saved and (other := saved.given_up()):
-        print(f"Starting anew, not from the checkpoint of a training that was given up: {other}", flush=True)
-
-
-def write(state: TrainState, recorded: dict[str, str | int]) -> None:
-    content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
-    torch.save(state.weights, content)
-    with files.atomic(files.WEIGHTS) as path:
-        path.write_bytes(content.getbuffer())
-    with files.atomic(files.EPOCHS) as path:
-        write_csv(path, {key: [figures[key] for figures in state.history] for key in state.history[0]})
-    files.write_json(files.TRAIN_METRICS, state.kept)
-    files.write_json(files.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
 
 
 def load_batches(
@@ -158,16 +101,12 @@ def load_batches(
 
     Without validation images there is nothing to select by, and the figures are the tutorial's: on test.
     """
-    classes = len(names)
-    encode = partial(one_hot, classes=classes) if params.target_transform == "one_hot" else None
-    images = files.verified(files.IMAGES)
-    train_set = CustomImageDataset(files.ANNOTATIONS / "train.csv", images, target_transform=encode, classes=classes)
+    train_set, val_set, test_set = annotated(["train", "val", "test"], len(names))
+    if params.target_transform == "one_hot":
+        train_set.target_transform = partial(one_hot, classes=len(names))
     # Here for `loss` too: what it refuses is told before images are decoded
     weights = None if params.balance == "none" else train_set.class_weights(names)[train_set.labels]
-    val_set = CustomImageDataset(files.ANNOTATIONS / "val.csv", images, classes=classes)
     selects = len(val_set) > 0
-    if not selects:
-        val_set = CustomImageDataset(files.ANNOTATIONS / "test.csv", images, classes=classes)
     batches = partial(
         Batches,
         batch_size=params.batch_size,
@@ -183,7 +122,19 @@ def load_batches(
         weights=weights if params.balance == "sampler" else None,
         augmentations=params.augment,
     )
-    return train_batches, batches(val_set), selects
+    return train_batches, batches(val_set if selects else test_set), selects
+
+
+def write(state: TrainState, recorded: dict[str, str | int]) -> None:
+    """Write the outputs: the weights that were kept, the figures of each epoch, and where they were computed."""
+    content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
+    torch.save(state.weights, content)
+    with files.atomic(files.WEIGHTS) as path:
+        path.write_bytes(content.getbuffer())
+    with files.atomic(files.EPOCHS) as path:
+        write_csv(path, {key: [figures[key] for figures in state.history] for key in state.history[0]})
+    files.write_json(files.TRAIN_METRICS, state.kept)
+    files.write_json(files.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
 
 
 if __name__ == "__main__":

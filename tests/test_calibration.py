@@ -10,11 +10,12 @@ from scipy.special import softmax
 from small_images import make_images
 from torch import nn
 
+from classifier.batches import Batches
 from classifier.calibration import HIGHEST, LOWEST, calibrated, fit_temperature
-from classifier.dataset import Batches, CustomImageDataset
+from classifier.dataset import CustomImageDataset
 from classifier.exchange import TemperatureScaled
+from classifier.inference import predict
 from classifier.metrics import expected_calibration_error, negative_log_likelihood
-from classifier.training import predict
 
 
 def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,10 +23,13 @@ from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
 from classifier import checkpoint
+from classifier.batches import Batches
 from classifier.checkpoint import Checkpoints, checkpoints, makings
-from classifier.dataset import Batches, CustomImageDataset
+from classifier.dataset import CustomImageDataset
 from classifier.device import seed_everything
-from classifier.training import TrainState, build_optimizer, build_scheduler, test_loop, train_loop
+from classifier.inference import test_loop
+from classifier.optimization import build_optimizer, build_scheduler
+from classifier.training import TrainState, train_loop
 
 MAKINGS = {"lr": 0.1, "data/images.zip": "an md5"}
 EPOCHS, BATCHES, ACCUMULATE = 2, 5, 2

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from classifier.dataset import Batches, CustomImageDataset, epoch_order
+from classifier.batches import Batches, epoch_order
+from classifier.dataset import CustomImageDataset
 from classifier.errors import PipelineError
 from classifier.png import encode_png
 from classifier.sources import fashion_mnist

@@ -31,11 +31,14 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import nn
-from classifier.dataset import Batches, CustomImageDataset
+from classifier.batches import Batches
+from classifier.dataset import CustomImageDataset
 from classifier.device import set_threads
 from classifier.distributed import joined
 from classifier.networks import build_network
-from classifier.training import TrainState, build_optimizer, build_scheduler, predict, train_loop
+from classifier.inference import predict
+from classifier.optimization import build_optimizer, build_scheduler
+from classifier.training import TrainState, train_loop
 
 class Float64(nn.Module):
     def __init__(self, network):

@@ -11,9 +11,11 @@ import torch
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
-from classifier.dataset import Batches, CustomImageDataset
+from classifier.batches import Batches
+from classifier.dataset import CustomImageDataset
 from classifier.errors import PipelineError
-from classifier.training import TrainState, build_optimizer, build_scheduler, train_loop
+from classifier.optimization import build_optimizer, build_scheduler
+from classifier.training import TrainState, train_loop
 
 EPOCHS = 3
 

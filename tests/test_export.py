@@ -15,8 +15,8 @@ from project import Project, small_project
 
 from classifier.dataset import CustomImageDataset
 from classifier.exchange import TOLERANCE, TemperatureScaled, read_logits
+from classifier.inference import load_weights
 from classifier.networks import Mirrored, build_network
-from classifier.training import load_weights
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,12 @@ from imports import ROOT
 from project import Project
 from torch import nn
 
-from classifier.dataset import Batches, CustomImageDataset
+from classifier.batches import Batches
+from classifier.dataset import CustomImageDataset
 from classifier.device import seed_everything, set_threads
 from classifier.networks import build_network
-from classifier.training import TrainState, build_optimizer, build_scheduler, train_loop
+from classifier.optimization import build_optimizer, build_scheduler
+from classifier.training import TrainState, train_loop
 
 GOLDEN = json.loads((ROOT / "tests/golden/tutorial_seed42.json").read_text())
 

@@ -23,9 +23,12 @@ from PIL import Image
 from project import Project, clean_environment, reproduced_project
 from scipy.special import softmax
 
-from classifier.dataset import Batches, CustomImageDataset
+from classifier.batches import Batches
+from classifier.dataset import CustomImageDataset
 from classifier.errors import PipelineError
 from classifier.exchange import write
+from classifier.inference import load_weights
+from classifier.inference import predict as logits_of
 from classifier.networks import build_network
 from classifier.png import encode_png
 from classifier.prediction import (
@@ -39,8 +42,6 @@ from classifier.prediction import (
     write_json,
     write_table,
 )
-from classifier.training import load_weights
-from classifier.training import predict as logits_of
 from classifier.zip_format import write_zip
 
 CLASSES = ["dark", "bright, or\nnot"]

@@ -11,7 +11,8 @@ import torch
 from small_images import CLASSES, make_images
 from torch import nn
 
-from classifier.dataset import Batches, CustomImageDataset
+from classifier.batches import Batches
+from classifier.dataset import CustomImageDataset
 from classifier.errors import PipelineError
 from classifier.exchange import read_logits, write
 from classifier.quantization import BATCH, accuracy_cost, quantize

@@ -227,7 +227,7 @@ from classifier.errors import run_main
 {change}
 run_main(train.main)
 """
-SAVING_ALWAYS = "train.CHECKPOINT_SECONDS = 0"
+SAVING_ALWAYS = "from classifier import checkpoint; checkpoint.CHECKPOINT_SECONDS = 0"
 EDITING_WHILE_DECODING = """
 load_batches = train.load_batches
 def edit_and_load(*arguments, **options):

@@ -105,7 +105,7 @@ def test_more_zips_than_files_may_be_open_are_read_where_the_system_allows_it_an
         assert (done.returncode, done.stdout) == (0, "1000\n")
     else:
         assert done.returncode == 1
-        assert "its 100 zips are more files than this process may have open; allow more: ulimit -Hn 1400" in done.stderr
+        assert "its 100 zips are more files than this process may have open; allow more: ulimit -Hn 1100" in done.stderr
         assert "Traceback" not in done.stderr
 
 

@@ -15,27 +15,21 @@ from hostile import RunsCodeWhenUnpickled
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
-from classifier.dataset import Batches, CustomImageDataset
+from classifier.batches import Batches
+from classifier.dataset import CustomImageDataset
 from classifier.errors import PipelineError
-from classifier.networks import build_network
-from classifier.png import encode_png
-from classifier.training import (
-    TrainState,
+from classifier.inference import load_weights, predict, saliency, score, test_loop
+from classifier.networks import build_network, describe
+from classifier.optimization import (
     build_loss,
     build_optimizer,
     build_scheduler,
-    describe,
     freeze,
-    load_weights,
     lr_factor,
-    predict,
-    saliency,
-    score,
-    set_training_mode,
-    test_loop,
-    train_loop,
     weighted_cross_entropy,
 )
+from classifier.png import encode_png
+from classifier.training import TrainState, set_training_mode, train_loop
 from classifier.transforms import one_hot
 from classifier.zip_format import write_zip
 

@@ -31,3 +31,10 @@ def build_network(name: str, image_shape: tuple[int, int, int], classes: int) ->
     """Build the network whose name `load_params` has checked, with newly drawn weights."""
     network: nn.Module = importlib.import_module(f"classifier.networks.{name}").build(image_shape, classes)
     return network
+
+
+def describe(network: nn.Module) -> str:
+    """The network's structure and its number of parameters, for people."""
+    total = sum(parameter.numel() for parameter in network.parameters())
+    frozen = sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad)
+    return f"{network}\n{total:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
