@@ -14,14 +14,32 @@ from classifier.errors import PipelineError, run_main
 from classifier.files import WEIGHTS, atomic, existing
 from classifier.journal import journals
 from classifier.params import load_params
+from classifier.repository import git
 
 REPORTS = Path("reports")  # what is written about the outputs; Git ignores it
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
 
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(git("describe", "--tags", "--always", "--dirty"))
+        raise typer.Exit
+
+
 @app.callback()
-def classifier(context: typer.Context) -> None:
+def classifier(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_tell_version,
+            is_eager=True,
+            help="The Git tag, or what there has been since, and exit.",
+        ),
+    ] = False,
+) -> None:
     """Trace, verify and promote the models of this repository."""
     if context.invoked_subcommand != "sync" and any(not journal.is_being_written() for journal in journals()):
         _send_journals()

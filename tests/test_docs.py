@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,27 @@ def test_every_link_to_a_file_leads_to_one(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert [link for link in links if link and not (document.parent / link).exists()] == []
+
+
+@pytest.mark.slow
+def test_a_network_and_a_source_are_added_by_one_file_each(tmp_path: Path) -> None:
+    """As CONTRIBUTING.md shows it, and by the command that it ends with."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    project = Project.create(tmp_path / "project")
+    project.commit()
+    diffs = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
+    assert len(diffs) == 2
+    for number, diff in enumerate(diffs):
+        (tmp_path / f"{number}.diff").write_text(diff)
+        project.run("git", "apply", str(tmp_path / f"{number}.diff"))
+    added = project.run("git", "status", "--porcelain").stdout.splitlines()
+    assert added == ["?? classifier/networks/small.py", "?? classifier/sources/digits.py"]
+    for check in (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]):
+        project.run(sys.executable, "-m", *check, "classifier/networks/small.py", "classifier/sources/digits.py")
+
+    command = text.split("```sh\n")[-1].split("```")[0].strip()
+    project.run("sh", "-c", command)
+    assert json.loads((project.root / "metrics/test.json").read_text())["accuracy"] > 0.8
 
 
 @pytest.mark.slow
