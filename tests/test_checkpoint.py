@@ -31,17 +31,10 @@ from classifier.inference import test_loop
 from classifier.optimization import build_optimizer, build_scheduler
 from classifier.training import TrainState, train_loop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MAKINGS = {"lr": 0.1, "data/images.zip": "an md5"}
 EPOCHS, BATCHES, ACCUMULATE = 2, 5, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine make such small networks ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torchvision import models
 
 from classifier.errors import PipelineError
 from classifier.exchange import TOLERANCE, read_logits, write
-from classifier.networks import Mirrored, build_network
+from classifier.networks import MEAN, STD, Mirrored, build_network
 from classifier.networks.vgg16 import averages
 from classifier.params import modules_in
 
@@ -209,10 +209,9 @@ def test_names_and_shapes_are_torchvisions(name: str, parameters: int) -> None:
 
 @pytest.mark.parametrize("name", OF_TORCHVISION)
 def test_pixels_are_normalised_as_for_torchvisions_weights(name: str) -> None:
-    module = __import__(f"classifier.networks.{name}", fromlist=["MEAN", "STD"])
     preset = models.get_model_weights(name).DEFAULT.transforms()
-    assert [*module.MEAN] == preset.mean
-    assert [*module.STD] == preset.std
+    assert [*MEAN] == preset.mean
+    assert [*STD] == preset.std
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ from classifier.training import TrainState, set_training_mode, train_loop
 from classifier.transforms import one_hot
 from classifier.zip_format import write_zip
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 WEIGHTS = torch.tensor([0.25, 3.0, 0.5, 1.0])  # of classes
 PINNED_LOSSES = [1.29352989, 0.83373013, 0.32433271, 0.16194701, 0.13042829]  # of an epoch each
@@ -40,15 +42,6 @@ MIXES = [["mixup"], ["cutmix"], ["mixup", "cutmix"]]
 SCHEDULES = ["constant", "linear", "cosine", "onecycle"]
 
 BatchMaker = Callable[..., Batches]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine make such small networks ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

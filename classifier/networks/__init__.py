@@ -7,7 +7,28 @@ build(image_shape: tuple[int, int, int], classes: int) -> torch.nn.Module
 
 import importlib
 
-from torch import Tensor, nn
+from torch import Tensor, nn, tensor
+
+# Of ImageNet's pixels in [0, 1], by channel: what torchvision's weights were trained with
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Normalization(nn.Module):
+    """Pixels in [0, 1] as torchvision's weights want them; for other channels than three by the means over colours."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, of_colours in (("mean", MEAN), ("std", STD)):
+            values = of_colours if channels == 3 else [sum(of_colours) / 3]
+            self.register_buffer(name, tensor(values).view(-1, 1, 1), persistent=False)  # not among torchvision's names
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        normalised: Tensor = (pixels - self.mean) / self.std
+        return normalised
 
 
 class Mirrored(nn.Module):

@@ -11,21 +11,17 @@ kept for the test, after 5 epochs of `optimizer: adamw`, `lr: 0.001`, `weight_de
 `shuffle: true`.
 """
 
-from torch import Tensor, nn, tensor
+from torch import Tensor, nn
 from torchvision import models
 
 from classifier.errors import PipelineError
+from classifier.networks import Normalization
 
-# Of ImageNet's pixels in [0, 1], by channel: what torchvision's weights were trained with
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = 64  # pixels a side: below it, the first layers keep the image's size
 
 
 class ResNet18(nn.Module):
     """The layers of torchvision's model, by its names, behind the normalisation of the pixels."""
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
@@ -46,14 +42,11 @@ class ResNet18(nn.Module):
         self.layer3 = model.layer3
         self.layer4 = model.layer4
         self.fc = model.fc
-        for name, of_colours in (("mean", MEAN), ("std", STD)):
-            values = of_colours if channels == 3 else [sum(of_colours) / 3]
-            self.register_buffer(name, tensor(values).view(-1, 1, 1), persistent=False)  # not among torchvision's
+        self.normalize = Normalization(channels)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
-        maps = (pixels - self.mean) / self.std
-        maps = self.maxpool(self.relu(self.bn1(self.conv1(maps))))
+        maps = self.maxpool(self.relu(self.bn1(self.conv1(self.normalize(pixels)))))
         maps = self.layer4(self.layer3(self.layer2(self.layer1(maps))))
         logits: Tensor = self.fc(maps.mean((2, 3)))  # the backward of adaptive_avg_pool2d is not deterministic on CUDA
         return logits

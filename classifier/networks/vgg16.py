@@ -10,13 +10,12 @@ takes; maps of other sizes are averaged to it as adaptive_avg_pool2d does, but b
 not deterministic on CUDA. Max pooling is not among the operations that torch lists as such.
 """
 
-from torch import Tensor, nn, tensor, zeros
+from torch import Tensor, nn, zeros
 from torchvision import models
 
 from classifier.errors import PipelineError
+from classifier.networks import Normalization
 
-# Of ImageNet's pixels in [0, 1], by channel: what torchvision's weights were trained with
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 REDUCTION = 32  # of an image's sides by the five poolings
 SIDE = 7  # of the maps that the classifier takes
 
@@ -24,8 +23,6 @@ SIDE = 7  # of the maps that the classifier takes
 class VGG16(nn.Module):
     """The layers of torchvision's model, by its names, behind the normalisation of the pixels."""
 
-    mean: Tensor
-    std: Tensor
     rows: Tensor
     columns: Tensor
 
@@ -39,18 +36,13 @@ class VGG16(nn.Module):
             nn.init.zeros_(model.features[0].bias)
         self.features = model.features
         self.classifier = model.classifier
-        buffers = {
-            "mean": tensor(MEAN if channels == 3 else [sum(MEAN) / 3]).view(-1, 1, 1),
-            "std": tensor(STD if channels == 3 else [sum(STD) / 3]).view(-1, 1, 1),
-            "rows": averages(height // REDUCTION),
-            "columns": averages(width // REDUCTION).T.contiguous(),
-        }
-        for name, values in buffers.items():
-            self.register_buffer(name, values, persistent=False)  # not among torchvision's
+        self.normalize = Normalization(channels)
+        self.register_buffer("rows", averages(height // REDUCTION), persistent=False)  # not among torchvision's names
+        self.register_buffer("columns", averages(width // REDUCTION).T.contiguous(), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
-        maps = self.features((pixels - self.mean) / self.std)
+        maps = self.features(self.normalize(pixels))
         if maps.shape[2:] != (SIDE, SIDE):
             maps = self.rows @ maps @ self.columns
         logits: Tensor = self.classifier(maps.flatten(1))
