@@ -20,8 +20,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Those that take a minute or more, the longest first but for the one that is the longest of the fast tests; those that
 # share a `reproduced_project` are apart, so that none waits while another makes it
 LONG_FILES = [
-    "pipeline", "team", "pages", "resume", "two_at_once", "sync", "disk_full", "reproduce", "distributed", "verify", "kill",
-    "own_images", "remotes", "ui",
+    "pipeline", "team", "pages", "resume", "two_at_once", "sync", "disk_full", "reproduce", "distributed", "verify",
+    "kill", "own_images", "remotes", "ui",
     "lineage", "golden", "export", "experiments", "tampering", "seeds", "tracking", "secrets", "prediction", "serving",
     "docs", "dvc_views", "fashion_mnist", "networks", "exchange",
 ]  # fmt: skip
