@@ -6,8 +6,10 @@ The tutorial's network, batches of 64, 60,000 images of noise in memory, in one 
 not count. `loop` is the bare loop: pixels by index, forward, backward, SGD. The others are the same with one thing
 changed; their losses are the same where the line does not say otherwise.
 
-Then some steps of the cnn, batches of 256, bfloat16, crop and flip, in two processes in turns: where freed memory goes
-back to the system as the C library has it, and where `keep_freed_memory` keeps it, as the train stage does.
+Then some steps of the cnn, batches of 256, bfloat16, crop and flip, in processes of their own in turns: as torch and
+the C library have it, and with what the train stage and the network add, one after the other. Freed memory is kept
+(`keep_freed_memory`); new tensors are not filled with NaN, as deterministic torch does (`seed_everything`); the
+gradients of small maps are computed side by side (`SmallMaps`).
 """
 
 from collections.abc import Callable
@@ -16,9 +18,10 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
+from torch.utils import deterministic
 
 from benchmarks.measuring import Contender, Report, in_turns, median_ratio, parser, summary
-from classifier.device import keep_freed_memory, set_threads
+from classifier.device import keep_freed_memory, seed_everything, set_threads
 from classifier.errors import run_main
 from classifier.networks import cnn
 from classifier.networks.mlp import build
@@ -69,7 +72,7 @@ def main() -> None:
     total = sum(event.self_cpu_time_total for event in operations)
     for event in operations[:SHOWN]:
         report.line(f"  {event.key[:40]:40} {event.self_cpu_time_total / total:6.1%}")
-    report_memory(report, rounds)
+    report_cnn(report, rounds)
     report.save()
 
 
@@ -80,21 +83,28 @@ def noise(count: int) -> tuple[Tensor, Tensor]:
     return pixels, torch.randint(0, 10, (count,), generator=generator)
 
 
-def report_memory(report: Report, rounds: int) -> None:
-    contenders = {name: Contender(cnn_steps, name == "kept") for name in ("given back", "kept")}
+def report_cnn(report: Report, rounds: int) -> None:
+    variants = {"as torch has it": 0, "+ freed memory kept": 1, "+ new tensors not filled": 2, "+ small maps": 3}
+    contenders = {name: Contender(cnn_steps, added) for name, added in variants.items()}
     turns = in_turns(contenders, rounds)
     for contender in contenders.values():
         contender.close()
-    report.line(f"\n{CNN_STEPS} steps of the cnn, batch {CNN_BATCH}, bfloat16, {rounds} rounds: freed memory")
+    report.line(
+        f"\n{CNN_STEPS} steps of the cnn, batch {CNN_BATCH}, bfloat16, {rounds} rounds, median ratio to the first"
+    )
     for name, taken in turns.items():
-        report.line(f"  {name:10} {median_ratio(taken, turns['given back']):.2f}  {summary(taken, 's')}")
+        report.line(f"  {name:24} {median_ratio(taken, turns['as torch has it']):.2f}  {summary(taken, 's')}")
 
 
-def cnn_steps(keeps: bool) -> Callable[[], float]:
-    """Returns a function that takes CNN_STEPS steps and returns their seconds."""
+def cnn_steps(added: int) -> Callable[[], float]:
+    """Returns a function that takes CNN_STEPS steps, with the first `added` of the pipeline's ways: their seconds."""
     set_threads("auto")
-    if keeps:
+    seed_everything(0)
+    if added >= 1:
         keep_freed_memory()
+    deterministic.fill_uninitialized_memory = added < 2  # type: ignore[attr-defined]
+    if added <= 2:
+        cnn.SMALL = 0
     pixels, labels = noise(CNN_BATCH)
     generator = torch.Generator().manual_seed(0)
     network = cnn.build((1, 28, 28), 10)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from torch.utils import deterministic
 
 from classifier import device
 from classifier.device import (
@@ -116,6 +117,7 @@ def test_seeding_makes_draws_equal() -> None:
     seed_everything(8)
     assert draws() != first
     assert torch.are_deterministic_algorithms_enabled()
+    assert not deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert not torch.backends.cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 

@@ -2,17 +2,19 @@
 
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torchvision import models
 
 from classifier.errors import PipelineError
 from classifier.exchange import TOLERANCE, read_logits, write
-from classifier.networks import MEAN, STD, Mirrored, build_network
+from classifier.networks import MEAN, STD, Mirrored, build_network, cnn
 from classifier.networks.vgg16 import averages
 from classifier.params import modules_in
 
@@ -191,6 +193,32 @@ def test_cnn_does_not_depend_on_brightness_and_contrast_but_for_the_border() -> 
 def test_cnn_is_small_whatever_the_images(image_shape: Shape, parameters: int) -> None:
     network = build("cnn", image_shape=image_shape)
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3), (5, 7, 7), (64, 3, 5)])
+def test_small_maps_have_the_gradients_of_torchs_convolution(shape: tuple[int, int, int]) -> None:
+    images, *sides = shape
+    maps, weight, factors = torch.rand(images, 4, *sides), torch.rand(6, 4, 3, 3), torch.rand(images, 6, *sides)
+    gradients = []
+    for convolve in (partial(functional.conv2d, padding=1), cnn.SmallMaps.apply):
+        operands = [tensor.double().requires_grad_() for tensor in (maps, weight)]
+        (convolve(*operands) * factors).sum().backward()
+        gradients.append([operand.grad for operand in operands])
+    torch.testing.assert_close(*gradients)
+
+
+def test_cnn_has_the_same_gradients_whether_small_maps_lie_side_by_side_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, labels = torch.rand(32, 1, 28, 28), torch.arange(32) % 10
+    gradients = []
+    for small in (0, cnn.SMALL):
+        monkeypatch.setattr(cnn, "SMALL", small)
+        network = build("cnn").train()
+        with torch.autocast("cpu", torch.bfloat16):
+            functional.cross_entropy(network(pixels), labels).backward()
+        gradients.append(
+            torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
+        )
+    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.9999
 
 
 # torchvision's

@@ -10,11 +10,17 @@ Test accuracy after the last epoch 0.9425 (seed 0) in some 460 seconds on two th
 `python -m benchmarks.time_to_accuracy --only recipe` runs the same with five seeds.
 """
 
+from math import gcd
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 WIDTHS = (64, 128, 256)  # channels behind each convolution that widens the maps
 SMALLEST = 3  # pixels a side that halving must leave
+SMALL = 8  # pixels a side below which maps are laid side by side
+ROW = 32  # so many at most
 
 
 class Residual(nn.Module):
@@ -69,10 +75,65 @@ class ConvolutionalNetwork(nn.Module):
         return logits
 
 
+class Convolution(nn.Conv2d):
+    """3 x 3, padded by 1: as torch's, with the gradient of the weights sooner where bfloat16 trains small maps."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, `out_channels`, H, W)."""
+        trains = self.training and torch.is_grad_enabled()
+        if trains and max(maps.shape[2:]) < SMALL and torch.is_autocast_enabled("cpu") and maps.device.type == "cpu":
+            product: Tensor = SmallMaps.apply(maps.bfloat16(), self.weight.bfloat16())
+            return product
+        return super().forward(maps)
+
+
+class SmallMaps(torch.autograd.Function):
+    """A 3 x 3 convolution of small maps whose backward lays the maps of a batch side by side.
+
+    The gradient of the weights sums products along a map's rows. The matrix units of Intel's processors (AMX) take 32
+    bfloat16 numbers at a time, and oneDNN gives them one row of one image: 3 or 7 numbers here. In a row of 32 images,
+    with a column of zeros between neighbours as the padding of both, the sums are the same but for rounding.
+    `python -m benchmarks.step` measures it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(maps, weight)
+        return functional.conv2d(maps, weight, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        maps, weight = ctx.saved_tensors
+        maps_gradient, _ = gradients_of(gradient, maps, weight, (ctx.needs_input_grad[0], False))
+        _, weight_gradient = gradients_of(side_by_side(gradient), side_by_side(maps), weight, (False, True))
+        return maps_gradient, weight_gradient
+
+
+def gradients_of(
+    gradient: Tensor, maps: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of the maps and of the weights."""
+    one, none = [1, 1], [0, 0]  # stride, padding and dilation; output padding
+    maps_gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
+        gradient, maps, weight, None, one, one, one, False, none, 1, [*wanted, False]
+    )
+    return maps_gradient, weight_gradient
+
+
+def side_by_side(maps: Tensor) -> Tensor:
+    """(N, C, H, W) to (N / G, C, H, G * (W + 1)), zeros behind each map; G is at most ROW and a divisor of N."""
+    images, channels, height, width = maps.shape
+    row = gcd(images, ROW)
+    rows = maps.new_empty(images // row, height, row, width + 1, channels)
+    rows[..., width, :] = 0
+    rows[..., :width, :] = maps.permute(0, 2, 3, 1).reshape(images // row, row, height, width, channels).transpose(1, 2)
+    return rows.flatten(2, 3).permute(0, 3, 1, 2)
+
+
 def convolution(before: int, after: int, pools: bool) -> nn.Sequential:
     """Convolution, max pooling where asked, batch normalisation and ReLU."""
     return nn.Sequential(
-        nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
+        Convolution(before, after, kernel_size=3, padding=1, bias=False),
         # Before the normalisation, which then has a quarter of the numbers to work on
         nn.MaxPool2d(2) if pools else nn.Identity(),
         nn.BatchNorm2d(after),
