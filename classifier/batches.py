@@ -9,6 +9,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,43 @@ from classifier.annotations import faulty_rows
 from classifier.dataset import CustomImageDataset
 from classifier.distributed import ALONE, Group
 from classifier.errors import PipelineError
+from classifier.params import Params
 from classifier.transforms import MIXING, augment, mix, to_float
+
+
+def batches_of(
+    dataset: CustomImageDataset, params: Params, device: torch.device, group: Group = ALONE, **training: Any
+) -> "Batches":
+    """A dataset in its own order, in batches as params.yaml has them; `training` is what only training has."""
+    return Batches(
+        dataset,
+        params.batch_size,
+        device,
+        memory_limit_gib=params.memory_limit_gib,
+        workers=params.workers,
+        group=group,
+        **training,
+    )
+
+
+def training_batches(
+    dataset: CustomImageDataset, names: list[str], params: Params, device: torch.device, group: Group = ALONE
+) -> "Batches":
+    """A dataset in batches to train on: in the order, balanced and augmented as params.yaml says.
+
+    Raises PipelineError if classes are to be balanced and one has no image, before images are decoded.
+    """
+    class_weights = None if params.balance == "none" else dataset.class_weights(names)
+    return batches_of(
+        dataset,
+        params,
+        device,
+        group,
+        seed=params.seed,
+        shuffle=params.shuffle,
+        weights=class_weights[dataset.labels] if class_weights is not None and params.balance == "sampler" else None,
+        augmentations=params.augment,
+    )
 
 
 def epoch_order(count: int, seed: int, epoch: int, shuffle: bool, weights: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from classifier import files
 from classifier.annotations import class_names
-from classifier.batches import Batches
+from classifier.batches import Batches, training_batches
 from classifier.dataset import annotated
 from classifier.params import Params, load_params
 from classifier.plots import save_grid
@@ -23,26 +23,16 @@ def draw_samples(target: Path) -> None:
     It needs the outputs of annotate alone. Raises PipelineError if they are missing, were changed or cannot be used.
     """
     names = class_names(files.verified(files.ANNOTATIONS))
-    pixels, targets = first_images(training_batches(load_params(), names), ROWS, COLUMNS)
+    pixels, targets = first_images(streamed_batches(load_params(), names), ROWS, COLUMNS)
     with files.atomic(target) as path:
         save_grid(path, pixels.numpy(), titles(targets, names), ROWS, COLUMNS)
 
 
-def training_batches(params: Params, names: list[str]) -> Batches:
+def streamed_batches(params: Params, names: list[str]) -> Batches:
     """The batches that the train stage has, but for one-hot targets; only images that are asked for are decoded."""
     (train_set,) = annotated(["train"], len(names))
-    weights = train_set.class_weights(names)[train_set.labels] if params.balance == "sampler" else None
-    return Batches(
-        train_set,
-        params.batch_size,
-        torch.device("cpu"),
-        seed=params.seed,
-        shuffle=params.shuffle,
-        weights=weights,
-        augmentations=params.augment,
-        memory_limit_gib=0,
-        workers=0,
-    )
+    streamed = params.model_copy(update={"memory_limit_gib": 0, "workers": 0})
+    return training_batches(train_set, names, streamed, torch.device("cpu"))
 
 
 def first_images(batches: Batches, rows: int, columns: int) -> tuple[Tensor, Tensor]:

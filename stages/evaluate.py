@@ -6,7 +6,7 @@ Writes  metrics/test.json, metrics/classes.csv, metrics/plots/
 
 from classifier import files
 from classifier.annotations import class_names
-from classifier.batches import Batches
+from classifier.batches import batches_of
 from classifier.dataset import annotated
 from classifier.device import environment, seed_everything, select_device, set_threads
 from classifier.errors import run_main
@@ -27,10 +27,7 @@ def main() -> None:
     names = class_names(files.verified(files.ANNOTATIONS))
     (test_set,) = annotated(["test"], len(names))
     network = trained_network(params.network, test_set.image_shape(), len(names), device, test_flip=params.test_flip)
-    batches = Batches(
-        test_set, params.batch_size, device, memory_limit_gib=params.memory_limit_gib, workers=params.workers
-    )
-    logits = predict(batches, network, params.precision)
+    logits = predict(batches_of(test_set, params, device), network, params.precision)
 
     loss, accuracy = score(logits, test_set.labels, params.batch_size)
     low, high = wilson_interval(round(accuracy * len(test_set)), len(test_set))

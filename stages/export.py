@@ -14,7 +14,7 @@ import pandas as pd
 
 from classifier import files
 from classifier.annotations import class_names
-from classifier.batches import Batches
+from classifier.batches import batches_of
 from classifier.calibration import calibrated
 from classifier.card import model_card
 from classifier.dataset import annotated
@@ -43,13 +43,7 @@ def main() -> None:
     scores = pd.read_csv(files.verified(files.CLASS_METRICS), dtype={"class": str}, keep_default_na=False)
     shape = splits["test"].image_shape()
     network = trained_network(params.network, shape, len(names), device, test_flip=params.test_flip)
-    batches = partial(
-        Batches,
-        batch_size=params.batch_size,
-        device=device,
-        memory_limit_gib=params.memory_limit_gib,
-        workers=params.workers,
-    )
+    batches = partial(batches_of, params=params, device=device)
 
     facts: dict[str, Any] = {}  # that only some exports have
     if params.temperature_scaling:

@@ -14,11 +14,11 @@ import torch
 
 from classifier import files
 from classifier.annotations import class_names, write_csv
-from classifier.batches import Batches
+from classifier.batches import batches_of, training_batches
 from classifier.checkpoint import checkpoints, going_on, makings
 from classifier.dataset import annotated
 from classifier.device import environment, keep_freed_memory, seed_everything, select_device, set_threads
-from classifier.distributed import ALONE, Group, joined
+from classifier.distributed import Group, joined
 from classifier.errors import run_main
 from classifier.inference import test_loop
 from classifier.networks import Mirrored, build_network, describe
@@ -45,8 +45,14 @@ def train(params: Params, group: Group) -> None:
     made_of = makings("train", params.model_dump(), recorded)  # now: while images are decoded, code may be edited
 
     names = class_names(files.verified(files.ANNOTATIONS))
-    train_batches, val_batches, selects = load_batches(params, device, names, group)
-    class_weights = train_batches.dataset.class_weights(names).float().to(device) if params.balance == "loss" else None
+    train_set, val_set, test_set = annotated(["train", "val", "test"], len(names))
+    if params.target_transform == "one_hot":
+        train_set.target_transform = partial(one_hot, classes=len(names))
+    train_batches = training_batches(train_set, names, params, device, group)
+    # Without validation images there is nothing to select weights by; an epoch's figures are the tutorial's: on test
+    selects = len(val_set) > 0
+    val_batches = batches_of(val_set if selects else test_set, params, device, group)
+    class_weights = train_set.class_weights(names).float().to(device) if params.balance == "loss" else None
     loss_fn = build_loss(params.label_smoothing, class_weights)
 
     seed_everything(params.seed)  # just before the weights are drawn, as in the tutorial
@@ -92,37 +98,6 @@ def train(params: Params, group: Group) -> None:
                     tracker.log_metrics(figures | {"images_per_second": images_per_second}, step=state.epoch)
         if group.is_first:
             write(state, recorded)
-
-
-def load_batches(
-    params: Params, device: torch.device, names: list[str], group: Group = ALONE
-) -> tuple[Batches, Batches, bool]:
-    """Batches for training, batches for the figures of each epoch, and whether these select the weights to keep.
-
-    Without validation images there is nothing to select by, and the figures are the tutorial's: on test.
-    """
-    train_set, val_set, test_set = annotated(["train", "val", "test"], len(names))
-    if params.target_transform == "one_hot":
-        train_set.target_transform = partial(one_hot, classes=len(names))
-    # Here for `loss` too: what it refuses is told before images are decoded
-    weights = None if params.balance == "none" else train_set.class_weights(names)[train_set.labels]
-    selects = len(val_set) > 0
-    batches = partial(
-        Batches,
-        batch_size=params.batch_size,
-        device=device,
-        memory_limit_gib=params.memory_limit_gib,
-        workers=params.workers,
-        group=group,
-    )
-    train_batches = batches(
-        train_set,
-        seed=params.seed,
-        shuffle=params.shuffle,
-        weights=weights if params.balance == "sampler" else None,
-        augmentations=params.augment,
-    )
-    return train_batches, batches(val_set if selects else test_set), selects
 
 
 def write(state: TrainState, recorded: dict[str, str | int]) -> None:

@@ -229,12 +229,12 @@ run_main(train.main)
 """
 SAVING_ALWAYS = "from classifier import checkpoint; checkpoint.CHECKPOINT_SECONDS = 0"
 EDITING_WHILE_DECODING = """
-load_batches = train.load_batches
+training_batches = train.training_batches
 def edit_and_load(*arguments, **options):
     with Path("classifier/training.py").open("a") as code:
         code.write("# edited")
-    return load_batches(*arguments, **options)
-train.load_batches = edit_and_load
+    return training_batches(*arguments, **options)
+train.training_batches = edit_and_load
 """
 
 

@@ -9,12 +9,12 @@ from PIL import Image
 from project import Project, small_project
 
 from classifier.annotations import class_names
+from classifier.batches import training_batches
+from classifier.dataset import annotated as annotated_splits
 from classifier.errors import PipelineError
 from classifier.files import ANNOTATIONS
 from classifier.params import load_params
-from classifier.samples import draw_samples, first_images, titles, training_batches
-from classifier.transforms import one_hot
-from stages.train import load_batches
+from classifier.samples import draw_samples, first_images, streamed_batches, titles
 
 NAMES = ["cat", "dog", "eel"]
 
@@ -53,12 +53,12 @@ def test_they_are_the_images_and_targets_of_the_train_stage(
     defaults = {"seed": "42", "batch_size": "32", "shuffle": "true"}
     annotated.set_params(**(defaults | params))
     names = class_names(ANNOTATIONS)
-    pixels, targets = first_images(training_batches(load_params(), names), rows=4, columns=8)
-    trained, _, _ = load_batches(load_params(), torch.device("cpu"), names)
-    batches = list(trained.epoch(0))
+    pixels, targets = first_images(streamed_batches(load_params(), names), rows=4, columns=8)
+    (train_set,) = annotated_splits(["train"], len(names))
+    batches = list(training_batches(train_set, names, load_params(), torch.device("cpu")).epoch(0))
     assert torch.equal(pixels, torch.cat([images[:8] for images, _ in batches])[:32])
     expected = torch.cat([of_batch[:8] for _, of_batch in batches])[:32]
-    assert torch.equal(targets if targets.ndim == expected.ndim else one_hot(targets, len(names)), expected)
+    assert torch.equal(targets, expected)
 
 
 def test_a_class_without_images_is_named_before_the_training_starts(
@@ -70,7 +70,7 @@ def test_a_class_without_images_is_named_before_the_training_starts(
     for balance in ("sampler", "loss"):
         annotated.set_params(balance=balance)
         with pytest.raises(PipelineError, match=r"train\.csv: balance: no image of class Umbrella; add some, or set"):
-            load_batches(load_params(), torch.device("cpu"), names)
+            training_batches(annotated_splits(["train"], len(names))[0], names, load_params(), torch.device("cpu"))
 
 
 def test_the_picture_is_of_known_size_and_the_same_bytes_again(
