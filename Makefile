@@ -34,8 +34,8 @@ repro: env  ## run what is out of date of the five stages
 	@$(RUN) classifier.params
 	$(RUN) dvc repro
 
-test: env  ## the fast tests
-	$(RUN) pytest -m "not slow"
+test: env  ## the fast tests (in a random order: make test SHUFFLE=7)
+	$(RUN) pytest -m "not slow" $(if $(SHUFFLE),--random-order --random-order-seed=$(SHUFFLE))
 
 slow: env  ## the slow tests: all ten epochs, and the committed metrics from a fresh clone
 	$(RUN) pytest -m slow

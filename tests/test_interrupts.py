@@ -35,9 +35,9 @@ def start(body: str, *, ignored: bool = False) -> "subprocess.Popen[str]":
     return process
 
 
-def ending(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    """Exit code, standard output and standard error."""
-    output, errors = process.communicate(timeout=120)
+def ending(process: "subprocess.Popen[str]", typed: str | None = None) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error, after what is typed."""
+    output, errors = process.communicate(typed, timeout=120)
     return process.returncode, output, errors
 
 
@@ -78,20 +78,19 @@ with held_back(10) as held:
     assert process.stdout
     assert process.stdout.readline() == "held\n"
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate("\n", timeout=120)
-    assert (process.returncode, output, errors) == (143, "at a safe place\n", "interrupted\n")
+    assert ending(process, "\n") == (143, "at a safe place\n", "interrupted\n")
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    process = start(f"{READY}\ntime.sleep(0.5)\nprint('done')", ignored=True)
+    process = start(f"{READY}\ninput()\nprint('done')", ignored=True)
     process.send_signal(signal.SIGINT)
-    assert ending(process) == (0, "done\n", "")
+    assert ending(process, "\n") == (0, "done\n", "")
 
 
 def test_a_signal_that_is_ignored_stays_ignored_while_others_are_held_back() -> None:
-    process = start(f"with held_back(10):\n    {READY}\n    time.sleep(0.5)\n    print('done')", ignored=True)
+    process = start(f"with held_back(10):\n    {READY}\n    input()\n    print('done')", ignored=True)
     process.send_signal(signal.SIGINT)
-    assert ending(process) == (0, "done\n", "")
+    assert ending(process, "\n") == (0, "done\n", "")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here tells how far the imports are")
