@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from classifier.errors import PipelineError
 from classifier.networks import Mirrored, build_network
+from classifier.onnx_file import open_onnx
 from classifier.params import modules_in
 
 # Largest difference between two logits that counts as the same. Formats differ by the order in which they sum, which
@@ -146,10 +147,7 @@ def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
 def open_model(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     """Open an exported file once, for many calls with pixels as `read_logits` takes them; the same caution applies."""
     if path.suffix == ".onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return lambda pixels: np.asarray(session.run(["logits"], {"pixels": pixels})[0])
+        return open_onnx(path)
     if path.suffix == ".pt2":
         network: nn.Module = torch.export.load(path).module()
     elif path.suffix == ".pth":

@@ -74,7 +74,7 @@ def calibration_bins(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFr
     if wrong := np.flatnonzero(~(np.abs(sums - 1) <= 1e-3)).tolist():  # also where one is not a number
         raise ValueError(f"the probabilities of image {wrong[0]} sum to {sums[wrong[0]]:g}, not to 1")
     confidence = probabilities.max(axis=1)
-    numbers = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    numbers = np.minimum(np.ceil(confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS) - 1
     images = np.bincount(numbers, minlength=CALIBRATION_BINS)
     right = np.bincount(numbers, probabilities.argmax(axis=1) == labels, CALIBRATION_BINS)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN

@@ -4,7 +4,6 @@
 """
 
 import difflib
-import math
 import re
 import reprlib
 from pathlib import Path
@@ -203,13 +202,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 def _shown(value: Any) -> str:
-    return (
-        "nothing"
-        if value is None
-        else str(value)
-        if isinstance(value, float) and not math.isfinite(value)
-        else masked(_SHORT.repr(value))
-    )
+    return "nothing" if value is None else masked(_SHORT.repr(value))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from classifier.archive import IMAGE_SUFFIXES, Images
 from classifier.decoding import decode_image
 from classifier.errors import PipelineError
 from classifier.files import EXPORT, hash_file, read_json
+from classifier.onnx_file import open_onnx
 
 BATCH = 256  # images that are in memory at once
 CHAMPION = "champion"
@@ -141,11 +142,8 @@ def _open(path: Path, may_be_missing: bool = False) -> Model:
 
 
 def _logits_of(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    if path.suffix == ".onnx":  # here too, because classifier/exchange.py waits for torch, which takes seconds
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return lambda pixels: np.asarray(session.run(["logits"], {"pixels": pixels})[0])
+    if path.suffix == ".onnx":  # classifier/exchange.py imports torch
+        return open_onnx(path)
     from classifier.exchange import open_model
 
     return open_model(path)

@@ -11,6 +11,7 @@ import numpy as np
 from classifier.batches import Batches
 from classifier.dataset import CustomImageDataset
 from classifier.errors import PipelineError
+from classifier.onnx_file import open_onnx
 
 CALIBRATION_IMAGES = 512
 BATCH = 64  # images that go through the network at once: it bounds the memory
@@ -100,8 +101,6 @@ def accuracy_cost(int8: Path, float32: Path, batches: Batches, split: str, max_d
 
 
 def _count_right(path: Path, batches: Batches) -> int:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    answers = [session.run(["logits"], {"pixels": pixels.numpy()})[0].argmax(1) for pixels, _ in batches.epoch()]
+    logits = open_onnx(path)
+    answers = [logits(pixels.numpy()).argmax(1) for pixels, _ in batches.epoch()]
     return int((np.concatenate(answers) == batches.dataset.labels.numpy()).sum())

@@ -212,7 +212,7 @@ def _state(revision: str) -> Revision | None:
     for path in (files.TEST_METRICS, files.TRAIN_METRICS, files.PARAMS):
         try:
             content = read_at(commit, path) or b""
-            found[path] = dict(json.loads(content) if path.suffix == ".json" else yaml.safe_load(content))
+            found[path] = dict(json.loads(content) if path.suffix == ".json" else read_yaml(content))
         except (ValueError, TypeError, yaml.YAMLError):
             found[path] = {}
             notes.append(f"It has no readable {path}.")
@@ -259,10 +259,7 @@ def _differing(now: dict[str, Any], before: dict[str, Any]) -> list[tuple[str, s
 
 
 def _spelt(value: Any) -> str:
-    """A parameter as text, alike however it was spelt: YAML takes 1e-06 for text, and 0.000001 is the same."""
-    if value is None or isinstance(value, bool | list):
-        return json.dumps(value)
-    try:
-        return f"{float(value):.15g}"
-    except (TypeError, ValueError):
-        return str(value)
+    """A parameter as text, numbers alike whether they are spelt 1, 1.0 or 1e0."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.15g}"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -136,7 +136,13 @@ def test_what_are_no_probabilities_has_no_calibration_error(probabilities: np.nd
         expected_calibration_error(probabilities, np.zeros(len(probabilities), np.int64))
 
 
+def test_an_answer_of_many_classes_can_be_in_the_first_bin() -> None:
+    probabilities = np.full((2, 20), 0.05)
+    assert calibration_bins(probabilities, np.array([0, 1]))["images"].tolist() == [2] + [0] * 14
+
+
 def test_a_thousandth_is_rounding() -> None:
+    assert calibration_bins(np.array([[1.0009, 0.0]]), np.array([0]))["images"].tolist() == [0] * 14 + [1]
     assert expected_calibration_error(np.array([[0.9995, 0.0]]), np.array([0])) == pytest.approx(0.0005)
 
 
@@ -151,6 +157,14 @@ def test_mistakes_come_most_confident_first() -> None:
     logits = np.array([[0, 1], [9, 0], [3, 0], [2, 1], [0, 2], [0, 9]], np.float32)
     assert most_confident_mistakes(logits, labels, 10).tolist() == [2, 4, 0, 3]  # by margin 3, 2, 1, 1
     assert most_confident_mistakes(logits, labels, 2).tolist() == [2, 4]
+
+
+def test_mistakes_of_the_same_confidence_come_in_the_order_of_the_images() -> None:
+    logits = np.array([[0, 2], [0, 1]] * 50, np.float32)
+    assert most_confident_mistakes(logits, np.zeros(100, np.int64), 100).tolist() == [
+        *range(0, 100, 2),
+        *range(1, 100, 2),
+    ]
 
 
 def test_confidence_is_a_probability_not_a_logit() -> None:

@@ -269,7 +269,11 @@ def test_several_mistakes_are_listed_together(tmp_path: Path) -> None:
         ("lr: [1\n", "not readable as YAML: "),
         ("lr: {\n\tx", "not readable as YAML: "),
         ("!!python/object/apply:os.getcwd []\n", "not readable as YAML: "),
-        ("a: &a {x: 1}\nb:\n  <<: *a\n", "not readable as YAML: the key << is not taken"),
+        (
+            "a: &a {x: 1}\nb:\n  <<: *a\n",
+            'not readable as YAML: the key << is not taken in "<unicode string>", line 3, column 3',
+        ),
+        ("lr: !!bool x\n", "not readable as YAML: KeyError: 'x'"),
         ("experiment: 2026-13-01\n", "not readable as YAML: "),
         ("lr: \0\n", "not readable as YAML: "),
     ],

@@ -104,20 +104,14 @@ class SmallMaps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         maps, weight = ctx.saved_tensors
-        maps_gradient, _ = gradients_of(gradient, maps, weight, (ctx.needs_input_grad[0], False))
-        _, weight_gradient = gradients_of(side_by_side(gradient), side_by_side(maps), weight, (False, True))
-        return maps_gradient, weight_gradient
-
-
-def gradients_of(
-    gradient: Tensor, maps: Tensor, weight: Tensor, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Those of the maps and of the weights."""
-    one, none = [1, 1], [0, 0]  # stride, padding and dilation; output padding
-    maps_gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
-        gradient, maps, weight, None, one, one, one, False, none, 1, [*wanted, False]
-    )
-    return maps_gradient, weight_gradient
+        of_maps, of_weight = ctx.needs_input_grad
+        one, none = [1, 1], [0, 0]  # stride, padding and dilation; padding of the output
+        rest = (weight, None, one, one, one, False, none, 1)
+        backward = torch.ops.aten.convolution_backward
+        maps_gradient = backward(gradient, maps, *rest, [True, False, False])[0] if of_maps else None
+        if not of_weight:
+            return maps_gradient, None
+        return maps_gradient, backward(side_by_side(gradient), side_by_side(maps), *rest, [False, True, False])[1]
 
 
 def side_by_side(maps: Tensor) -> Tensor:
