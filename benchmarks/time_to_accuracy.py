@@ -13,7 +13,7 @@ convnet   the convolutional network in benchmark/convnet.py of the data set's ow
           SGD at 0.001 without momentum, batches of 400; written anew in torch
 
 The other three train until they have reached the target, or the limit, which also ends an epoch of resnet18 and
-convnet that is under way. Needs .venv-peers (`make peers`).
+convnet that is under way. Their figures are a section of results.md of their own. Needs .venv-peers (`make peers`).
 """
 
 import json
@@ -64,12 +64,13 @@ def main() -> None:
     arguments.add_argument("--epochs", type=int, default=30, help="in which resnet18's rate falls (default 30)")
     given = arguments.parse_args()
     raw = raw_data()
-    report = Report("Time to accuracy", ("torch", "torchvision", "keras", "jax"))
     if "recipe" in given.only:
-        report_recipe(report, raw, given.seeds, given.target)
-    for name in [name for name in PEERS if name in given.only]:
-        report_peer(report, name, raw, given.target, given.limit_seconds, given.epochs)
-    report.save()
+        report_recipe(Report("Time to accuracy", ("torch", "torchvision")), raw, given.seeds, given.target)
+    if peers := [name for name in PEERS if name in given.only]:
+        report = Report("Time to accuracy of others", ("torch", "torchvision", "keras", "jax"))
+        for name in peers:
+            report_peer(report, name, raw, given.target, given.limit_seconds, given.epochs)
+        report.save()
 
 
 def report_recipe(report: Report, raw: Path, seeds: int, target: float) -> None:
@@ -86,6 +87,7 @@ def report_recipe(report: Report, raw: Path, seeds: int, target: float) -> None:
     report.line(f"  first epoch at {target}: {len(reached)} of {seeds} runs" + (
         f", {mean_and_deviation(reached, 1)} seconds" if reached else "; no run got there"
     ))  # fmt: skip
+    report.save()
 
 
 def report_peer(report: Report, name: str, raw: Path, target: float, limit: float, epochs: int) -> None:

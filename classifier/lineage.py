@@ -341,7 +341,8 @@ def describe(lineage: Lineage) -> str:
     _section(lines, "MLflow runs", _first([f"{run.run_id}  {run.name}, {run.status}" for run in lineage.runs]))
     versions = [f"{v}{' (' + ', '.join(v.aliases) + ')' if v.aliases else ''}" for v in lineage.versions]
     _section(lines, "registered", _first(versions))
-    _section(lines, "exported, SHA-256", [f"{name:12} {sha256}" for name, sha256 in lineage.exported.items()])
+    width = max(map(len, lineage.exported), default=0)
+    _section(lines, "exported, SHA-256", [f"{name:{width}}  {sha256}" for name, sha256 in lineage.exported.items()])
     _section(lines, "not established", lineage.unknown)
     _section(lines, "to bring this state back", lineage.commands)
     return "\n".join(lines)
