@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ BATCH_SIZES = [1, 2, 5, 256]
 READ_ALL = f"""
 import sys
 import numpy as np
+from contextlib import nullcontext
 from pathlib import Path
 from classifier.exchange import read_logits
 folder = Path(sys.argv[1])
@@ -35,6 +37,7 @@ for suffix in {FORMATS}:
 """
 WRITE_ALL = f"""
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 import torch
 from classifier.exchange import write, write_weights
@@ -127,6 +130,15 @@ def test_checking_returns_the_differences(exported: Path) -> None:
 def test_checking_refuses_other_weights(exported: Path) -> None:
     with pytest.raises(PipelineError, match=r"^model\.pth: its logits differ .* on 7 test images; at most 1e-04 is"):
         check_files([exported / "model.pth"], mlp(seed=1), some_pixels(7))
+
+
+@pytest.mark.parametrize(("change", "is_taken"), [(0.9e-5, True), (1.2e-5, False)])
+def test_large_logits_may_differ_by_more(tmp_path: Path, change: float, is_taken: bool) -> None:
+    """As rounding makes them."""
+    write(TemperatureScaled(mlp(), 1e-6), some_pixels(2), tmp_path / "model.pth")
+    trained = TemperatureScaled(mlp(), 1e-6 * (1 + change))
+    with nullcontext() if is_taken else pytest.raises(PipelineError, match="its logits differ"):
+        check_files([tmp_path / "model.pth"], trained, some_pixels(7))
 
 
 @pytest.mark.slow
