@@ -98,7 +98,7 @@ def seed_everything(seed: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
     # What torch.use_deterministic_algorithms(True) does, without its two seconds of import
     torch.set_deterministic_debug_mode("error")
-    # New tensors are otherwise filled with NaN before they are written: a fifth of the time of a step of the `cnn`
+    # New tensors are otherwise filled with NaN before they are written; benchmarks/step.py tells what that costs
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
