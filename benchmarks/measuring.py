@@ -7,6 +7,7 @@ import platform
 import re
 import statistics
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -149,6 +150,7 @@ class Contender:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_take_turns, args=(theirs, prepare, arguments))
         self.process.start()
+        weakref.finalize(self, self.process.terminate)  # also where this one is interrupted in the middle of a turn
         theirs.close()
 
     def turn(self, *arguments: Any) -> Any:

@@ -2,20 +2,21 @@
 
 import ast
 from collections.abc import Collection
+from itertools import accumulate
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
 
 def imported_names(path: Path) -> set[str]:
-    """Dotted names that a file imports; `from a import b` gives both `a` and `a.b`."""
-    names = set()
+    """Dotted names that a file imports, and the packages they are in; `from a.b import c` gives `a` and `a.b.c` too."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return names | {package for name in names for package in accumulate(name.split("."), "{}.{}".format)}
 
 
 def project_file(name: str) -> str | None:

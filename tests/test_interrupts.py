@@ -189,3 +189,9 @@ def send_held_back(*numbers: int, seconds: float = 10, wait: float = 0) -> tuple
     except Interrupted as interrupt:
         return passed, interrupt.number
     raise AssertionError("the block was not interrupted")
+
+
+def test_a_process_ends_without_a_look_for_garbage_among_all_that_it_has_loaded() -> None:
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); import classifier"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 1000

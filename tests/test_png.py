@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classifier.png import decode_stored_png, encode_png
+from classifier.png import decode_stored_png, decode_stored_pngs, encode_png
 
 # MD5 of the PNG of `ramp()`. If it changes, data/images.zip changes for everyone.
 RAMP_MD5 = "628ca7b2872ee25b2c704fffec1e480a"
@@ -100,6 +100,42 @@ def test_changed_pixels_are_noticed() -> None:
         flipped = bytearray(content)
         flipped[position] ^= 1
         assert decode_stored_png(bytes(flipped)) is None, position
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (28, 28), (9, 5, 3), (147, 147, 3)])
+def test_many_at_once_are_as_one_by_one(shape: tuple[int, ...]) -> None:
+    contents = [encode_png(noise((2, *shape))[number]) for number in (0, 1, 0)]
+    pixels = decode_stored_pngs(contents)
+    assert pixels is not None
+    assert np.array_equal(pixels, [decode_stored_png(content) for content in contents])
+
+
+@pytest.mark.parametrize("position", range(len(encode_png(noise((3, 3))))))
+def test_a_flipped_bit_in_one_of_many_is_noticed(position: int) -> None:
+    content = encode_png(noise((3, 3)))
+    flipped = bytearray(content)
+    flipped[position] ^= 1
+    pixels = decode_stored_pngs([content, bytes(flipped), content])
+    if content.index(b"IEND") - 8 <= position < content.index(b"IEND") - 4:  # zlib has a checksum of the data too
+        assert pixels is not None
+        assert np.array_equal(pixels, [decode_stored_png(content)] * 3)
+    else:
+        assert pixels is None
+
+
+@pytest.mark.parametrize(
+    "other", [encode_png(noise((4, 4))), saved(ramp(), "PNG"), b""], ids=["shape", "kind", "empty"]
+)
+def test_many_of_which_one_is_another_are_left_to_one_by_one(other: bytes) -> None:
+    content = encode_png(noise((3, 3)))
+    assert decode_stored_pngs([content, other]) is None
+    assert decode_stored_pngs([other, content]) is None
+
+
+def test_of_large_images_no_more_than_one_is_read() -> None:
+    contents = iter([encode_png(noise((148, 148, 3))), b"another"])
+    assert decode_stored_pngs(contents) is None
+    assert next(contents) == b"another"
 
 
 def crafted(width: int, height: int, deflated: bytes) -> bytes:
