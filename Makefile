@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test slow check format ui samples report verify seeds peers bench lock clean
+.PHONY: help env repro test coverage slow check format ui samples report verify seeds peers bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -36,6 +36,9 @@ repro: env  ## run what is out of date of the five stages
 
 test: env  ## the fast tests (in a random order: make test SHUFFLE=7)
 	$(RUN) pytest -m "not slow" $(if $(SHUFFLE),--random-order --random-order-seed=$(SHUFFLE))
+
+coverage: env  ## the fast tests, and which lines and branches they do not reach
+	$(RUN) pytest -m "not slow" --cov --cov-report=term-missing:skip-covered
 
 slow: env  ## the slow tests: all ten epochs, and the committed metrics from a fresh clone
 	$(RUN) pytest -m slow

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from classifier.distributed import Group
-from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, repository_root
+from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, locked_md5s, repository_root
 from classifier.interrupts import held_back
 from classifier.params import read_yaml
 from classifier.training import TrainState
@@ -44,7 +44,9 @@ def makings(stage: str, values: Mapping[str, Any], environment: Mapping[str, Any
     deps = [re.sub(r"\$\{(\w+)\}", lambda key: str(values[key[1]]), dep) for dep in row["deps"]]
     parameters = {key: values[key] for key in row["params"]}
     files = [Path(name) for name in (*deps, parameters.get("weights") or "") if name]
-    return {str(path): hash_path(path) for path in files if path.exists()} | parameters | dict(environment)
+    outputs = locked_md5s()  # of the stages before; whoever reads them makes sure that they are those
+    md5s = {str(path): outputs.get(str(path)) or hash_path(path) for path in files if path.exists()}
+    return md5s | parameters | dict(environment)
 
 
 @contextmanager

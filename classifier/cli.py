@@ -49,8 +49,8 @@ def classifier(
 def sync() -> None:
     """Send MLflow what stages had to tell it while it was away. Exits with 1 if something is left."""
     waiting = len(journals())
-    if faults := _send_journals():
-        raise PipelineError(f"{faults} of {waiting} journals are not sent")
+    if not _send_journals():
+        raise PipelineError(f"{len(journals())} of {waiting} journals are not sent")
     print(f"{waiting} journals were waiting; nothing is left to send" if waiting else "Nothing is waiting to be sent")
 
 
@@ -235,14 +235,14 @@ def samples() -> None:
     print(f"Written: {target}")
 
 
-def _send_journals() -> int:
-    """Send what stages had to tell MLflow while it was away; print what is in the way, and return in how many cases."""
+def _send_journals() -> bool:
+    """Send what stages had to tell MLflow while it was away; print what is in the way. True if nothing is left."""
     from classifier.sync import send_to_every_store
 
     faults = send_to_every_store()
     for folder, fault in faults.items():
         print(f"{folder}: not sent: {fault}", file=sys.stderr)
-    return len(faults)
+    return not faults
 
 
 def _from_caller(context: typer.Context, target: str) -> str:

@@ -72,12 +72,9 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 
 
-def fit_pixels(pixels: np.ndarray, size: tuple[int, int] | None, channels: int | None) -> np.ndarray:
+def fit_pixels(pixels: np.ndarray, size: tuple[int, int], channels: int) -> np.ndarray:
     """Pixels (H, W) or (H, W, 3) uint8 as (C, H, W), by the rules of `decode_image`."""
-    image = Image.fromarray(pixels)
-    if channels:
-        image = image.convert("L" if channels == 1 else "RGB")
-    return _array(fit(image, size) if size else image)
+    return _array(fit(Image.fromarray(pixels).convert("L" if channels == 1 else "RGB"), size))
 
 
 def _array(image: Image.Image) -> np.ndarray:

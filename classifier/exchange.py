@@ -55,17 +55,18 @@ def write_checked(
 ) -> None:
     """Write a network of classifier/networks to each path, in the format of its suffix, and print how it reads back.
 
-    pixels: (N, C, H, W) float32 with N >= 2, images on which each file's logits are compared with the network's.
-    also: a path to write to that need not be among the others, and is then not read back.
+    pixels: (N, C, H, W) float32, images on which each file's logits are compared with the network's.
+    also: a path to write to that need not be among the others.
     Raises PipelineError if a file cannot be read, or its logits differ by more than TOLERANCE says.
     """
     _, *shape = pixels.shape
+    paths = list(dict.fromkeys([*paths, also]))
     with checking(paths) as check:
-        for path in dict.fromkeys([*paths, also]):
+        for path in paths:
             if path.suffix == ".safetensors":
                 write_weights(network, name, (shape[0], shape[1], shape[2]), classes, path)
             else:
-                write(network, pixels[:2], path)
+                write(network, pixels, path)
         for file, difference in check(network, pixels).items():
             print(f"{file}: logits within {difference:.1e} of the trained network's on {len(pixels)} test images")
 
@@ -73,10 +74,10 @@ def write_checked(
 def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
     """Write the network, on the CPU and in evaluation mode, in the format that the suffix names: .pth, .pt2 or .onnx.
 
-    pixels: (N, C, H, W) float32 with N >= 2, an example: with one image the batch size would be fixed to 1.
+    pixels: (N, C, H, W) float32 with N >= 1, of which the first is the example that torch.export wants.
     """
     network.cpu().eval()
-    example = pixels.cpu().clone()  # of its own: torch.export.save stores all that lies behind a view
+    example = pixels[:1].cpu().repeat(2, 1, 1, 1)  # with one image the batch size would be fixed to 1
     content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
     if path.suffix == ".pth":  # a pickle: reading it runs code, so for files of trusted origin only
         torch.save(network, content)

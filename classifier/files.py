@@ -138,13 +138,15 @@ def existing(path: Path) -> Path:
 
 
 def verified(path: Path) -> Path:
-    """Give an output of an earlier stage back if it is what dvc.lock says. Raises PipelineError if it was changed."""
+    """Give an output of an earlier stage back if it is what dvc.lock says, or there is nothing of it there.
+
+    Raises PipelineError if it is missing or was changed.
+    """
     recorded = locked_md5s().get(str(path))
     if recorded and hash_path(existing(path)) != recorded:
-        raise PipelineError(
-            f"{path}: changed since the stage that wrote it; `dvc checkout --force {path}` brings back what was "
-            "written, `dvc repro` makes it again"
-        )
+        # Metrics are not in DVC's cache
+        back = "" if path.suffix == ".json" else f"`dvc checkout --force {path}` brings back what was written, "
+        raise PipelineError(f"{path}: changed since the stage that wrote it; {back}`dvc repro` makes it again")
     return existing(path)
 
 

@@ -21,7 +21,10 @@ Precision = Literal["float32", "bfloat16"]
 def trained_network(
     name: str, image_shape: tuple[int, int, int], classes: int, device: torch.device, *, test_flip: bool
 ) -> nn.Module:
-    """The network with the weights that the train stage has written, and as test_flip says."""
+    """The network with the weights that the train stage has written, and as test_flip says.
+
+    Raises PipelineError if they are missing or were changed, or are those of another network.
+    """
     network = build_network(name, image_shape, classes).to(device)
     load_weights(network, verified(WEIGHTS), device)
     return Mirrored(network) if test_flip else network

@@ -35,6 +35,9 @@ def manifest(
         "md5": {str(path): md5s.get(str(path)) for path in (files.RAW, files.IMAGES, files.ANNOTATIONS)}
         | {str(files.WEIGHTS): files.hash_file(files.WEIGHTS)},
         "parameters": dict(parameters),
-        "metrics": {"train": files.read_json(files.TRAIN_METRICS), "test": files.read_json(files.TEST_METRICS)},
+        "metrics": {
+            "train": files.read_json(files.verified(files.TRAIN_METRICS)),
+            "test": files.read_json(files.verified(files.TEST_METRICS)),
+        },
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
     }

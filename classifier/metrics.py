@@ -12,14 +12,14 @@ from scipy.special import log_softmax, softmax
 CALIBRATION_BINS = 15  # of equal width; the number that Guo et al. 2017 use
 
 
-def wilson_interval(correct: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval that holds the true accuracy with the given confidence, if the images are independent draws.
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Interval that holds the true accuracy with a confidence of 95 %, if the images are independent draws.
 
     Source: Wilson 1927, doi:10.1080/01621459.1927.10502953; unlike the normal one it stays within [0, 1].
     """
     from scipy.stats import binomtest  # two seconds of import, which only evaluate needs to spend
 
-    interval = binomtest(correct, count).proportion_ci(confidence, method="wilson")
+    interval = binomtest(correct, count).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 

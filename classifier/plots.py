@@ -1,4 +1,4 @@
-"""Pictures: the only module that imports matplotlib. Every function writes one PNG.
+"""Pictures of images and of a model. Every function writes one PNG.
 
 pixels: (N, C, H, W) float in [0, 1] with one or three channels, a NumPy array.
 """

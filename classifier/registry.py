@@ -146,7 +146,11 @@ def promote(candidate: Version, force: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found out about a version: which test images it classifies rightly, in the order of test.csv."""
+    """What `evaluate` found out about a version.
+
+    test_set: md5 of the test images and labels, as `CustomImageDataset.md5` gives it.
+    correct: (N,) bool, which of them it classifies rightly, in the order of test.csv.
+    """
 
     test_set: str
     correct: pd.Series

@@ -111,11 +111,11 @@ def experiments() -> list[Experiment]:
     return found
 
 
-def commits_holding(md5: str) -> list[str]:
-    """The commits, experiments among them, that changed dvc.lock and hold an md5 in it, the oldest first."""
+def commits_holding(text: str) -> list[str]:
+    """The commits, experiments among them, that changed dvc.lock and hold an md5 or a path in it, the oldest first."""
     excluded = [f"--exclude=refs/{kind}" for kind in ("stash", "exps/stash", "exps/celery/*", "exps/exec/*")]
     listed = git("log", *excluded, "--all", "--full-history", "--reverse", "--format=%H", "--", LOCK.as_posix())
-    return [commit for commit in listed.split() if md5.encode() in (read_at(commit, LOCK) or b"")]
+    return [commit for commit in listed.split() if text.encode() in (read_at(commit, LOCK) or b"")]
 
 
 def is_ancestor(commit: str, other: str) -> bool:

@@ -58,6 +58,9 @@ class Tracker:
         self.journal = Journal.create()
         self._sender = _start_sender(self.journal)
         self._unused = weakref.finalize(self, _abandon, self.journal, self._sender)
+        # As the stage has read them: while it works, they may be edited
+        self._parameters = _spelt_parameters()
+        self._changed, self._patch = changes(".", ":!dvc.lock", ":!metrics", ":!.dvc")  # DVC's; settings are no code
 
     @contextmanager
     def training(
@@ -90,9 +93,9 @@ class Tracker:
         """Set tags of the open run."""
         self._write("tags", tags=dict(tags))
 
-    def log_files(self, path: Path, folder: str | None = None) -> None:
-        """Log a file, or the files of a folder, to the open run, into a folder of its artifacts."""
-        self._write("files", files=[[self.journal.keep(path), folder]])
+    def log_files(self, path: Path) -> None:
+        """Log a file, or the files of a folder, to the open run."""
+        self._write("files", files=[[self.journal.keep(path), None]])
 
     def log_evaluation(self, test_set: str, *, if_missing: bool = False) -> None:
         """Log what `evaluate` has written, and the md5 of the images and labels that it tested on.
@@ -105,7 +108,11 @@ class Tracker:
             "evaluation",
             values={f"test_{name}": value for name, value in test.items() if name != "accuracy_ci95"}
             | {"test_accuracy_ci95_low": low, "test_accuracy_ci95_high": high},
-            files=[[self.journal.keep(CLASS_METRICS), None], [self.journal.keep(PLOTS), "plots"]],
+            files=[
+                [self.journal.keep(path), folder]
+                for path, folder in ((CLASS_METRICS, None), (PLOTS, "plots"))
+                if path.exists()  # no stage after evaluate needs the pictures
+            ],
             tags={TEST_SET_TAG: test_set},
             if_missing=if_missing,
         )
@@ -125,8 +132,7 @@ class Tracker:
         weights: str | None = None,
         started: float | None = None,
     ) -> Iterator[None]:
-        changed, patch = changes(".", ":!dvc.lock", ":!metrics", ":!.dvc")  # DVC writes these; settings are no code
-        if code := [name for name in changed if name != str(PARAMS)]:
+        if code := [name for name in self._changed if name != str(PARAMS)]:
             tags = tags | {CHANGED_TAG: " ".join(code)}
         self._write(
             "run",
@@ -136,9 +142,9 @@ class Tracker:
             opener=opener,
             weights=weights,
             tags=tags | {OPENER_TAG: opener},
-            parameters=_spelt_parameters(),
+            parameters=self._parameters,
             datasets=_datasets(params.source),
-            patch=self.journal.keep_bytes(PATCH, patch) if 0 < len(patch) <= LARGEST_PATCH else None,
+            patch=self.journal.keep_bytes(PATCH, self._patch) if 0 < len(self._patch) <= LARGEST_PATCH else None,
             started=started,
         )
         try:
@@ -217,7 +223,7 @@ def _run_name() -> str:
 def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
     md5s = locked_md5s()
     tags = {
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": _user(),
         "mlflow.source.name": "dvc repro",
         "mlflow.source.type": "LOCAL",
         COMMIT_TAG: git("rev-parse", "HEAD"),
@@ -227,6 +233,13 @@ def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
     return {key: value for key, value in tags.items() if value} | {
         key: str(value) for key, value in environment.items()
     }
+
+
+def _user() -> str:
+    """Who runs this; nothing where the system has no name for that, as in a container for a number of its own."""
+    with suppress(KeyError, OSError):
+        return getpass.getuser()
+    return ""
 
 
 def _spelt_parameters() -> dict[str, str]:

@@ -64,8 +64,8 @@ def augment(
     part: that they are only some of a batch of so many images, those at these places: each gets the draw that it gets
     in the whole batch.
 
-    crop: shifted by up to CROP_PADDING pixels each way, black beyond the edge; flip: left to right, every
-    second image; color: brightness, contrast and, of images with three channels, saturation times 1 ± COLOR_JITTER
+    crop: shifted by up to CROP_PADDING pixels each way, black beyond the edge; flip: left to right, with
+    probability 1/2; color: brightness, contrast and, of images with three channels, saturation times 1 ± COLOR_JITTER
     at most; erase: a rectangle of noise. They are applied in this order whatever the order of `names`, in which those
     of `mix` are passed over.
     """

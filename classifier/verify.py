@@ -4,6 +4,7 @@ The clone has an empty cache and none of the user's settings, so nothing is rest
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from classifier.annotations import read_annotations
 from classifier.archive import shards
 from classifier.errors import PipelineError
 from classifier.files import (
+    ANNOTATIONS,
     ENVIRONMENT,
     EXPORT,
     IMAGES,
@@ -42,8 +46,8 @@ IDENTICAL, WITHIN, DRIFTED = "bit-identical", "within tolerance", "DRIFTED"
 # both at once moved losses by 2.7e-6 at most and no accuracy at all; an Intel Xeon (family 6, model 207) after an AMD
 # EPYC (family 26, model 2) losses by 1.3e-6 and one of 5,000 validation images. The bounds leave room for processors
 # not tried: forty times that for losses, and 20 of the 10,000 test images, which is a fifth of the 95 % interval's half
-# width.
-LOSS_TOLERANCE, ACCURACY_TOLERANCE = 1e-4, 0.002
+# width. Of fewer images, ANSWERS may be others.
+LOSS_TOLERANCE, ACCURACY_TOLERANCE, ANSWERS = 1e-4, 0.002, 2
 
 METRICS = (TRAIN_METRICS, TEST_METRICS)
 DRAWN = (str(PLOTS), str(EXPORT))  # by packages whose versions are not recorded
@@ -73,20 +77,27 @@ class Verification:
 
 @dataclass(frozen=True)
 class State:
-    """The outputs of one run of the pipeline: md5s by path, and the content of those that are compared by number."""
+    """The outputs of one run of the pipeline: md5s by path, and the content of those that are compared by number.
+
+    fewest: one image's answer moves no accuracy by more than 1 / fewest, but F1, in which it counts twice.
+    """
 
     md5s: dict[str, str]
     metrics: dict[str, float]
     environment: dict[str, Any]
+    fewest: float = math.inf
 
     @classmethod
     def of(cls, folder: Path) -> "State":
-        """Read dvc.lock and metrics/ of a checkout. Raises PipelineError if one of them is missing or broken."""
+        """Read dvc.lock and metrics/ of a checkout, and annotations where they are.
+
+        Raises PipelineError if one of them is missing or broken.
+        """
         md5s = md5s_in(_lock(folder))
         metrics = {f"{path.stem} {key}": number for path in METRICS for key, number in _numbers(folder / path).items()}
         match _json(folder / ENVIRONMENT):
             case [{"threads": int()} as environment]:
-                return cls(md5s, metrics, environment)
+                return cls(md5s, metrics, environment, _fewest_images(folder / ANNOTATIONS))
         raise PipelineError(f"{ENVIRONMENT}: not a list of one record; `dvc repro` makes it anew")
 
 
@@ -99,7 +110,7 @@ def verify(revision: str | None = None) -> Verification:
     or if the rebuild fails.
     """
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        clone = _make_clone(Path(folder) / "clone", revision)
+        clone = _make_clone(Path(folder), revision)
         recorded = State.of(clone)
         broken = _not_as_locked(recorded.md5s, clone if revision else Path())
         made_by_other = stale(_lock(clone), lambda path: _content(clone / path))
@@ -120,8 +131,8 @@ def compare(recorded: State, rebuilt: State) -> dict[str, Verdict]:
     """A verdict on every output, by path.
 
     Data must be the same bytes. What is learnt may have other bytes in another environment; the metrics say whether it
-    is as good: losses within LOSS_TOLERANCE, accuracies within ACCURACY_TOLERANCE, the kept epoch the same. In the
-    same environment it must be the same bytes.
+    is as good: losses within LOSS_TOLERANCE, accuracies within ACCURACY_TOLERANCE, or what ANSWERS make of few images,
+    the kept epoch the same. In the same environment it must be the same bytes.
     """
     same = recorded.environment == rebuilt.environment
     moved = {
@@ -129,7 +140,7 @@ def compare(recorded: State, rebuilt: State) -> dict[str, Verdict]:
         for key, value in recorded.metrics.items()
         if rebuilt.metrics.get(key) != value
     }
-    allowed = {key: 0.0 if same else _tolerance(key) for key in moved}
+    allowed = {key: 0.0 if same else _tolerance(key, rebuilt.fewest) for key in moved}
     beyond = {key for key in moved if not moved[key] <= allowed[key]}
     verdicts = {}
     for path in recorded.md5s | rebuilt.md5s:
@@ -155,35 +166,56 @@ def compare(recorded: State, rebuilt: State) -> dict[str, Verdict]:
     return verdicts
 
 
-def _tolerance(key: str) -> float:
+def _tolerance(key: str, fewest: float) -> float:
     if key.endswith("epoch"):
         return 0
-    return LOSS_TOLERANCE if "loss" in key else ACCURACY_TOLERANCE
+    return LOSS_TOLERANCE if "loss" in key else max(ACCURACY_TOLERANCE, ANSWERS / fewest)
 
 
-def _make_clone(clone: Path, revision: str | None) -> Path:
-    """Clone the revision, or HEAD with the changes that are not committed; the folder in the clone that is this one."""
+def _fewest_images(annotations: Path) -> float:
+    """The images of validation or of test, or the classes times the test images of the smallest, whichever is least.
+
+    So many count the same in an accuracy that is a mean over classes. Infinite if no annotations are there.
+    """
+    if not annotations.exists():
+        return math.inf
+    val, test = (read_annotations(annotations / f"{split}.csv").labels for split in ("val", "test"))
+    _, of_class = np.unique(test, return_counts=True)
+    return float(min(len(val) or math.inf, len(of_class) * of_class.min(initial=1)))
+
+
+def _make_clone(folder: Path, revision: str | None) -> Path:
+    """Clone the revision, or HEAD with the changes that are not committed, to some place in a folder.
+
+    Returns the folder in the clone that is this one.
+    """
     commit = commit_of(revision or "HEAD")
     if commit is None:
         raise PipelineError(f"{revision}: no such commit" if revision else "there is no commit here to verify")
+    clone = folder.joinpath(*"12345678", "clone")  # so deep that `..` in params.yaml does not lead out of the folder
     project = clone / git("rev-parse", "--show-prefix")
     # Shared objects: also commits that no branch holds, as those of DVC's experiments, are there.
     _git("clone", "--quiet", "--shared", "--no-checkout", git("rev-parse", "--show-toplevel"), str(clone))
     _git("-C", str(clone), "checkout", "--quiet", "--detach", commit)
     if revision is None and (patch := changes(".")[1]):
         _git("-C", str(project), "apply", "--whitespace=nowarn", "-", given=patch)
-    _link_own_files(project)
+    _link_own_files(project, folder)
     return project
 
 
-def _link_own_files(project: Path) -> None:
-    """Give the clone what params.yaml names and Git does not have, your own images and weights, by links to them."""
+def _link_own_files(project: Path, folder: Path) -> None:
+    """Give the clone what params.yaml names and Git does not have, your own images and weights, by links to them.
+
+    Nothing outside of `folder` is touched.
+    """
     params = read_yaml(_content(project / PARAMS) or b"") or {}
     for key in ("data_path", "weights"):
         path = Path(str(params.get(key) or ""))
         if path.is_absolute() or not params.get(key) or not path.exists():
             continue
-        link = project / path
+        link = Path(os.path.normpath(project / path))
+        if folder not in link.parents:
+            raise PipelineError(f"{PARAMS}: {key}: {path} leads too far out of the repository; give it from / on")
         if link.exists() and hash_path(link) == hash_path(path):
             continue
         if link.is_dir():  # data/own, of which Git has the page that explains it

@@ -42,7 +42,8 @@ def train(params: Params, group: Group) -> None:
     set_threads(params.threads)
     keep_freed_memory()
     recorded = environment(device)
-    made_of = makings("train", params.model_dump(), recorded)  # now: while images are decoded, code may be edited
+    # Now: while images are decoded, code may be edited
+    made_of = makings("train", params.model_dump(), recorded) if group.is_first else None
 
     names = class_names(files.verified(files.ANNOTATIONS))
     train_set, val_set, test_set = annotated(["train", "val", "test"], len(names))
@@ -69,7 +70,7 @@ def train(params: Params, group: Group) -> None:
         torch.manual_seed(params.seed + group.rank)  # other numbers for other images, as dropout draws them
 
     with ExitStack() as stack:
-        saved = stack.enter_context(checkpoints(made_of)) if group.is_first else None
+        saved = stack.enter_context(checkpoints(made_of)) if made_of else None
         if tracker and saved:
             stack.enter_context(tracker.training(params, recorded, saved.name, saved.started))
             if start:

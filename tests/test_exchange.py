@@ -119,6 +119,11 @@ def test_the_example_is_not_kept(exported: Path, tmp_path: Path) -> None:
     assert (tmp_path / "model.pt2").stat().st_size == (exported / "model.pt2").stat().st_size
 
 
+def test_one_image_is_example_enough(tmp_path: Path) -> None:
+    write(mlp(), some_pixels(1), tmp_path / "model.pt2")
+    assert read_logits(tmp_path / "model.pt2", some_pixels(3).numpy()).shape == (3, CLASSES)
+
+
 @pytest.mark.slow
 def test_checking_returns_the_differences(exported: Path) -> None:
     differences = check_files([exported / "model.pth", exported / "model.onnx"], mlp(), some_pixels(7))

@@ -177,6 +177,21 @@ def test_int8_that_costs_too_much_fails_and_leaves_the_earlier_export(copied: Pr
     assert read_json(copied.root / "models/export/manifest.json")["int8"]["accuracy"] == float(found[1]) / 100
 
 
+def test_metrics_that_were_edited_are_refused_and_pictures_that_are_gone_are_not_missed(copied: Project) -> None:
+    before = copied.outputs()
+    metrics = copied.root / "metrics/test.json"
+    written = metrics.read_text()
+    metrics.write_text(written.replace('"accuracy": 0.', '"accuracy": 0.9'))
+    assert export(copied, check=False).splitlines() == [
+        "metrics/test.json: changed since the stage that wrote it; `dvc repro` makes it again"
+    ]
+    metrics.write_text(written)
+    pictures = [name for name in before if name.startswith("metrics/plots/")]
+    shutil.rmtree(copied.root / "metrics/plots")
+    export(copied)
+    assert copied.outputs() == {name: md5 for name, md5 in before.items() if name not in pictures}
+
+
 def test_without_validation_images_no_temperature_is_fitted_and_int8_is_measured_on_the_test_images(
     copied: Project,
 ) -> None:

@@ -200,6 +200,13 @@ def test_a_column_of_splits(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_whole_name_wins_over_one_that_ends_like_it(tmp_path: Path) -> None:
+    files = pictures("1.jpg", "2.jpg", "thumbs/1.jpg", "thumbs/2.jpg")
+    made = layout(tmp_path / "photos", files | {"labels.csv": "file,label\n1.jpg,cat\n2.jpg,dog\n"})
+    assert found(made) == {"train": [("cat", "1.jpg"), ("dog", "2.jpg")]}
+    assert made.unused == ["2 images that no row names"]
+
+
 def test_all_faulty_rows_of_a_table_are_told(tmp_path: Path) -> None:
     files = pictures("a/1.jpg", "b/1.jpg", "2.jpg") | {
         "labels.csv": "file,label\n2.jpg,cat\n2.jpg,dog\n3.jpg,cat\n1.jpg,cat\na/1.jpg,\nb/1.jpg\n"
@@ -257,6 +264,13 @@ def test_images_have_names_of_their_own_and_one_order(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert data.labels.tolist() == [0, 0, 1, 1, 1]
     assert data.images[4] == PICTURE.getvalue()
+
+
+def test_names_that_only_their_suffixes_tell_apart_stay_apart(tmp_path: Path) -> None:
+    fetch(tmp_path / "raw", write(tmp_path / "photos", ["cat/a.jpg", "cat/a.png", "cat/a.jpg.png", "dog/b.png"]))
+    assert read(tmp_path / "raw")["train"].names == [
+        "images/0/a.jpg.png", "images/0/a.jpg.png.png", "images/0/a.png.png", "images/1/b.png.png",
+    ]  # fmt: skip
 
 
 def test_only_what_is_used_is_copied(tmp_path: Path) -> None:

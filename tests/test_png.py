@@ -102,12 +102,18 @@ def test_changed_pixels_are_noticed() -> None:
         assert decode_stored_png(bytes(flipped)) is None, position
 
 
+def one_by_one(contents: list[bytes]) -> np.ndarray:
+    decoded = [pixels for content in contents if (pixels := decode_stored_png(content)) is not None]
+    assert len(decoded) == len(contents)
+    return np.stack(decoded)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (28, 28), (9, 5, 3), (147, 147, 3)])
 def test_many_at_once_are_as_one_by_one(shape: tuple[int, ...]) -> None:
     contents = [encode_png(noise((2, *shape))[number]) for number in (0, 1, 0)]
     pixels = decode_stored_pngs(contents)
     assert pixels is not None
-    assert np.array_equal(pixels, [decode_stored_png(content) for content in contents])
+    assert np.array_equal(pixels, one_by_one(contents))
 
 
 @pytest.mark.parametrize("position", range(len(encode_png(noise((3, 3))))))
@@ -118,7 +124,7 @@ def test_a_flipped_bit_in_one_of_many_is_noticed(position: int) -> None:
     pixels = decode_stored_pngs([content, bytes(flipped), content])
     if content.index(b"IEND") - 8 <= position < content.index(b"IEND") - 4:  # zlib has a checksum of the data too
         assert pixels is not None
-        assert np.array_equal(pixels, [decode_stored_png(content)] * 3)
+        assert np.array_equal(pixels, one_by_one([content] * 3))
     else:
         assert pixels is None
 

@@ -563,7 +563,7 @@ def away(prepared: Project, server: Server, healthy: Stage, tmp_path_factory: py
     done = classifier(project, "sync", check=False)
     assert done.returncode == 1
     assert "not sent: the MLflow store http://127.0.0.1" in done.stderr
-    assert done.stderr.endswith("journals are not sent\n")
+    assert done.stderr.endswith("3 of 3 journals are not sent\n")
     return Away(project, stages, check_journals)
 
 

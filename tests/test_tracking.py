@@ -12,6 +12,8 @@ from mlflow.entities import Run
 from project import Project
 from tracker import finish, paced, send_the_rest, statuses, wait_for
 
+from classifier.tracking import _user
+
 pytestmark = pytest.mark.slow
 
 
@@ -128,3 +130,32 @@ def test_a_stage_that_fails_before_it_trains_leaves_no_run_and_no_journal(projec
     assert done.returncode == 1
     assert not (project.root / "mlflow.db").exists()
     assert list((project.root / ".journal").glob("*/")) == []
+
+
+def test_what_is_edited_after_a_stage_has_begun_is_not_in_its_run(project: Project) -> None:
+    edited = """
+import time
+from pathlib import Path
+from classifier.params import load_params
+from classifier.tracking import Tracker
+params, tracker = load_params(), Tracker()
+Path("params.yaml").write_text(Path("params.yaml").read_text().replace("lr: 0.001", "lr: 0.5"))
+Path("models").mkdir()
+Path("models/model_weights.pth").write_text("weights")
+with tracker.training(params, {}, "a", time.time()):
+    pass
+"""
+    project.run(sys.executable, "-c", edited)
+    send_the_rest(project)
+    (run,) = runs_in(project.root / "mlflow.db")
+    assert "lr: 0.5" in (project.root / "params.yaml").read_text()
+    assert run.data.params["lr"] == "0.001"
+    assert not (project.root / "mlruns" / run.info.run_id / "artifacts/code.patch").exists()
+
+
+def test_a_user_without_a_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a container runs for a number that it has no user for."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)
+    assert _user() == ""

@@ -13,7 +13,7 @@ import pytest
 from project import Project, clean_environment, small_project
 
 from classifier.errors import PipelineError
-from classifier.verify import DRIFTED, IDENTICAL, WITHIN, State, compare
+from classifier.verify import DRIFTED, IDENTICAL, WITHIN, State, _make_clone, compare
 from classifier.zip_format import write_zip
 
 RECORDED = State(
@@ -83,6 +83,12 @@ def test_metrics_beyond_the_tolerance_have_drifted_and_the_weights_with_them(key
     assert found[file].reason.startswith(key.replace("__", " "))
 
 
+@pytest.mark.parametrize(("fewest", "verdict"), [(359, WITHIN), (1000, DRIFTED)])
+def test_of_few_images_two_may_be_answered_otherwise(fewest: float, verdict: str) -> None:
+    state = replace(rebuilt("metrics/test.json", test__accuracy=0.7 + 2 / 360), fewest=fewest)
+    assert verdicts(state)["metrics/test.json"] == verdict
+
+
 def test_a_metric_that_is_gone_has_drifted() -> None:
     state = rebuilt("metrics/test.json")
     del state.metrics["test loss[0]"]
@@ -115,6 +121,30 @@ def clone(reproduced: Project, tmp_path: Path) -> Project:
 
 def run_verify(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
     return project.run(sys.executable, "-m", "classifier", "verify", *arguments, check=False)
+
+
+@pytest.mark.parametrize(("depth", "reached"), [(1, True), (9, False)])
+def test_images_outside_of_the_repository_are_linked_and_no_others_are_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, reached: bool
+) -> None:
+    """`..` leads elsewhere from a clone: there, a folder of the same name is somebody else's."""
+    photos, made, other = tmp_path / "photos", tmp_path / "made", tmp_path / "made/photos"
+    project = Project(tmp_path.joinpath(*"abcdefghi"[:depth], "project"))
+    for folder in (photos, made, other, project.root):
+        folder.mkdir(parents=True, exist_ok=True)
+    (other / "1.jpg").write_text("somebody else's")
+    (photos / "1.jpg").write_text("mine")
+    (project.root / "params.yaml").write_text(f"data_path: {'../' * (depth + 1)}photos\n")
+    project.commit()
+    monkeypatch.chdir(project.root)
+    (made / "verify").mkdir()
+    if reached:
+        clone = _make_clone(made / "verify", None)
+        assert (clone / "../../photos/1.jpg").resolve().read_text() == "mine"
+    else:
+        with pytest.raises(PipelineError, match=r"data_path: \.\./.* leads too far out of the repository"):
+            _make_clone(made / "verify", None)
+    assert (other / "1.jpg").read_text() == "somebody else's"
 
 
 @pytest.mark.slow

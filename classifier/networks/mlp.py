@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class NeuralNetwork(nn.Module):
     """Fully connected layers on the flattened image, without normalisation of the pixels."""
 
-    def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
         self.flatten = nn.Flatten()
         self.linear_relu_stack = nn.Sequential(

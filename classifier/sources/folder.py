@@ -159,10 +159,11 @@ def _images(raw: Path) -> Images:
 
 
 def _png_names(names: Names) -> Names:
-    """Names with .png for their suffix, or, where two would be the same, behind it."""
+    """Names with .png for their suffix, or, where two would be the same, behind it; behind all if that does not do."""
     again = repeated(map(_without_suffix, names))
     count = Counter(stem for name in names if hash(stem := _without_suffix(name)) in again)
-    return Names(f"{name if count[stem := _without_suffix(name)] > 1 else stem}.png" for name in names)
+    short = Names(f"{name if count[stem := _without_suffix(name)] > 1 else stem}.png" for name in names)
+    return Names(f"{name}.png" for name in names) if repeated(short) else short
 
 
 def _without_suffix(name: str) -> str:
@@ -349,7 +350,10 @@ def _split_of_table(name: str) -> str | None:
 
 
 def _finder(pictures: Names) -> Callable[[str, str], list[str]]:
-    """A function that gives the images that a table for a split can mean by a name, in part or without suffix."""
+    """A function that gives the images that a table for a split can mean by a name, in part or without suffix.
+
+    Of several, those in a folder of the split, or else the one of which it is the whole name.
+    """
     by_last: dict[str, list[str]] = defaultdict(list)
     for name in pictures:
         last = name.rpartition("/")[2]
@@ -364,7 +368,7 @@ def _finder(pictures: Names) -> Callable[[str, str], list[str]]:
             if f"/{name}".endswith(f"/{text}") or f"/{_without_suffix(name)}".endswith(f"/{text}")
         ]
         of_split = [name for name in found if split in {SPLITS.get(part.casefold()) for part in name.split("/")[:-1]}]
-        return of_split if len(found) > 1 and of_split else found
+        return found if len(found) < 2 else of_split or [name for name in found if name == text] or found
 
     return find
 
