@@ -200,6 +200,12 @@ def test_a_column_of_splits(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_first_row_whose_class_others_have_is_no_header(tmp_path: Path) -> None:
+    table = "0,cat\n1,cat\n2,dog\n3,cat\n"
+    complaint = "photos/labels.csv, row 1: no image is called '0'"
+    assert refused(tmp_path / "photos", CATS_AND_DOGS | {"labels.csv": table}) == complaint
+
+
 def test_a_whole_name_wins_over_one_that_ends_like_it(tmp_path: Path) -> None:
     files = pictures("1.jpg", "2.jpg", "thumbs/1.jpg", "thumbs/2.jpg")
     made = layout(tmp_path / "photos", files | {"labels.csv": "file,label\n1.jpg,cat\n2.jpg,dog\n"})

@@ -7,7 +7,8 @@
         -S precision=bfloat16 -S test_flip=true
 
 Test accuracy after the last epoch 0.9407 ± 0.0007 (five seeds), in 686 ± 76 seconds on two threads of an Intel Xeon
-(family 6, model 207): `python -m benchmarks.time_to_accuracy --only recipe`.
+(family 6, model 207): `python -m benchmarks.time_to_accuracy --only recipe`. With `epochs=60` and
+`augment=[crop, flip, erase]` one run came to 0.9428 (95 % interval 0.9381 to 0.9472), in 50 minutes there.
 """
 
 from math import gcd

@@ -282,6 +282,7 @@ def _read_table(
     delimiter = "," if b"," in first_line else "\t" if b"\t" in first_line else ";"
     columns: tuple[int, int, int | None] | None = None
     width = 2
+    header: tuple[int, list[str]] | None = None
     rows: list[tuple[str, str, str]] = []
     faults: list[tuple[int, str]] = []
     for row, values in parse_rows(where, content, delimiter):
@@ -301,7 +302,7 @@ def _read_table(
                         f"{where}, row {row}: no columns of files and classes in {shown(delimiter.join(values))}; call "
                         "them file and label"
                     )
-                columns = found
+                columns, header = found, (row, values)
                 continue
         if len(values) != width:
             faults.append((row, f"columns: {len(values)} instead of {width}"))
@@ -324,6 +325,11 @@ def _read_table(
         else:
             seen[matches[0]] = f"row {row} of {table}"
             rows.append((split, matches[0], class_name))
+    if header and columns:
+        number, names = header
+        file_name, label = names[columns[0]], names[columns[1]].strip()
+        if label.casefold() not in LABEL_COLUMNS and label in {class_name for _, _, class_name in rows}:
+            faults.insert(0, (number, f"no image is called {shown(file_name)}"))  # a row like the others
     if faults:
         raise faulty_rows(where, faults)
     return rows
