@@ -67,8 +67,13 @@ def changes(*paths: str) -> tuple[list[str], bytes]:
         ):
             done = subprocess.run(["git", *arguments], env=environment, input=given, capture_output=True)
             if done.returncode != 0:
-                reason = done.stderr.decode(errors="replace").strip()
-                raise PipelineError(f"what differs from the commit cannot be told: git {arguments[0]}: {reason}")
+                said = done.stderr.decode(errors="replace").strip()
+                raise PipelineError(
+                    "what differs from the commit cannot be told: "
+                    f"{said or subprocess.CalledProcessError(done.returncode, f'git {arguments[0]}')}\n"
+                    f"Earlier files are as they were. Mend that, or make room in {tempfile.gettempdir()}, then run the "
+                    "same command again."
+                )
         diff = ("diff", "--cached", "--relative", "--no-renames", "--no-ext-diff", "--binary", "HEAD")
         names = git_bytes(*diff, "--name-only", "-z", "--", *paths, env=environment)
         return names.decode(errors="replace").split("\0")[:-1], git_bytes(*diff, "--", *paths, env=environment)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class State:
     md5s: dict[str, str]
     metrics: dict[str, float]
     environment: dict[str, Any]
-    fewest: float = math.inf
+    fewest: float = field(default=math.inf, compare=False)
 
     @classmethod
     def of(cls, folder: Path) -> "State":

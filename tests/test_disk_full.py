@@ -222,7 +222,6 @@ def test_a_program_without_room_is_no_failure_of_the_place(downloading: Path, tm
     ("stage", "limit", "name"),
     [
         ("annotate", 100_000, "data/images.zip"),
-        ("evaluate", 300, "metrics/classes.csv"),
         ("evaluate", 50_000, "metrics/plots"),
         ("export", 1_000_000, "models/export"),
         ("export", 2_690_000, "models/export"),  # between the sizes of model.pth and model.pt2
@@ -233,6 +232,16 @@ def test_a_stage_whose_file_would_be_too_large(copied: Project, stage: str, limi
     before = copied.outputs()
     done = run_stage(copied.root, stage, limit=limit)
     check_failed_cleanly(done, name + NO_ROOM.format("file too large"))
+    assert copied.outputs() == before
+
+
+@pytest.mark.slow
+def test_git_without_room_is_told(copied: Project) -> None:
+    before = copied.outputs()
+    done = run_stage(copied.root, "evaluate", limit=300)
+    assert done.returncode == 1
+    assert "cannot be told: Command 'git read-tree' died with <Signals.SIGXFSZ: 25>.\nEarlier files" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
     assert copied.outputs() == before
 
 
