@@ -21,7 +21,7 @@ from classifier.dataset import CustomImageDataset
 from classifier.distributed import ALONE, Group
 from classifier.errors import PipelineError
 from classifier.params import Params
-from classifier.transforms import MIXING, augment, mix, to_float
+from classifier.transforms import MIXING, augment, mix, one_hot, to_float
 
 
 def batches_of(
@@ -42,11 +42,14 @@ def batches_of(
 def training_batches(
     dataset: CustomImageDataset, names: list[str], params: Params, device: torch.device, group: Group = ALONE
 ) -> "Batches":
-    """A dataset in batches to train on: in the order, balanced and augmented as params.yaml says.
+    """A dataset in batches to train on: in the order, with the targets, balanced and augmented as params.yaml says.
 
-    Raises PipelineError if classes are to be balanced and one has no image, before images are decoded.
+    names: of the classes. Raises PipelineError if classes are to be balanced and one has no image, before images are
+    decoded.
     """
     class_weights = None if params.balance == "none" else dataset.class_weights(names)
+    if params.target_transform == "one_hot":
+        dataset.target_transform = partial(one_hot, classes=len(names))
     return batches_of(
         dataset,
         params,

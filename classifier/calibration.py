@@ -4,16 +4,21 @@ The answers stay the same. Source: Guo et al. 2017, arXiv:1706.04599.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import softmax
 from torch import nn
 
-from classifier.batches import Batches
+from classifier.batches import batches_of
+from classifier.dataset import CustomImageDataset
+from classifier.errors import PipelineError
 from classifier.exchange import TemperatureScaled
 from classifier.inference import predict
 from classifier.metrics import expected_calibration_error, negative_log_likelihood
+from classifier.params import Params
 
 # Where all answers are right, no temperature is too low: then it is the lowest, or one at which all are certain.
 LOWEST, HIGHEST = 0.05, 20.0
@@ -33,15 +38,27 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 
-def calibrated(network: nn.Module, validation: Batches, test: Batches) -> tuple[TemperatureScaled, dict[str, Any]]:
+def calibrated(
+    network: nn.Module, splits: Mapping[str, CustomImageDataset], params: Params
+) -> tuple[TemperatureScaled, dict[str, Any]]:
     """The network with the temperature that fits the validation images, and what it does on the test images.
 
+    network: on the CPU; splits: `val` and `test`.
     The latter is for the manifest: the temperature, the number of validation images, and the expected calibration
     error and negative log likelihood before and after, on the test images.
+    Raises PipelineError if there are no validation images.
     """
-    fitted_on = predict(validation, network, "float32").double().numpy()
-    temperature = fit_temperature(fitted_on, validation.dataset.labels.numpy())
-    logits, labels = predict(test, network, "float32").double().numpy(), test.dataset.labels.numpy()
+    if not len(splits["val"]):
+        raise PipelineError(
+            "temperature_scaling: there are no validation images to fit the temperature on; set val_size above 0, or "
+            "temperature_scaling to false"
+        )
+    fitted_on, logits = (
+        predict(batches_of(splits[name], params, torch.device("cpu")), network, "float32").double().numpy()
+        for name in ("val", "test")
+    )
+    temperature, labels = fit_temperature(fitted_on, splits["val"].labels.numpy()), splits["test"].labels.numpy()
+    print(f"Temperature: {temperature:.4f}")
 
     def figures(logits: np.ndarray) -> dict[str, float]:
         ece = expected_calibration_error(softmax(logits, axis=1), labels)

@@ -22,9 +22,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from classifier.distributed import Group
-from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, locked_md5s, repository_root
+from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, locked_md5s, read_yaml, repository_root
 from classifier.interrupts import held_back
-from classifier.params import read_yaml
 from classifier.training import TrainState
 
 FOLDER = ".checkpoints"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils import deterministic
 
+from classifier.cores import usable_cores
 from classifier.errors import PipelineError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
@@ -64,7 +65,7 @@ def set_threads(threads: int | Literal["auto"]) -> int:
             raise PipelineError(f"CLASSIFIER_THREADS: {recorded!r} is not a whole number from 1 to 1024")
         threads = int(recorded)
     if threads == "auto":
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = usable_cores()
     own = max(int(threads) // _processes_here(), 1)
     torch.set_num_threads(own)
     return own

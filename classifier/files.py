@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -130,6 +131,36 @@ def read_json(path: Path) -> Any:
         raise PipelineError(f"{path}: not as the pipeline writes it ({error}); `dvc repro` makes it anew") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e-06, which DVC writes, and 1.5e3 are numbers as in YAML 1.2.
+
+    And without its merge key `<<`: a few lines of it, one within the other, take all memory.
+    """
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "the key << is not taken", key.start_mark)
+        super().flatten_mapping(node)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(content: str | bytes) -> Any:
+    """What params.yaml or dvc.lock holds, unchecked. Raises yaml.YAMLError, or ValueError, if it is not YAML."""
+    try:
+        return yaml.load(content, Loader=_Loader)  # noqa: S506, a SafeLoader
+    except (yaml.YAMLError, ValueError):
+        raise
+    except Exception as error:  # PyYAML's own, of `!!bool x`, `!!int ''`, or lists in lists without end
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
 def existing(path: Path) -> Path:
     """Give `path` back if it is there. Raises PipelineError, with the way to make it, if not."""
     if not path.exists():
@@ -178,20 +209,28 @@ def hash_bytes(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
+def read_lock(lock: Path = LOCK) -> dict[str, Any]:
+    """What dvc.lock holds, nothing where there is none. Raises PipelineError if it is not one that DVC wrote."""
+    if not lock.exists():
+        return {}
+    try:
+        content = dict(read_yaml(lock.read_bytes()) or {})
+        md5s_in(content)
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, KeyError):
+        raise PipelineError(
+            f"{lock.name}: not as DVC writes it, as with the marks of a merge in it; `git restore {lock.name}` brings "
+            "back the one that was committed, and once it is gone, `dvc repro` makes another"
+        ) from None
+    return content
+
+
 def locked_md5s(lock: Path = LOCK) -> dict[str, str]:
     """Map the path of every output in dvc.lock to its md5 (a folder's ends in `.dir`).
 
     While a stage runs, the entries of the stages before it are current and its own is of its last run.
-    Raises PipelineError if the file is not one of DVC's, as with the marks of a merge in it.
+    Raises PipelineError if the file is not one of DVC's.
     """
-    if not lock.exists():
-        return {}
-    try:
-        return md5s_in(yaml.safe_load(lock.read_bytes()) or {})
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError, KeyError):
-        raise PipelineError(
-            f"{lock}: not a file of DVC's; `git restore {lock}` brings back the one that was committed"
-        ) from None
+    return md5s_in(read_lock(lock))
 
 
 def md5s_in(lock: dict[str, Any], kind: str = "outs") -> dict[str, str]:

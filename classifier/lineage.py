@@ -16,8 +16,8 @@ from typing import Any, get_args
 import yaml
 
 from classifier.errors import PipelineError
-from classifier.files import EXPORT, LOCK, PARAMS, WEIGHTS, exported_name, hash_bytes, hash_file, md5s_in
-from classifier.params import Params, read_yaml
+from classifier.files import EXPORT, LOCK, PARAMS, WEIGHTS, exported_name, hash_bytes, hash_file, md5s_in, read_yaml
+from classifier.params import Params
 from classifier.registry import Version, find_versions
 from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, metrics_at, read_at
 from classifier.storage import YES, Storage
@@ -201,7 +201,7 @@ def _of_commit(commit: str, lineage: Lineage, storage: Storage, run: Run | None 
 def stale(lock: dict[str, Any], read: Callable[[Path], bytes | None]) -> list[str]:
     """What `read` gives other content for than dvc.lock was made with: code, and keys of params.yaml.
 
-    lock: dvc.lock as `read_yaml` reads it.
+    lock: dvc.lock as `read_lock` gives it.
     """
     made = set(md5s_in(lock))
     differing = []

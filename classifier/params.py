@@ -4,7 +4,6 @@
 """
 
 import difflib
-import re
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from classifier.errors import PipelineError, masked, run_main
-from classifier.files import PARAMS
+from classifier.files import PARAMS, read_yaml
 
 PACKAGE = Path(__file__).parent
 
@@ -116,36 +115,6 @@ class Params(BaseModel):
 
 # They change no result: no stage tracks them, and they are not part of what made a model.
 UNTRACKED = frozenset({"checkpoint_steps", "workers", "memory_limit_gib", "experiment", "registered_model"})
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-06, which DVC writes, and 1.5e3 are numbers as in YAML 1.2.
-
-    And without its merge key `<<`: a few lines of it, one within the other, take all memory.
-    """
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, "the key << is not taken", key.start_mark)
-        super().flatten_mapping(node)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def read_yaml(content: str | bytes) -> Any:
-    """What params.yaml or dvc.lock holds, unchecked. Raises yaml.YAMLError, or ValueError, if it is not YAML."""
-    try:
-        return yaml.load(content, Loader=_Loader)  # noqa: S506, a SafeLoader
-    except (yaml.YAMLError, ValueError):
-        raise
-    except Exception as error:  # PyYAML's own, of `!!bool x`, `!!int ''`, or lists in lists without end
-        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def load_params(path: Path = PARAMS) -> Params:

@@ -1,7 +1,6 @@
 """From the images of a source to those of images.zip: one shape for all, as PNG files, each decoded once."""
 
 import hashlib
-import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from classifier.annotations import LISTED_FAULTS, Names
+from classifier.cores import usable_cores
 from classifier.decoding import Header, decode_image, fit_pixels, read_header
 from classifier.errors import PipelineError
 from classifier.png import encode_png
@@ -68,7 +68,7 @@ def prepare(splits: Mapping[str, LabelledImages], shape: tuple[int, int, int]) -
     Raises PipelineError that lists the images that cannot be used, after all others.
     """
     faults: list[str] = []
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = usable_cores()
     with ThreadPoolExecutor(threads) as pool:  # decoding and scaling leave the interpreter to others
         for split, data in splits.items():
             names = file_names(split, data)

@@ -3,40 +3,37 @@
 It is not held to the tolerance of the other formats, for it answers otherwise by design: its accuracy is measured.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from classifier.batches import Batches
+from classifier.batches import Batches, batches_of
 from classifier.dataset import CustomImageDataset
 from classifier.errors import PipelineError
 from classifier.onnx_file import open_onnx
+from classifier.params import Params
 
 CALIBRATION_IMAGES = 512
 BATCH = 64  # images that go through the network at once: it bounds the memory
 
 
-def write_int8(
-    path: Path,
-    onnx_file: Path,
-    train_set: CustomImageDataset,
-    batches: Batches,
-    split: str,
-    *,
-    max_drop: float,
-    seed: int,
-) -> dict[str, Any]:
+def write_int8(path: Path, onnx_file: Path, splits: Mapping[str, CustomImageDataset], params: Params) -> dict[str, Any]:
     """Write the float ONNX file's network in 8-bit integers; return what that costs, for the manifest.
 
-    train_set: of which CALIBRATION_IMAGES, chosen by `seed`, tell how large the activations become.
-    batches, split, max_drop: the images on which accuracies are measured, and more, see `accuracy_cost`.
+    splits: CALIBRATION_IMAGES of `train`, chosen by the seed, tell how large the activations become; on `val`, or on
+    `test` if it is empty, accuracies are measured, see `accuracy_cost`.
     """
-    chosen = np.random.default_rng(seed).permutation(len(train_set))[:CALIBRATION_IMAGES]
+    train_set = splits["train"]
+    chosen = np.random.default_rng(params.seed).permutation(len(train_set))[:CALIBRATION_IMAGES]
     quantize(onnx_file, train_set.pixels(chosen).numpy(), path)
-    cost = accuracy_cost(path, onnx_file, batches, split, max_drop)
+    split, called = ("val", "validation") if len(splits["val"]) else ("test", "test")
+    batches = batches_of(splits[split], params, torch.device("cpu"))
+    cost = accuracy_cost(path, onnx_file, batches, called, params.int8_max_drop)
     print(
-        f"{path.name}: right for {cost['accuracy']:.2%} of {cost['images']} {split} images, "
+        f"{path.name}: right for {cost['accuracy']:.2%} of {cost['images']} {called} images, "
         f"the float network for {cost['float_accuracy']:.2%}"
     )
     return cost

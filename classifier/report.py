@@ -20,7 +20,7 @@ from classifier import files
 from classifier.charts import curves
 from classifier.errors import PipelineError
 from classifier.lineage import stale
-from classifier.params import load_params, read_yaml
+from classifier.params import load_params
 from classifier.repository import changes, commit_of, experiments, git, read_at
 
 CONFUSION = files.PLOTS / "confusion.csv"
@@ -151,13 +151,7 @@ def _table(path: Path, **columns: type) -> pd.DataFrame:
 
 def _stale() -> list[str]:
     """Code and parameters here that are not what the outputs were made with."""
-    if not files.LOCK.exists():
-        return []
-    found: list[str] = _read(
-        files.LOCK,
-        lambda lock: stale(read_yaml(lock.read_bytes()), lambda path: path.read_bytes() if path.is_file() else None),
-    )
-    return found
+    return stale(files.read_lock(), lambda path: path.read_bytes() if path.is_file() else None)
 
 
 def _check_same_run(
@@ -212,7 +206,7 @@ def _state(revision: str) -> Revision | None:
     for path in (files.TEST_METRICS, files.TRAIN_METRICS, files.PARAMS):
         try:
             content = read_at(commit, path) or b""
-            found[path] = dict(json.loads(content) if path.suffix == ".json" else read_yaml(content))
+            found[path] = dict(json.loads(content) if path.suffix == ".json" else files.read_yaml(content))
         except (ValueError, TypeError, yaml.YAMLError):
             found[path] = {}
             notes.append(f"It has no readable {path}.")

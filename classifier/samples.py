@@ -31,7 +31,7 @@ def draw_samples(target: Path) -> None:
 def streamed_batches(params: Params, names: list[str]) -> Batches:
     """The batches that the train stage has, but for one-hot targets; only images that are asked for are decoded."""
     (train_set,) = annotated(["train"], len(names))
-    streamed = params.model_copy(update={"memory_limit_gib": 0, "workers": 0})
+    streamed = params.model_copy(update={"memory_limit_gib": 0, "workers": 0, "target_transform": None})
     return training_batches(train_set, names, streamed, torch.device("cpu"))
 
 

@@ -27,6 +27,8 @@ class TrainState:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    together: nn.Module | None = None  # the network as several processes train it, see Group.train_together
+    pretrained: str | None = None  # the SHA-256 of the file of weights that it started from
     epoch: int = 0  # epochs that are done
     batch: int = 0  # batches of the epoch under way that are done
     seconds: float = 0.0  # that they took
@@ -36,7 +38,6 @@ class TrainState:
     kept: dict[str, float] = field(default_factory=dict)  # those of the epoch whose weights are kept
     weights: dict[str, Tensor] = field(default_factory=dict)  # the weights kept, on the CPU
     unread: list[tuple[int, float, str, Tensor]] = field(default_factory=list)  # see read
-    together: nn.Module | None = None  # the network as several processes train it, see Group.train_together
 
     def note(self, batch: int, what: str, tensor: Tensor) -> None:
         """Have a batch's loss, or the sum of its gradients, read later: reading it waits for the device."""
@@ -104,7 +105,7 @@ class TrainState:
 
 
 STATEFUL = ("network", "optimizer", "scheduler")
-PLAIN = [spec.name for spec in fields(TrainState) if spec.name not in (*STATEFUL, "unread", "together")]
+PLAIN = [spec.name for spec in fields(TrainState) if spec.name not in (*STATEFUL, "together", "pretrained", "unread")]
 
 
 def _random_states() -> dict[str, Any]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from classifier.annotations import read_annotations
 from classifier.archive import shards
@@ -33,9 +32,10 @@ from classifier.files import (
     TRAIN_METRICS,
     hash_path,
     md5s_in,
+    read_lock,
+    read_yaml,
 )
 from classifier.lineage import stale
-from classifier.params import read_yaml
 from classifier.repository import changes, commit_of, git
 from classifier.zip_format import Zip
 
@@ -279,15 +279,9 @@ def _changed_images(here: Path, rebuilt: Path) -> str:
 
 
 def _lock(folder: Path) -> dict[str, Any]:
-    content = _content(folder / LOCK)
-    if content is None:
-        raise PipelineError(f"{LOCK}: missing, so there is nothing to compare with; `dvc repro`, then commit it")
-    try:
-        lock = dict(read_yaml(content))
-        md5s_in(lock)
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError):
-        raise PipelineError(f"{LOCK}: not as DVC writes it; if it has merge conflicts, `dvc repro` mends it") from None
-    return lock
+    if lock := read_lock(folder / LOCK):
+        return lock
+    raise PipelineError(f"{LOCK}: missing or empty, so there is nothing to compare with; `dvc repro`, then commit it")
 
 
 def _content(path: Path) -> bytes | None:

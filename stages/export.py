@@ -7,19 +7,17 @@ Reads   models/model_weights.pth, metrics/train.json, metrics/test.json, metrics
 Writes  models/export/: model.<format> for each of export_formats, manifest.json, README.md
 """
 
-from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from classifier import files
 from classifier.annotations import class_names
-from classifier.batches import batches_of
 from classifier.calibration import calibrated
 from classifier.card import model_card
 from classifier.dataset import annotated
 from classifier.device import environment, seed_everything, select_device, set_threads
-from classifier.errors import PipelineError, run_main
+from classifier.errors import run_main
 from classifier.exchange import write_checked
 from classifier.inference import trained_network
 from classifier.manifest import manifest
@@ -43,17 +41,9 @@ def main() -> None:
     scores = pd.read_csv(files.verified(files.CLASS_METRICS), dtype={"class": str}, keep_default_na=False)
     shape = splits["test"].image_shape()
     network = trained_network(params.network, shape, len(names), device, test_flip=params.test_flip)
-    batches = partial(batches_of, params=params, device=device)
-
     facts: dict[str, Any] = {}  # that only some exports have
     if params.temperature_scaling:
-        if not len(splits["val"]):
-            raise PipelineError(
-                "temperature_scaling: there are no validation images to fit the temperature on; set val_size above 0, "
-                "or temperature_scaling to false"
-            )
-        network, facts["calibration"] = calibrated(network, batches(splits["val"]), batches(splits["test"]))
-        print(f"Temperature: {facts['calibration']['temperature']:.4f}")
+        network, facts["calibration"] = calibrated(network, splits, params)
 
     with files.temporary_folder(files.EXPORT) as aside:
         with files.atomic(files.EXPORT) as folder:
@@ -65,16 +55,7 @@ def main() -> None:
             write_checked(network, params.network, len(names), pixels, models, also=onnx)
             if "int8" in params.export_formats:
                 models.append(folder / files.exported_name("int8"))
-                split, called = ("val", "validation") if len(splits["val"]) else ("test", "test")
-                facts["int8"] = write_int8(
-                    models[-1],
-                    onnx,
-                    splits["train"],
-                    batches(splits[split]),
-                    called,
-                    max_drop=params.int8_max_drop,
-                    seed=params.seed,
-                )
+                facts["int8"] = write_int8(models[-1], onnx, splits, params)
             about = manifest(models, shape, names, params.model_dump(exclude=set(UNTRACKED))) | facts
             files.write_json(folder / "manifest.json", about)
             card = model_card(about, scores, {split: dataset.labels.numpy() for split, dataset in splits.items()})

@@ -8,7 +8,6 @@ Keeps   with validation images, the weights of the epoch with the best validatio
 
 import io
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
@@ -17,17 +16,16 @@ from classifier.annotations import class_names, write_csv
 from classifier.batches import batches_of, training_batches
 from classifier.checkpoint import checkpoints, going_on, makings
 from classifier.dataset import annotated
-from classifier.device import environment, keep_freed_memory, seed_everything, select_device, set_threads
+from classifier.device import environment, keep_freed_memory, select_device, set_threads
 from classifier.distributed import Group, joined
 from classifier.errors import run_main
 from classifier.inference import test_loop
-from classifier.networks import Mirrored, build_network, describe
-from classifier.optimization import build_loss, build_optimizer, build_scheduler, freeze
+from classifier.networks import Mirrored
+from classifier.optimization import build_loss
 from classifier.params import Params, load_params
-from classifier.pretrained import load_pretrained
+from classifier.start import initial_state
 from classifier.tracking import Tracker
 from classifier.training import TrainState, train_loop
-from classifier.transforms import one_hot
 
 
 def main() -> None:
@@ -42,39 +40,26 @@ def train(params: Params, group: Group) -> None:
     set_threads(params.threads)
     keep_freed_memory()
     recorded = environment(device)
-    # Now: while images are decoded, code may be edited
+    # Before images are decoded: meanwhile, code may be edited
     made_of = makings("train", params.model_dump(), recorded) if group.is_first else None
 
     names = class_names(files.verified(files.ANNOTATIONS))
     train_set, val_set, test_set = annotated(["train", "val", "test"], len(names))
-    if params.target_transform == "one_hot":
-        train_set.target_transform = partial(one_hot, classes=len(names))
     train_batches = training_batches(train_set, names, params, device, group)
     # Without validation images there is nothing to select weights by; an epoch's figures are the tutorial's: on test
     selects = len(val_set) > 0
     val_batches = batches_of(val_set if selects else test_set, params, device, group)
     class_weights = train_set.class_weights(names).float().to(device) if params.balance == "loss" else None
     loss_fn = build_loss(params.label_smoothing, class_weights)
-
-    seed_everything(params.seed)  # just before the weights are drawn, as in the tutorial
-    network = build_network(params.network, train_batches.image_shape, len(names)).to(device)
-    start = load_pretrained(network, params.network, params.weights) if params.weights else None
-    trainable = freeze(network, params.freeze)
-    print(describe(network), flush=True)
-    optimizer = build_optimizer(params.optimizer, trainable, params.lr, params.momentum, params.weight_decay)
-    updates = params.epochs * -(-len(train_batches) // params.accumulate_steps)
-    state = TrainState(network, optimizer, build_scheduler(params.schedule, optimizer, updates))
-    state.together = group.train_together(network)
-    evaluated = Mirrored(network) if params.test_flip else network
-    if not group.is_first:
-        torch.manual_seed(params.seed + group.rank)  # other numbers for other images, as dropout draws them
+    state = initial_state(params, train_batches, len(names))
+    evaluated = Mirrored(state.network) if params.test_flip else state.network
 
     with ExitStack() as stack:
         saved = stack.enter_context(checkpoints(made_of)) if made_of else None
         if tracker and saved:
             stack.enter_context(tracker.training(params, recorded, saved.name, saved.started))
-            if start:
-                tracker.tag({"sha256.weights": start})
+            if state.pretrained:
+                tracker.tag({"sha256.weights": state.pretrained})
         every = params.checkpoint_steps * params.accumulate_steps
         with going_on(state, group, saved, every=every, last=len(train_batches)) as after_update:
             while state.epoch < params.epochs:

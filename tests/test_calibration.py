@@ -10,12 +10,13 @@ from scipy.special import softmax
 from small_images import make_images
 from torch import nn
 
-from classifier.batches import Batches
+from classifier.batches import batches_of
 from classifier.calibration import HIGHEST, LOWEST, calibrated, fit_temperature
 from classifier.dataset import CustomImageDataset
 from classifier.exchange import TemperatureScaled
 from classifier.inference import predict
 from classifier.metrics import expected_calibration_error, negative_log_likelihood
+from classifier.params import load_params
 
 
 def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,17 +57,21 @@ def test_a_scaled_network_divides_its_logits() -> None:
 
 
 def test_the_network_is_calibrated_on_the_validation_images_and_measured_on_the_test_images(tmp_path: Path) -> None:
-    batches = {}
+    splits = {}
     for split, count in (("val", 40), ("test", 24)):
         (tmp_path / split).mkdir()
-        dataset = CustomImageDataset(*make_images(tmp_path / split, count, size=6))
-        batches[split] = Batches(dataset, 7, torch.device("cpu"), memory_limit_gib=1, workers=0)
+        splits[split] = CustomImageDataset(*make_images(tmp_path / split, count, size=6))
+    params = load_params().model_copy(update={"batch_size": 7})
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
-    logits = {split: predict(part, network, "float32").double().numpy() for split, part in batches.items()}
-    labels = {split: part.dataset.labels.numpy() for split, part in batches.items()}
 
-    scaled, facts = calibrated(network, batches["val"], batches["test"])
+    def answers(split: str, network: nn.Module) -> np.ndarray:
+        batches = batches_of(splits[split], params, torch.device("cpu"))
+        return predict(batches, network, "float32").double().numpy()
+
+    logits = {split: answers(split, network) for split in splits}
+    labels = {split: dataset.labels.numpy() for split, dataset in splits.items()}
+    scaled, facts = calibrated(network, splits, params)
     temperature = fit_temperature(logits["val"], labels["val"])
     assert scaled.temperature == facts["temperature"] == temperature
     assert facts["validation_images"] == 40
@@ -75,5 +80,4 @@ def test_the_network_is_calibrated_on_the_validation_images_and_measured_on_the_
             "ece": expected_calibration_error(softmax(of_test, axis=1), labels["test"]),
             "nll": negative_log_likelihood(of_test, labels["test"]),
         }
-    answers = predict(batches["test"], scaled, "float32").argmax(1)
-    assert answers.tolist() == logits["test"].argmax(1).tolist()
+    assert answers("test", scaled).argmax(1).tolist() == logits["test"].argmax(1).tolist()

@@ -251,7 +251,7 @@ def test_locked_md5s(tmp_path: Path) -> None:
 )
 def test_a_lock_that_is_not_dvcs_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "dvc.lock").write_text(text)
-    with pytest.raises(PipelineError, match=r"dvc\.lock: not a file of DVC's; `git restore "):
+    with pytest.raises(PipelineError, match=r"dvc\.lock: not as DVC writes it, .*; `git restore dvc\.lock`"):
         locked_md5s(tmp_path / "dvc.lock")
 
 

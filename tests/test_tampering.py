@@ -271,7 +271,7 @@ def test_a_new_one_would_be_found(source: str) -> None:
 
 
 def test_the_loader_of_yaml_makes_no_objects(tmp_path: Path) -> None:
-    from classifier.params import read_yaml
+    from classifier.files import read_yaml
 
     with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
         read_yaml(f"lr: !!python/object/apply:os.mkdir [{tmp_path / 'ran'}]")

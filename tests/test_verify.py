@@ -220,14 +220,20 @@ def test_without_results_there_is_nothing_to_compare_with(tmp_path: Path) -> Non
     project = small_project(tmp_path)
     done = run_verify(project)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "dvc.lock: missing, so there is nothing to compare with; `dvc repro`, then commit it\n"
+    assert (
+        done.stderr == "dvc.lock: missing or empty, so there is nothing to compare with; `dvc repro`, then commit it\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("dvc.lock", "<<<<<<< HEAD\nstages: {}\n", "dvc.lock: not as DVC writes it; if it has merge conflicts, "),
-        ("dvc.lock", "", "dvc.lock: not as DVC writes it"),
+        (
+            "dvc.lock",
+            "<<<<<<< HEAD\nstages: {}\n",
+            "dvc.lock: not as DVC writes it, as with the marks of a merge",
+        ),
+        ("dvc.lock", "", "dvc.lock: missing or empty"),
         ("metrics/environment.json", "[]", "metrics/environment.json: not a list of one record"),
         ("metrics/test.json", "[1]", "metrics/test.json: not numbers by name"),
         ("metrics/test.json", "{", "metrics/test.json: not JSON: "),
