@@ -89,7 +89,7 @@ class Images:
             yield from (os.path.join(inner, name).replace(os.sep, "/") for name in files)  # noqa: PTH118
 
     def _read_file(self, name: str) -> bytes:
-        path = Path(os.path.realpath(self.path / name, strict=True))
+        path = Path(os.path.realpath(self.path / name))
         if not f"{path}".startswith(self._root):
             raise ValueError("it leads out of the image folder")
         status = path.stat()
@@ -131,7 +131,7 @@ class _Members:
                     ) from None
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise PipelineError(f"{path}: not readable as a zip: {reason}") from None
-        order = np.argsort(np.frombuffer(hashes, np.int64), kind="stable")
+        order = np.argsort(np.frombuffer(hashes, np.int64))
         self._hashes, self._places = (np.frombuffer(part, np.int64)[order].data for part in (hashes, places))
         self._owners = np.frombuffer(owners, np.uint32)[order].data
 

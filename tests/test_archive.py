@@ -142,6 +142,12 @@ def test_members_that_are_no_plain_files(tmp_path: Path) -> None:
     assert images.read("b") == b"3"
 
 
+def test_names_are_those_of_files_but_for_hidden_ones_and_what_systems_add(tmp_path: Path) -> None:
+    names = ["b/", "b/2.png", "./1.png", ".hidden.png", "b/.x/3.png", "__MACOSX/b/2.png", "b/Thumbs.db"]
+    images = own_zip(tmp_path / "a.zip", *((name, b"") for name in names))
+    assert list(images.names()) == ["./1.png", "b/2.png"]
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_rare_compressions_are_refused(tmp_path: Path, compression: int) -> None:
     images = own_zip(tmp_path / "a.zip", ("a.png", bytes(1000)), compression=compression)

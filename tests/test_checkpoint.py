@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -319,8 +320,15 @@ def test_a_training_that_goes_on_keeps_its_name_and_start() -> None:
         raise Stopped
     with checkpoints(MAKINGS) as second:
         assert (second.name, second.started) == (first.name, first.started)
+    assert 0 <= time.time() - first.started < 60
     with checkpoints(MAKINGS) as third:
         assert third.name != first.name
+
+
+def test_the_order_of_the_makings_makes_no_other_training() -> None:
+    give_up(lr=0.1, epochs=3)
+    with checkpoints({"epochs": 3, "lr": 0.1}) as saved:
+        assert saved.load() == {"batch": 1}
 
 
 def test_what_sets_a_given_up_training_apart_is_told() -> None:
@@ -332,11 +340,11 @@ def test_what_sets_a_given_up_training_apart_is_told() -> None:
 
 
 def test_of_several_given_up_trainings_the_last_is_told() -> None:
-    for age, lr in ((100, 0.1), (200, 0.2)):
+    for age, lr in ((100, 0.2), (200, 0.1)):
         folder = give_up(lr=lr)
         os.utime(folder, (0, folder.stat().st_mtime - age))
     with checkpoints({"lr": 0.3}) as saved:
-        assert saved.given_up() == "lr was 0.1 and is 0.3"
+        assert saved.given_up() == "lr was 0.2 and is 0.3"
 
 
 def test_a_training_under_way_is_not_told_as_given_up() -> None:
@@ -364,11 +372,11 @@ def test_the_oldest_given_up_trainings_go_but_none_under_way(home: Path, capsys:
         os.utime(folder, (number, number))
         return folder
 
-    with checkpoints({"number": 0}) as oldest:
+    with checkpoints({"seed": 0}) as oldest:
         made(0, oldest.folder)
-        folders = [made(number, give_up(number=number)) for number in range(1, checkpoint.KEPT_TRAININGS)]
+        folders = [made(number, give_up(seed=number)) for number in range(1, checkpoint.KEPT_TRAININGS)]
         assert set(home.glob("*/")) == {oldest.folder, *folders}
-        newest = [give_up(number=100), give_up(number=101)]
+        newest = [give_up(seed=100), give_up(seed=101)]
         assert set(home.glob("*/")) == {oldest.folder, *folders[1:], *newest}
         assert capsys.readouterr().out == f"removed the checkpoints of a training that was given up: {folders[0]}\n"
 

@@ -1,5 +1,7 @@
 """The dataset class as the tutorial uses it, faults of its images, and batches in their order."""
 
+import io
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from project import small_project
 from sklearn.utils.class_weight import compute_class_weight
 from small_data import write_idx_dataset
@@ -17,7 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from classifier.batches import Batches, epoch_order
-from classifier.dataset import CustomImageDataset
+from classifier.dataset import TOGETHER, CustomImageDataset
 from classifier.errors import PipelineError
 from classifier.png import encode_png
 from classifier.sources import fashion_mnist
@@ -147,6 +150,39 @@ def test_decode_all(dataset: CustomImageDataset, small: Path) -> None:
     assert np.array_equal(pixels, pixels_and_labels(small)[0][:, None])
 
 
+def packed(image: np.ndarray) -> bytes:
+    """An image as a PNG that is compressed, as `annotate` does not write them."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "PNG")
+    return content.getvalue()
+
+
+def many_images(folder: Path, unusual: dict[int, bytes | None]) -> tuple[np.ndarray, CustomImageDataset]:
+    """Pixels (N, 3, 5) of stored images that are decoded in three groups, some replaced or, for None, packed."""
+    images = np.random.default_rng(0).integers(0, 256, (2 * TOGETHER + 90, 3, 5), np.uint8)
+    contents = [unusual.get(index, encode_png(image)) or packed(image) for index, image in enumerate(images)]
+    write_zip(folder / "images.zip", ((f"{index}.png", content) for index, content in enumerate(contents)))
+    (folder / "labels.csv").write_text("".join(f"{index}.png,0\n" for index in range(len(images))))
+    return images, CustomImageDataset(folder / "labels.csv", folder / "images.zip")
+
+
+def test_images_that_are_packed_otherwise_are_decoded_like_the_many_stored_ones_around_them(tmp_path: Path) -> None:
+    images, dataset = many_images(tmp_path, {TOGETHER + 7: None, 2 * TOGETHER + 88: None})
+    assert np.array_equal(dataset.decode_all(), images[:, None])
+    chosen = [*range(TOGETHER + 5), TOGETHER + 7, 3]
+    assert torch.equal(dataset.pixels(chosen), to_float(torch.from_numpy(images[chosen])[:, None]))
+
+
+def test_unusable_images_among_many_stored_ones_are_named_by_their_rows(tmp_path: Path) -> None:
+    _, dataset = many_images(tmp_path, {TOGETHER + 3: b"?", 2 * TOGETHER + 89: encode_png(np.zeros((5, 3), np.uint8))})
+    with pytest.raises(PipelineError, match=r"labels\.csv: 2 faults:\n") as caught:
+        dataset.decode_all()
+    first, second = str(caught.value).splitlines()[1:]
+    assert first.startswith(f"  row {TOGETHER + 4}: {TOGETHER + 3}.png in ")
+    assert second.startswith(f"  row {2 * TOGETHER + 90}: {2 * TOGETHER + 89}.png in ")
+    assert second.endswith("; images must have one shape")
+
+
 def test_colour_images_keep_their_channels(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     write_zip(tmp_path / "images.zip", [("a.png", encode_png(image))])
@@ -216,6 +252,7 @@ def test_twenty_faulty_images_are_listed_and_all_counted(tmp_path: Path, content
     with pytest.raises(PipelineError, match=r"labels\.csv: 10[01] faults, the first 20:\n") as caught:
         dataset.decode_all()
     assert str(caught.value).count("\n  row ") == 20
+    assert re.search(r"row 20: 18\.png in \S+images\.zip is (not a usable image: |\(1, 5, 28\))", str(caught.value))
 
 
 def test_single_images_and_the_digest_name_the_row_too(tmp_path: Path) -> None:

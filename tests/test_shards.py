@@ -45,6 +45,11 @@ def test_images_of_more_bytes_are_in_several_zips(sharded: Path) -> None:
     assert [path.name for path in sharded.parent.iterdir()] == ["images.zip"]
 
 
+def test_a_zip_is_full_when_its_images_have_that_many_bytes(tmp_path: Path) -> None:
+    write_images(tmp_path / "images.zip", [("a", bytes(9)), ("b", bytes(1)), ("c", bytes(5))], shard_bytes=10)
+    assert [zipfile.ZipFile(path).namelist() for path in shards(tmp_path / "images.zip")] == [["a", "b"], ["c"]]
+
+
 def test_several_zips_are_read_as_one(sharded: Path) -> None:
     images = Images(sharded)
     assert {name: images.read(name) for name in images.names()} == FILES
