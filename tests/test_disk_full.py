@@ -44,6 +44,7 @@ def run_stage(
 
     if limit is not None:
         env["PYTHONDONTWRITEBYTECODE"] = "1"  # Python would keep what the limit lets through of a compiled module
+        env["COVERAGE_PROCESS_CONFIG"] = ""  # with `make coverage`, its own file would not be written
     return subprocess.run(
         [*prefix, sys.executable, "-m", f"stages.{stage}"],
         cwd=root, env=clean_environment(root.parent, **env), stdin=subprocess.DEVNULL,

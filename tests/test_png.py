@@ -170,6 +170,15 @@ def test_no_memory_is_taken_on_the_word_of_a_header() -> None:
         tracemalloc.stop()
 
 
+def test_many_of_which_one_has_a_row_filter_are_left_to_one_by_one() -> None:
+    plain, filtered = (crafted(2, 1, zlib.compress(bytes([filter_type, 7, 7]), 0)) for filter_type in (0, 1))
+    assert len(plain) == len(filtered)
+    pixels = decode_stored_pngs([plain, plain])
+    assert pixels is not None
+    assert pixels.tolist() == [[[[7, 7]]]] * 2
+    assert decode_stored_pngs([plain, filtered]) is None
+
+
 @pytest.mark.parametrize(("width", "height"), [(0, 0), (0, 5), (5, 0)])
 def test_no_pixels_are_left_to_pillow(width: int, height: int) -> None:
     assert decode_stored_png(crafted(width, height, zlib.compress(bytes(height), 0))) is None

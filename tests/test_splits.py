@@ -59,6 +59,11 @@ def test_impossible_val_size(val_size: int | float) -> None:
         hold_out(BALANCED, val_size, seed=0, key="val_size")
 
 
+def test_a_fraction_that_is_not_one_image() -> None:
+    with pytest.raises(PipelineError, match=r"val_size: 0\.001 of 300 images is none; 0 holds out none"):
+        hold_out(BALANCED, 0.001, seed=0, key="val_size")
+
+
 def test_class_with_a_single_image() -> None:
     with pytest.raises(
         PipelineError, match=r"val_size: 5 images cannot be held out of 31: there is only one image of class \[1\]"
