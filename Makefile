@@ -90,5 +90,5 @@ lock: env  ## write requirements.lock and benchmarks/requirements.lock anew from
 	$(COMPILE) --group pyproject.toml:peers --constraints requirements.lock pyproject.toml --output-file benchmarks/requirements.lock
 
 clean:  ## remove .venv, .venv-peers and the tools' caches, never data, models or runs
-	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 
 python -m benchmarks.time_to_accuracy [--target A] [--seeds N] [--limit-seconds S] [--only NAME ...] [--epochs N]
 
-Each trains on all 60,000 images, and is tested on the 10,000 after every epoch; seconds are those of training alone.
+Each trains on the 60,000 images, and is tested on the 10,000 after every epoch; seconds are those of training alone.
 
 recipe    `network: cnn` with the parameters in RECIPE, by the train stage itself, whole, with N seeds
 resnet18  torchvision's ResNet-18 with the first layer usual for small images (3 x 3, no pooling); SGD with momentum

@@ -6,6 +6,7 @@ MLflow keeps a copy of this file with every registered model, so it imports noth
 import io
 import math
 import re
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,11 @@ LARGEST_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
 TILE_TAGS = (322, 323)  # TIFF 6.0: width and length of a tile
 TURNED = range(5, 9)  # EXIF orientations that swap width and height
 EXIF_ORIENTATION = 274
+# https://www.w3.org/TR/png-3: a chunk begins with the length of its data and its type, a text with its keyword
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNK = struct.Struct(">I4s")
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+LONGEST_KEYWORD = 80  # with the zero behind it
 
 
 class Header(NamedTuple):
@@ -56,7 +62,8 @@ def read_header(content: bytes) -> Header:
     """Size and channels that `decode_image` would give, from the head of the file alone; raises ValueError likewise."""
     with _opened(content) as image:
         width, height = image.size
-        if image.getexif().get(EXIF_ORIENTATION) in TURNED:
+        # Of a PNG, Pillow unpacks all pixels to look behind them
+        if (image.format != "PNG" or _may_be_turned(content)) and image.getexif().get(EXIF_ORIENTATION) in TURNED:
             width, height = height, width
         return Header(height, width, 1 if _is_grey(image) else 3)
 
@@ -103,6 +110,19 @@ def _opened(content: bytes) -> Iterator[ImageFile.ImageFile]:
     else:
         return
     raise ValueError(reason)
+
+
+def _may_be_turned(png: bytes) -> bool:
+    """Whether a PNG has a chunk, before or behind its pixels, that may hold an orientation: of EXIF, or of XMP."""
+    place = len(PNG_SIGNATURE)
+    while place + PNG_CHUNK.size <= len(png):
+        length, kind = PNG_CHUNK.unpack_from(png, place)
+        start = place + PNG_CHUNK.size
+        keyword = png[start : start + min(length, LONGEST_KEYWORD)].partition(b"\0")[0]
+        if kind == b"eXIf" or (kind in PNG_TEXTS and (b"exif" in keyword or b"xmp" in keyword)):
+            return True
+        place = start + length + 4  # behind the checksum
+    return False
 
 
 def _is_grey(image: ImageFile.ImageFile) -> bool:

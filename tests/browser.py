@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from project import Project, clean_environment
+from tracker import free_port, wait_for
 
 CHROME_ON_MACOS = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", CHROME_ON_MACOS)
@@ -69,9 +69,9 @@ def new_page(browser: Browser) -> Iterator[Page]:
     assert elsewhere == []
 
 
-def take_screenshot(page: Page, path: Path, seconds: float = 30) -> None:
+def take_screenshot(page: Page, path: Path) -> None:
     """Save a picture of the page when it has come to rest: two in a row are the same."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + WAIT / 1000
     before = None
     while (picture := page.screenshot()) != before:
         assert time.monotonic() < deadline, f"the page does not come to rest: {page.url}"
@@ -81,11 +81,9 @@ def take_screenshot(page: Page, path: Path, seconds: float = 30) -> None:
 
 
 @contextmanager
-def mlflow_pages(project: Project, seconds: float = 120) -> Iterator[str]:
+def mlflow_pages(project: Project) -> Iterator[str]:
     """The address at which MLflow's pages for the project are served, as `make ui` serves them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     log = project.root.parent / "server.log"
     with (
@@ -97,11 +95,8 @@ def mlflow_pages(project: Project, seconds: float = 120) -> Iterator[str]:
         ) as process,
     ):  # fmt: skip
         try:
-            deadline = time.monotonic() + seconds
-            while not answers(f"{address}/health"):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
+            wait_for(lambda: process.poll() is not None or answers(f"{address}/health"))
+            assert process.poll() is None, log.read_text()
             yield address
         finally:
             process.terminate()

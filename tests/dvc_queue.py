@@ -12,12 +12,14 @@ from project import Project, clean_environment
 # A line of `dvc queue status`: task, name, time of creation, state
 TASK = re.compile(r"^([0-9a-f]{7})\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
 
+QUEUE_SECONDS = 1000  # less than a test may take: what the experiments printed is told when time is up
 
-def run_queue(project: Project, workers: int = 2, seconds: float = 1800) -> None:
+
+def run_queue(project: Project, workers: int = 2) -> None:
     """Run all queued experiments, `workers` at a time; raises with DVC's logs if one fails or time is up."""
     try:
         start(project, workers)
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + QUEUE_SECONDS
         while {"Queued", "Running"} & set((states := queue_states(project)).values()):
             assert time.monotonic() < deadline, queue_logs(project, states)
             time.sleep(6)  # each question keeps a core busy for two seconds

@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from project import clean_environment
+from tracker import free_port, wait_for
 
 SECONDS = 120  # for the server to start, and for an answer: a busy machine takes long
 JSON = "application/json"
@@ -25,9 +24,7 @@ def model_server(root: Path, model: str, limit: str = "") -> Iterator[int]:
 
     limit: a command for the shell that starts the server, such as `ulimit -v 8388608`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"]
     command = ["bash", "-c", f'{limit or ":"}; exec "$@"', "bash", *serve, "--port", str(port)]
     log = root.parent / "model_server.log"
@@ -40,11 +37,8 @@ def model_server(root: Path, model: str, limit: str = "") -> Iterator[int]:
         ) as process,
     ):  # fmt: skip
         try:
-            deadline = time.monotonic() + SECONDS
-            while not is_up(port):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
+            wait_for(lambda: process.poll() is not None or is_up(port))
+            assert process.poll() is None, log.read_text()
             yield port
         finally:
             os.killpg(process.pid, signal.SIGTERM)  # with the server that it starts

@@ -36,7 +36,7 @@ def clean_environment(folder: Path, **extra: str) -> dict[str, str]:
     DVC hands inherited DVC_* variables on to its stages; its caches and configuration go below `folder`. Git knows no
     configuration of the user, and no repository that it is told of, as in a hook.
     """
-    outer = ("DVC_", "MLFLOW_", "FASHION_MNIST", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    outer = ("DVC_", "MLFLOW_", "AWS_", "FASHION_MNIST", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
     env = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     env["GIT_CONFIG_GLOBAL"] = os.devnull
     env.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -101,7 +101,7 @@ def test_sixty_thousand_rows_are_read_in_a_moment(tmp_path: Path) -> None:
         begin = time.process_time()
         assert len(read_annotations(tmp_path / "labels.csv", classes=10).files) == 60_000
         seconds.append(time.process_time() - begin)
-    assert min(seconds) < 1  # of the processor, also where others use it
+    assert min(seconds) < 5  # of the processor, also where others use it
 
 
 def test_names_are_a_sequence_of_texts() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from classifier.decoding import FORMATS, LARGEST_PIXELS, decode_image, read_header
 from classifier.png import encode_png
@@ -303,6 +304,55 @@ def test_the_head_of_a_file_tells_what_it_becomes(kind: str, pixels: np.ndarray)
     content = saved(picture(pixels), kind)
     header = read_header(content)
     assert (header.channels, header.height, header.width) == decode_image(content).shape
+
+
+def png_chunks(content: bytes) -> list[bytes]:
+    """The chunks of a PNG, whole."""
+    chunks, place = [], 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        chunks.append(content[place:end])
+        place = end
+    return chunks
+
+
+def png_info(kind: str) -> dict[str, Any]:
+    """What makes Pillow write into a PNG, in one of several ways, that it is turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if kind == "EXIF":
+        return {"exif": exif}
+    texts = PngInfo()
+    if kind == "raw profile":
+        raw = exif.tobytes()
+        texts.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n", zip=True)
+    else:
+        texts.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    return {"pnginfo": texts}
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+@pytest.mark.parametrize("kind", ["EXIF", "raw profile", "XMP"])
+def test_the_head_of_a_png_tells_that_it_is_turned_also_behind_its_pixels(kind: str, place: str) -> None:
+    content = saved(picture(GREY), **png_info(kind))
+    head, *others, pixels, end = png_chunks(content)
+    (told,) = others
+    if place == "behind":
+        content = content[:8] + head + pixels + told + end
+    header = read_header(content)
+    assert (header.height, header.width) == (GREY.shape[1], GREY.shape[0])
+    assert decode_image(content).shape == (1, GREY.shape[1], GREY.shape[0])
+
+
+def test_the_head_of_a_png_is_read_without_its_pixels() -> None:
+    texts = PngInfo()
+    texts.add_text("Software", "exif and xmp are not its keyword")
+    content = bytearray(saved(picture(GREY), pnginfo=texts))
+    place = content.index(b"IDAT") + 6
+    content[place] ^= 0xFF
+    assert read_header(bytes(content)) == (*GREY.shape, 1)
+    with pytest.raises(ValueError, match=r"."):
+        decode_image(bytes(content))
 
 
 def test_the_head_of_a_broken_file_is_refused() -> None:

@@ -193,6 +193,7 @@ def test_environment_is_complete_and_plain() -> None:
     assert recorded == environment(torch.device("cpu"))
 
 
+@pytest.mark.usefixtures("restore_torch")
 def test_processes_of_one_machine_share_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = environment(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

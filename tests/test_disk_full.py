@@ -170,8 +170,10 @@ def mirror(folder: Path) -> Iterator[dict[str, str]]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,)).start()
-        yield {"http_proxy": f"http://127.0.0.1:{server.server_address[1]}"}
-        server.shutdown()
+        try:
+            yield {"http_proxy": f"http://127.0.0.1:{server.server_address[1]}"}
+        finally:
+            server.shutdown()
 
 
 def check_download(done: subprocess.CompletedProcess[str], root: Path, reason: str, places: int) -> None:

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -191,7 +190,7 @@ def test_the_weights_that_were_kept_stay(batches: Batches) -> None:
     assert all(torch.equal(state.weights[name], kept[name]) for name in kept)
 
 
-def test_a_training_that_goes_on_names_the_same_place(batches: Batches, tmp_path: Path) -> None:
+def test_a_training_that_goes_on_names_the_same_place(batches: Batches) -> None:
     """The last loss before the interruption is in the checkpoint."""
     torch.manual_seed(0)
     first, second = Spoiling(None), Spoiling(4)

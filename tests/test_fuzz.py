@@ -306,5 +306,5 @@ def test_fuzzer_finds_nothing(target: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     runs = re.search(r"Done (\d+) runs", done.stderr)
     assert runs, done.stderr
-    assert int(runs[1]) > 1000
+    assert int(runs[1]) > 100
     assert len(list((tmp_path / "corpus").iterdir())) > 10  # inputs that reached other lines

@@ -66,7 +66,7 @@ with held_back(10) as held:
 def test_several_sigterm_are_held_back_as_one() -> None:
     """As those of SLURM, torchrun and the end of DVC are."""
     body = f"""\
-with held_back(10) as held:
+with held_back(60) as held:
     {READY}
     while not held.number:
         time.sleep(0.01)

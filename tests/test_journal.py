@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from imports import ROOT
 from project import clean_environment
+from tracker import wait_for
 
 from classifier.journal import Journal, find_end, home, journals
 
@@ -160,8 +160,7 @@ def test_a_journal_is_never_seen_without_its_writer() -> None:
     looker = threading.Thread(target=look)
     looker.start()
     made = [Journal.create() for _ in range(100)]
-    while len(seen) < 100:  # it looks at those that are there once more
-        time.sleep(0.01)
+    wait_for(lambda: len(seen) >= 100)  # it looks at those that are there once more
     done.set()
     looker.join()
     assert all(seen)

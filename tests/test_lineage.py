@@ -65,8 +65,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
 @pytest.fixture
 def copied(history: History, tmp_path: Path) -> Project:
     """A copy that a test may change."""
-    shutil.copytree(history.project.root, tmp_path / "project", symlinks=True)
-    return Project(tmp_path / "project")
+    return history.project.copy(tmp_path / "project")
 
 
 def lineage(project: Project, target: str) -> Lineage:
@@ -147,7 +146,7 @@ def test_what_the_cache_has_lost_comes_from_the_remote(history: History, copied:
 
 def test_a_remote_that_cannot_be_asked_is_told(copied: Project) -> None:
     """Here because the package for its kind is not installed."""
-    copied.dvc("remote", "add", "--local", "--default", "store", "s3://no-such-bucket/store")
+    copied.dvc("remote", "add", "--local", "--default", "store", "gs://no-such-bucket/store")
     found = lineage(copied, "other")
     assert all(output.remote.startswith("cannot be asked: ") for output in found.outputs)
     assert found.commands[-1] == "dvc checkout"

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from imports import ROOT
 
 from classifier.errors import PipelineError
 from classifier.params import UNTRACKED, Params, load_params, modules_in
 
-ROOT = Path(__file__).parent.parent
 COMMITTED = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import shutil
 import sqlite3
 import sys
 from pathlib import Path
@@ -152,9 +151,10 @@ def test_mlflow_has_one_finished_run_with_all_that_made_the_model(reproduced: Pr
     assert version.run_id == run.info.run_id
 
 
-def test_the_registered_model_answers_as_evaluate_did(reproduced: Project) -> None:
+def test_the_registered_model_answers_as_evaluate_did(reproduced: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # which the next line sets: the test's end takes it back
     mlflow.set_tracking_uri(f"sqlite:///{reproduced.root / 'mlflow.db'}")
     model = mlflow.pyfunc.load_model("models:/fashion-mnist/1")
     test_set = CustomImageDataset(reproduced.root / "data/annotations/test.csv", reproduced.root / "data/images.zip")
@@ -229,8 +229,7 @@ def test_a_python_without_the_packages_is_told_what_to_activate(reproduced: Proj
 @pytest.fixture
 def copied(reproduced: Project, tmp_path: Path) -> Project:
     """A copy of the reproduced project, outputs and cache included, that a test may change."""
-    shutil.copytree(reproduced.root, tmp_path / "project", symlinks=True)
-    project = Project(tmp_path / "project")
+    project = reproduced.copy(tmp_path / "project")
     project.commit()
     return project
 

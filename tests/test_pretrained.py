@@ -18,6 +18,7 @@ from project import small_project
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models
+from tracker import send_the_rest
 
 from classifier import pretrained
 from classifier.errors import PipelineError
@@ -285,8 +286,10 @@ def served(content: bytes | None) -> Iterator[str]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
 
 
 @pytest.fixture
@@ -446,6 +449,7 @@ def test_the_train_stage_starts_from_a_file(tmp_path: Path) -> None:
     assert set(json.loads((project.root / "metrics/train.json").read_text())) == {
         "epoch", "train_loss", "val_loss", "val_accuracy",
     }  # fmt: skip
+    send_the_rest(project)
     query = f"import mlflow; print(mlflow.search_runs(search_all_experiments=True)['tags.{TAG}'].to_list())"
     printed = project.run("python", "-c", query, MLFLOW_TRACKING_URI="sqlite:///mlflow.db").stdout
     assert sha256(project.root / "start-v1.pth") in printed

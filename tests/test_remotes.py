@@ -27,7 +27,7 @@ def server() -> Iterator[S3Server]:
 @pytest.fixture
 def first(tmp_path_factory: pytest.TempPathFactory, server: S3Server, request: pytest.FixtureRequest) -> Project:
     """A committed project in which everything is done, with a remote of its own that has nothing yet."""
-    project = reproduced_project(tmp_path_factory)
+    project = reproduced_project(tmp_path_factory, export_formats="[onnx]")
     project.env = server.environment
     project.commit()
     add_remote(project, server, request.node.name)

@@ -74,8 +74,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 @pytest.fixture
 def project(reference: Reference, tmp_path: Path) -> Project:
     """A project with data that is annotated and nothing trained."""
-    shutil.copytree(reference.project, tmp_path / "project", symlinks=True)
-    return Project(tmp_path / "project")
+    return Project(reference.project).copy(tmp_path / "project")
 
 
 # Killing
@@ -332,7 +331,7 @@ def test_ctrl_c_of_dvc_ends_training_with_a_checkpoint(project: Project, referen
     assert dvc.returncode != 0
     assert "Traceback" not in (project.root.parent / "errors").read_text()
     wait_for(lambda: statuses(project) == ["KILLED"])
-    project.dvc("repro", "train")
+    assert re.search(r"Going on in epoch \d+ after batch 10\n", project.dvc("repro", "train").stdout)
     assert_as_uninterrupted(project, reference, TRAINED)
 
 

@@ -50,7 +50,7 @@ def test_they_are_the_images_and_targets_of_the_train_stage(
     annotated: Project, params: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(annotated.root)
-    defaults = {"seed": "42", "batch_size": "32", "shuffle": "true"}
+    defaults = {"seed": "42", "batch_size": "32", "shuffle": "true", "target_transform": ""}
     annotated.set_params(**(defaults | params))
     names = class_names(ANNOTATIONS)
     pixels, targets = first_images(streamed_batches(load_params(), names), rows=4, columns=8)

@@ -47,12 +47,13 @@ def test_two_seeds_are_run_kept_and_summed_up(project: Project) -> None:
 
 
 def test_seeds_that_fail_are_named_and_the_way_to_their_logs(project: Project) -> None:
-    before = (project.root / "reports/seeds.csv").read_bytes()
+    (project.root / "reports").mkdir(exist_ok=True)
+    (project.root / "reports/seeds.csv").write_text("before")
     code, _, complaint = run_seeds(project, "-n", "2", "-S", "lr=-1", check=False)
     assert code == 1
     assert "2 of 2 experiments failed: " in complaint
     assert "`dvc queue logs " in complaint
-    assert (project.root / "reports/seeds.csv").read_bytes() == before
+    assert (project.root / "reports/seeds.csv").read_text() == "before"
 
 
 @pytest.mark.parametrize("setting", ["lr=0.1,0.2", "lr=choice(0.1,0.2)", "no such thing"])

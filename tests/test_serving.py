@@ -187,11 +187,14 @@ def test_a_request_that_would_take_all_memory_is_refused_and_the_next_one_answer
 
 def test_a_connection_can_be_kept_for_many_requests(port: int) -> None:
     connection = HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    connection.connect()
+    kept = connection.sock
     for content in ({"inputs": [GOOD]}, {"inputs": ["!"]}, {"inputs": [GOOD, GOOD]}):
         connection.request("POST", "/invocations", json.dumps(content), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         assert answer.status == (400 if "!" in content["inputs"] else 200)
         answer.read()
+        assert connection.sock is kept  # which is another if the server has closed it
     connection.close()
 
 

@@ -18,6 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from project import Project, clean_environment, reproduced_project
 from small_data import write_idx_dataset
+from tracker import wait_for
 
 from classifier.files import hash_bytes
 
@@ -112,7 +113,7 @@ def test_a_second_repro_beside_one_that_trains_anew(reference: Project, experime
     assert [path for path in WATCHED if after[path] == before[path]] == ["data/images.zip"]
     with watched(project.root, {path: {before[path], after[path]} for path in WATCHED}):
         first = start(project, "dvc", "repro")
-        time.sleep(random.Random(1).uniform(2, 5))  # noqa: S311
+        wait_for(lambda: not (project.root / "models/model_weights.pth").exists())
         second = start(project, "dvc", "repro")
         for process, text in zip((first, second), outputs_of(first, second), strict=True):
             assert process.returncode == 0 or any(reason in text for reason in BUSY), text
