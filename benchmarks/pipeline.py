@@ -62,7 +62,7 @@ stages:
 WITHOUT_SENDER = """\
 import os, runpy, subprocess
 from classifier import tracking
-def start_cat(journal):
+def start_cat():
     cat = subprocess.Popen(["cat"], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     os.set_blocking(cat.stderr.fileno(), False)
     return cat

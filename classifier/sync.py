@@ -1,8 +1,8 @@
 """From journals to MLflow: each record is sent once, or again without effect.
 
-`python -m classifier.sync JOURNAL` runs beside a stage, sends what it writes, measures the machine meanwhile, and ends
-when the stage has closed its standard input, as the system does for one that is killed. `classifier sync` sends what is
-left.
+`python -m classifier.sync` runs beside a stage, which gives it the path of a journal on its standard input, sends what
+is written there, measures the machine meanwhile, and ends when the stage has closed that input, as the system does for
+one that is killed. `classifier sync` sends what is left.
 """
 
 import math
@@ -266,7 +266,12 @@ def send_to_every_store() -> dict[Path, PipelineError]:
 
 def main() -> None:
     """Send as a stage writes, until its end; exit with 1 if something is left in its journal."""
-    journal = Journal(Path(sys.argv[1]))
+    path = b""
+    while not path.endswith(b"\0"):
+        if not (byte := os.read(0, 1)):
+            return  # the stage has ended before it had anything to tell
+        path += byte
+    journal = Journal(Path(os.fsdecode(path[:-1])))
     sender, sampler = Sender(), Sampler(journal)
     told: set[Path] = set()
     away, ended, next_sample = False, False, time.monotonic() + SAMPLE_SECONDS

@@ -52,11 +52,12 @@ SIGNAL_PATIENCE = 1.5  # a signal is answered within five
 
 
 class Tracker:
-    """The journal of this stage and the process that sends it, which starts now, for it needs seconds to be ready."""
+    """The journal of this stage and the process that sends it."""
 
     def __init__(self) -> None:
         self.journal = Journal.create()
-        self._sender = _start_sender(self.journal)
+        self._sender = _waiting.pop() if _waiting else _start_sender()
+        self._tell(os.fsencode(self.journal.folder) + b"\0")
         self._unused = weakref.finalize(self, _abandon, self.journal, self._sender)
         # As the stage has read them: while it works, they may be edited
         self._parameters = _spelt_parameters()
@@ -160,10 +161,14 @@ class Tracker:
     def _write(self, kind: str, **content: object) -> None:
         self._unused.detach()
         self.journal.write(kind, **content)
+        self._tell(b"\n")
+        self._pass_on()
+
+    def _tell(self, content: bytes) -> None:
+        """First which journal the sender has, then that there is more in it."""
         assert self._sender.stdin is not None  # noqa: S101, for mypy
         with suppress(OSError):  # it has ended; what there is stays in the journal
-            os.write(self._sender.stdin.fileno(), b"\n")
-        self._pass_on()
+            os.write(self._sender.stdin.fileno(), content)
 
     def _pass_on(self) -> None:
         """Print what the sender says: it may outlive this stage, whose standard error must then be closed."""
@@ -192,9 +197,20 @@ class Tracker:
             )
 
 
-def _start_sender(journal: Journal) -> "subprocess.Popen[bytes]":
+_waiting: "list[subprocess.Popen[bytes]]" = []  # senders that no tracker has yet
+
+
+def start_sender_early() -> None:
+    """Start the sender of a stage that has its imports before it: the sender's take as long, on another core.
+
+    While a training is under way they would take turns with its threads.
+    """
+    _waiting.append(_start_sender())
+
+
+def _start_sender() -> "subprocess.Popen[bytes]":
     sender = subprocess.Popen(
-        [sys.executable, "-m", "classifier.sync", str(journal.folder)],
+        [sys.executable, "-m", "classifier.sync"],
         bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -14,6 +14,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from itertools import takewhile
 
+TRACKED = ("stages.train", "stages.evaluate", "stages.export")
+
 if not (find_spec("torch") and find_spec("psutil")):
     sys.exit(
         f"{sys.executable} has no torch or no psutil: DVC runs the stages with the first `python` on the PATH.\n"
@@ -64,6 +66,12 @@ if sys.argv[0] == "-m":  # as it is while `python -m stages.train` reads this fi
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) != signal.SIG_IGN:
             signal.signal(_number, _leave)
+
+# With several processes, the first alone tells MLflow
+if sys.argv[0] == "-m" and sys.orig_argv[-1] in TRACKED and os.environ.get("RANK", "0") == "0":
+    from classifier.tracking import start_sender_early
+
+    start_sender_early()
 
 if "DVC_STAGE" in os.environ:
     threading.Thread(target=_end_with_dvc, daemon=True).start()

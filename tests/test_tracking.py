@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from dvc_queue import processes_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from project import Project
@@ -159,3 +160,26 @@ def test_a_user_without_a_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)
     assert _user() == ""
+
+
+# In place of torch: it tells which processes the stage has started, and ends it
+SEEN_BY_TORCH = """\
+import sys
+import psutil
+print([" ".join(process.cmdline()[1:]) for process in psutil.Process().children()])
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("rank", "started"), [("0", ["-m classifier.sync"]), ("1", [])])
+@pytest.mark.parametrize("stage", ["train", "evaluate", "export"])
+def test_the_process_that_sends_starts_before_torch_is_imported_and_ends_with_its_stage(
+    tmp_path: Path, stage: str, rank: str, started: list[str]
+) -> None:
+    project = Project.create(tmp_path / "project")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(SEEN_BY_TORCH)
+    done = project.run("python", "-m", f"stages.{stage}", check=False, PYTHONPATH=str(tmp_path), RANK=rank)
+    assert (done.returncode, done.stdout) == (3, f"{started}\n"), done.stderr
+    wait_for(lambda: processes_in(project.root) == [])
+    assert not (project.root / ".journal").exists()

@@ -227,7 +227,7 @@ def send_the_rest(project: Project) -> None:
 class _NoSender:
     """In place of the process that sends, where a test sends by itself."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self) -> None:
         self.stdin, self.stderr = Path(os.devnull).open("wb"), io.BytesIO()  # noqa: SIM115
 
     def wait(self, seconds: float | None = None) -> int:
