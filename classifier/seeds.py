@@ -26,6 +26,7 @@ TASK = re.compile(r"^[0-9a-f]{7}\s+(\S+)\s.*\s(Queued|Running|Success|Failed)\s*
 ONE_VALUE = re.compile(r"[\w.]+=(\[.*\]|[^,()]*)")
 NO_WORKER = "Worker status: 0 active"
 POLL_SECONDS = 10  # asking costs DVC more than a second of a core
+TOLERATED = 2  # answers in a row that nobody works, or that DVC cannot tell
 
 
 def run_seeds(count: int, settings: list[str], workers: int, folder: Path) -> pd.DataFrame:
@@ -80,20 +81,27 @@ def _wait(names: list[str]) -> list[str]:
 
     Raises PipelineError if nobody works at them any more.
     """
-    idle = 0
+    amiss = 0  # times in a row that something is, which may be as DVC's workers write what it reads
     with tqdm(total=len(names), desc="seeds", unit="seed", disable=None) as progress:
         while True:
-            status = _dvc("queue", "status")
+            status, fault = (
+                "",
+                PipelineError(
+                    "the queue was stopped or emptied; `dvc queue status` lists what is left, `dvc queue start` goes on"
+                ),
+            )
+            try:
+                status = _dvc("queue", "status")
+            except PipelineError as error:
+                fault = error
             states = dict(TASK.findall(status))
             ended = [name for name in names if states.get(name) in ("Success", "Failed")]
             progress.update(len(ended) - progress.n)
             if len(ended) == len(names):
                 return [name for name in names if states[name] == "Failed"]
-            idle = idle + 1 if NO_WORKER in status else 0
-            if idle > 2 or not set(names) <= states.keys():
-                raise PipelineError(
-                    "the queue was stopped or emptied; `dvc queue status` lists what is left, `dvc queue start` goes on"
-                )
+            amiss = amiss + 1 if NO_WORKER in status or not set(names) <= states.keys() else 0
+            if amiss > TOLERATED:
+                raise fault
             time.sleep(POLL_SECONDS)
 
 

@@ -41,8 +41,16 @@ def start(project: Project, workers: int) -> None:
 
 
 def queue_states(project: Project) -> dict[str, str]:
-    """State by task: Queued, Running, Success or Failed."""
-    return dict(TASK.findall(project.dvc("queue", "status").stdout))
+    """State by task: Queued, Running, Success or Failed.
+
+    DVC is asked again, some times, if it cannot tell, as it may be while its workers write what it reads.
+    """
+    asked = project.dvc("queue", "status", check=False)
+    for _ in range(3):
+        if asked.returncode != 0:
+            asked = project.dvc("queue", "status", check=False)
+    assert asked.returncode == 0, asked.stderr
+    return dict(TASK.findall(asked.stdout))
 
 
 def queue_logs(project: Project, states: dict[str, str]) -> str:

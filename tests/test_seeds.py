@@ -10,6 +10,10 @@ from dvc_queue import stop_queue
 from PIL import Image
 from project import Project, reproduced_project
 
+from classifier import seeds
+from classifier.errors import PipelineError
+from classifier.seeds import _wait
+
 pytestmark = pytest.mark.slow
 
 
@@ -61,3 +65,41 @@ def test_what_is_not_one_value_is_refused_before_anything_is_queued(project: Pro
     code, printed, complaint = run_seeds(project, "-n", "2", "-S", setting, check=False)
     assert (code, printed) == (1, "")
     assert complaint == f"{setting}: not one key=value; seeds are run of one recipe at a time\n"
+
+
+LISTED = "1234567  one  10:00 AM  {}\n7654321  two  10:00 AM  Success\nWorker status: {} active, 0 idle\n"
+
+
+def answers_of_dvc(monkeypatch: pytest.MonkeyPatch, *answers: str | None) -> None:
+    """What DVC says of its queue, one time after the other; None: it fails."""
+    left = iter(answers)
+
+    def dvc(*_: str) -> str:
+        if (answer := next(left)) is None:
+            raise PipelineError("dvc queue status: unexpected error")
+        return answer
+
+    monkeypatch.setattr(seeds, "_dvc", dvc)
+    monkeypatch.setattr(seeds, "POLL_SECONDS", 0)
+
+
+def test_a_queue_of_which_dvc_cannot_tell_for_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, half = LISTED.format("Running", 1), "7654321  two  10:00 AM  Success\nWorker status: 1 active, 0 idle\n"
+    answers_of_dvc(monkeypatch, running, None, None, running, half, None, LISTED.format("Failed", 0))
+    assert _wait(["one", "two"]) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (None, "dvc queue status: unexpected error"),
+        (LISTED.format("Queued", 0), "the queue was stopped or emptied"),
+        ("Worker status: 1 active, 0 idle\n", "the queue was stopped or emptied"),
+    ],
+)
+def test_a_queue_that_nobody_works_at_is_told(
+    monkeypatch: pytest.MonkeyPatch, answer: str | None, complaint: str
+) -> None:
+    answers_of_dvc(monkeypatch, LISTED.format("Running", 1), answer, answer, answer)
+    with pytest.raises(PipelineError, match=complaint):
+        _wait(["one", "two"])

@@ -1,6 +1,7 @@
 """Whatever becomes of the tracker, a training is not delayed by it, and all it has to tell arrives, once."""
 
 import itertools
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -519,10 +520,11 @@ def test_the_machine_is_measured_while_a_training_runs(repository: Path) -> None
     code = "from classifier import sync; sync.SAMPLE_SECONDS = 1; sync.main()"
     tracker = Tracker()
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(tracker.journal.folder)], stdin=subprocess.PIPE,
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, bufsize=0,
         env=clean_environment(repository, PYTHONPATH=str(ROOT), DVC_ROOT=str(repository)),
     ) as sender:  # fmt: skip
         assert sender.stdin is not None
+        sender.stdin.write(os.fsencode(tracker.journal.folder) + b"\0")
         with tracker.training(load_params(), {"device": "cpu"}, uuid4().hex, time.time()):
             key = "system/cpu_utilization_percentage"
             wait_for(lambda: len(steps(repository / "mlflow.db", key)) >= 4)
