@@ -12,18 +12,26 @@ from project import Project, clean_environment
 # A line of `dvc queue status`: task, name, time of creation, state
 TASK = re.compile(r"^([0-9a-f]{7})\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
 
+NO_WORKER = "Worker status: 0 active, 0 idle"
 QUEUE_SECONDS = 1000  # less than a test may take: what the experiments printed is told when time is up
 
 
 def run_queue(project: Project, workers: int = 2) -> None:
-    """Run all queued experiments, `workers` at a time; raises with DVC's logs if one fails or time is up."""
+    """Run all queued experiments, `workers` at a time; raises with DVC's logs if one fails or time is up.
+
+    A worker on a busy machine may take the queue for empty and end: when none is left, they are started again.
+    """
     try:
         start(project, workers)
         deadline = time.monotonic() + QUEUE_SECONDS
-        while {"Queued", "Running"} & set((states := queue_states(project)).values()):
-            assert time.monotonic() < deadline, queue_logs(project, states)
+        deserted = 0  # times in a row that no worker was there
+        while {"Queued", "Running"} & set(states_in(status := queue_status(project)).values()):
+            assert time.monotonic() < deadline, queue_logs(project, states_in(status))
+            deserted = deserted + 1 if NO_WORKER in status else 0
+            if deserted == 3:
+                start(project, workers)
             time.sleep(6)  # each question keeps a core busy for two seconds
-        assert set(states.values()) == {"Success"}, queue_logs(project, states)
+        assert set(states_in(status).values()) == {"Success"}, queue_logs(project, states_in(status))
     finally:
         stop_queue(project)
 
@@ -40,17 +48,19 @@ def start(project: Project, workers: int) -> None:
     assert done.returncode == 0, log.read_text()
 
 
-def queue_states(project: Project) -> dict[str, str]:
-    """State by task: Queued, Running, Success or Failed.
-
-    DVC is asked again, some times, if it cannot tell, as it may be while its workers write what it reads.
-    """
+def queue_status(project: Project) -> str:
+    """What DVC says of its queue; it is asked again if it fails, as it does when a worker has half written a file."""
     asked = project.dvc("queue", "status", check=False)
     for _ in range(3):
         if asked.returncode != 0:
             asked = project.dvc("queue", "status", check=False)
     assert asked.returncode == 0, asked.stderr
-    return dict(TASK.findall(asked.stdout))
+    return asked.stdout
+
+
+def states_in(status: str) -> dict[str, str]:
+    """State by task: Queued, Running, Success or Failed."""
+    return dict(TASK.findall(status))
 
 
 def queue_logs(project: Project, states: dict[str, str]) -> str:
