@@ -84,19 +84,16 @@ def _wait(names: list[str]) -> list[str]:
     amiss = 0  # times in a row that something is, which may be as DVC's workers write what it reads
     with tqdm(total=len(names), desc="seeds", unit="seed", disable=None) as progress:
         while True:
-            status, fault = (
-                "",
-                PipelineError(
-                    "the queue was stopped or emptied; `dvc queue status` lists what is left, `dvc queue start` goes on"
-                ),
+            fault = PipelineError(
+                "the queue was stopped or emptied; `dvc queue status` lists what is left, `dvc queue start` goes on"
             )
             try:
                 status = _dvc("queue", "status")
             except PipelineError as error:
-                fault = error
+                status, fault = "", error
             states = dict(TASK.findall(status))
             ended = [name for name in names if states.get(name) in ("Success", "Failed")]
-            progress.update(len(ended) - progress.n)
+            progress.update(max(len(ended) - progress.n, 0))
             if len(ended) == len(names):
                 return [name for name in names if states[name] == "Failed"]
             amiss = amiss + 1 if NO_WORKER in status or not set(names) <= states.keys() else 0
