@@ -7,6 +7,8 @@ JOBS ?= 1
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 PEERS := .venv-peers/bin/python
+SHUFFLED = $(if $(SHUFFLE),--random-order --random-order-seed=$(SHUFFLE))
+PAGE := --page reports/benchmarks.md
 SCRIPTS := .ci/run .ci/metrics-comment classifier/command.sh deploy/mlflow-server.sh deploy/train.slurm
 COMPILE := $(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock"
 
@@ -35,13 +37,13 @@ repro: env  ## run what is out of date of the five stages
 	$(RUN) dvc repro
 
 test: env  ## the fast tests (in a random order: make test SHUFFLE=7)
-	$(RUN) pytest -m "not slow" $(if $(SHUFFLE),--random-order --random-order-seed=$(SHUFFLE))
+	$(RUN) pytest -m "not slow" $(SHUFFLED)
 
 coverage: env  ## the fast tests, and which lines and branches they do not reach
 	$(RUN) pytest -m "not slow" --cov --cov-report=term-missing:skip-covered
 
-slow: env  ## the slow tests: all ten epochs, and the committed metrics from a fresh clone
-	$(RUN) pytest -m slow
+slow: env  ## the slow tests: all ten epochs, and the committed metrics from a fresh clone (SHUFFLE=7 as above)
+	$(RUN) pytest -m slow $(SHUFFLED)
 
 check: env  ## formatting, lint, types
 	$(RUN) ruff format --check .
@@ -75,15 +77,15 @@ peers: env .venv-peers/.synced  ## make .venv-peers, with the frameworks that th
 	$(RUN) uv pip sync --quiet --python $(PEERS) --require-hashes benchmarks/requirements.lock
 	@touch $@
 
-bench: env peers  ## run the benchmarks, for hours; prints and benchmarks/results.md: machine, versions, medians and ratios
-	$(RUN) benchmarks.pipeline
-	$(PEERS) -m benchmarks.train_step
-	$(RUN) benchmarks.step
-	$(RUN) benchmarks.distributed
-	$(RUN) benchmarks.inference
-	$(RUN) benchmarks.scale
-	$(RUN) benchmarks.plan
-	$(PEERS) -m benchmarks.time_to_accuracy
+bench: repro peers  ## run the benchmarks, for hours, into benchmarks/results.md (QUICK=1: minutes, into reports/benchmarks.md)
+	$(RUN) benchmarks.pipeline $(if $(QUICK),--repeats 1 --experiments 1 --epochs 1 --files 1000 $(PAGE))
+	$(PEERS) -m benchmarks.train_step $(if $(QUICK),--rounds 1 $(PAGE))
+	$(RUN) benchmarks.step $(if $(QUICK),--rounds 1 $(PAGE))
+	$(RUN) benchmarks.distributed $(if $(QUICK),--rounds 1 --epochs 1 $(PAGE))
+	$(RUN) benchmarks.inference $(if $(QUICK),--seconds 1 $(PAGE))
+	$(RUN) benchmarks.scale $(if $(QUICK),--images 1000 2000 $(PAGE))
+	$(RUN) benchmarks.plan $(if $(QUICK),--sample 50 $(PAGE))
+	$(PEERS) -m benchmarks.time_to_accuracy $(if $(QUICK),--seeds 1 --recipe-epochs 1 --limit-seconds 1 $(PAGE))
 
 lock: env  ## write requirements.lock and benchmarks/requirements.lock anew from pyproject.toml
 	$(COMPILE) --extra dev --extra team pyproject.toml --output-file requirements.lock

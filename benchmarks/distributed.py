@@ -64,7 +64,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3, help="trainings of each kind (default 3)")
     arguments.add_argument("--epochs", type=int, default=2, help="of each training (default 2)")
     given = arguments.parse_args()
-    report = Report("Distributed", ("torch",))
+    report = Report("Distributed", ("torch",), given.page)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         project = Project.create(folder / "project")

@@ -43,7 +43,7 @@ def main() -> None:
         if not (export / "manifest.json").is_file():
             raise PipelineError(f"{export}: no exported models; `make repro` makes them")
         shape = tuple(read_json(export / "manifest.json")["input"]["shape"][1:])
-        report = Report("Inference", ("torch", "onnxruntime"))
+        report = Report("Inference", ("torch", "onnxruntime"), given.page)
         files = {name: export / exported_name(name) for name in FORMATS}
         if not files["int8"].exists():
             files["int8"] = folder / exported_name("int8")

@@ -32,15 +32,18 @@ machine that a section names.
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser of the command line that shows a module's docstring as it is."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser of the command line that shows a module's docstring as it is, and takes the page of results."""
+    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--page", type=Path, default=RESULTS, help="of results (default benchmarks/results.md)")
+    return arguments
 
 
 class Report:
     """Lines that are printed at once, and become the benchmark's section of the page of results when it has ended."""
 
-    def __init__(self, title: str, packages: Sequence[str]) -> None:
+    def __init__(self, title: str, packages: Sequence[str], page: Path) -> None:
         self.title = title
+        self.page = page
         self.lines: list[str] = []
         self.line(machine(packages))
 
@@ -51,7 +54,7 @@ class Report:
     def save(self) -> None:
         module = Path(sys.argv[0]).stem
         command = " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]])
-        write_section(RESULTS, self.title, [f"`{command}`", "", "```text", *self.lines, "```"])
+        write_section(self.page, self.title, [f"`{command}`", "", "```text", *self.lines, "```"])
 
 
 def write_section(path: Path, title: str, lines: Sequence[str]) -> None:
@@ -67,6 +70,7 @@ def write_section(path: Path, title: str, lines: Sequence[str]) -> None:
         sections[titles.index(f"## {title}")] = content
     else:
         sections.append(content)
+    path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(part.rstrip("\n") + "\n" for part in [head, *sections]), encoding="utf-8")
 
 

@@ -105,7 +105,7 @@ def main() -> None:
         if given.epochs:
             params = (ours / "params.yaml").read_text()
             (ours / "params.yaml").write_text(re.sub(r"(?m)^epochs: \d+", f"epochs: {given.epochs}", params))
-        report = Report("Pipeline", ("torch", "dvc", "mlflow"))
+        report = Report("Pipeline", ("torch", "dvc", "mlflow"), given.page)
         measure_stages(report, ours, env)
         measure_experiments(report, ours, folder / "trivial", env, given.experiments)
         measure_tracking(report, ours, env, given.experiments)

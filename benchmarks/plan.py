@@ -68,7 +68,7 @@ def main() -> None:
     arguments.add_argument("--sample", type=int, default=1000, help="images to measure with (default 1000)")
     arguments.add_argument("--rates", type=float, nargs="+", default=[1000, 3000], help="of an accelerator, images/s")
     given = arguments.parse_args()
-    report = Report("Plan", ("torch", "pillow"))
+    report = Report("Plan", ("torch", "pillow"), given.page)
     keep_freed_memory()
     for kind in KINDS:
         cost = measure(kind, given.sample)

@@ -57,7 +57,7 @@ def main() -> None:
     arguments.add_argument("--network", default="mlp")
     given = arguments.parse_args()
 
-    report = Report("Scale", ("torch", "dvc", "mlflow"))
+    report = Report("Scale", ("torch", "dvc", "mlflow"), given.page)
     bytes_of_image = 3 * IMAGE_SIZE**2 if given.jpeg else PNG_SIDE**2
     limit = given.memory_limit_gib or min(given.images) * bytes_of_image / 8 / 2**30
     kind = f"JPEGs of {JPEG_SIDE} x {JPEG_SIDE}, made {IMAGE_SIZE} x {IMAGE_SIZE}" if given.jpeg else (

@@ -2,9 +2,10 @@
 
 python -m benchmarks.step [--rounds N]
 
-The tutorial's network, batches of 64, 60,000 images of noise in memory, in one process, in turns after one that does
+The tutorial's network, batches of 64 of 60,000 images of noise in memory, in one process, in turns after one that does
 not count. `loop` is the bare loop: pixels by index, forward, backward, SGD. The others are the same with one thing
-changed; their losses are the same where the line does not say otherwise.
+changed; their losses are the same where the line does not say otherwise. Where weights change within the backward pass,
+each matrix product adds what it has computed to the weights right away: no gradient is kept, or read again.
 
 Then some steps of the cnn, batches of 256, bfloat16, crop and flip, in processes of their own in turns: as torch and
 the C library have it, and with what the train stage and the network add, one after the other. Freed memory is kept
@@ -15,6 +16,7 @@ gradients of small maps are computed side by side (`SmallMaps`).
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +31,16 @@ from classifier.optimization import build_scheduler
 from classifier.transforms import augment, to_float
 
 IMAGES, BATCH, LR = 60_000, 64, 1e-3
-PROFILED = 200  # steps
+STEPS = 200  # in a turn: short turns, so that a busy moment of the machine meets all variants
 SHOWN = 12  # operations
-CNN_STEPS, CNN_BATCH = 40, 256  # in a turn
+CNN_STEPS, CNN_BATCH = 10, 256  # in a turn
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, default=7, help="epochs of each variant (default 7)")
-    rounds = arguments.parse_args().rounds
-    report = Report("Parts of a step", ("torch",))
+    arguments.add_argument("--rounds", type=int, default=25, help="turns of each variant (default 25)")
+    given = arguments.parse_args()
+    report = Report("Parts of a step", ("torch",), given.page)
     set_threads("auto")
     pixels, labels = noise(IMAGES)
 
@@ -50,29 +52,33 @@ def main() -> None:
         "SGD(foreach=True)": partial(train, pixels, labels, foreach=True),
         "SGD(fused=True), other last bits": partial(train, pixels, labels, fused=True),
         "gradients kept, not made anew": partial(train, pixels, labels, keeps_gradients=True),
+        "weights changed within backward, other last bits": partial(train, pixels, labels, within_backward=True),
+        "pixels[index], not index_select": partial(train, pixels, labels, selects=False),
         "pixels kept as float32": partial(train, to_float(pixels), labels),
         "bfloat16, other losses": partial(train, pixels, labels, precision=torch.bfloat16),
         "matrix products alone": products,
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
+    for number in range(given.rounds + 1):
         for name, variant in variants.items():
             started = perf_counter()
             variant()
             if number:
                 seconds[name].append(perf_counter() - started)
-    report.line(f"\nseconds an epoch of {IMAGES:,} images, batch {BATCH}, {rounds} rounds, median ratio to loop")
+    report.line(
+        f"\n{STEPS} steps of the tutorial's network, batch {BATCH}, {given.rounds} rounds, median ratio to loop"
+    )
     for name, taken in seconds.items():
-        report.line(f"  {name:33} {median_ratio(taken, seconds['loop']):.2f}  {summary(taken, 's')}")
+        report.line(f"  {name:48} {median_ratio(taken, seconds['loop']):.2f}  {summary(taken, 's')}")
 
-    report.line(f"\nshare of the time by operation, {PROFILED} steps with checks and scheduler under torch's profiler")
+    report.line(f"\nshare of the time by operation, {STEPS} steps with checks and scheduler under torch's profiler")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        train(pixels[: PROFILED * BATCH], labels, checks=True, schedules=True)
+        train(pixels, labels, checks=True, schedules=True)
     operations = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in operations)
     for event in operations[:SHOWN]:
         report.line(f"  {event.key[:40]:40} {event.self_cpu_time_total / total:6.1%}")
-    report_cnn(report, rounds)
+    report_cnn(report, given.rounds)
     report.save()
 
 
@@ -134,16 +140,22 @@ def train(
     keeps_gradients: bool = False,
     foreach: bool | None = None,
     fused: bool | None = None,
+    within_backward: bool = False,
+    selects: bool = True,
     precision: torch.dtype = torch.float32,
 ) -> None:
-    """An epoch over pixels (N, 1, 28, 28), uint8 or float32 in [0, 1], and their labels, in a drawn order."""
+    """STEPS steps over pixels (N, 1, 28, 28), uint8 or float32 in [0, 1], and their labels, in a drawn order."""
     torch.manual_seed(0)
     network = build((1, 28, 28), 10)
     parameters = list(network.parameters())
     optimizer = torch.optim.SGD(parameters, LR, foreach=foreach, fused=fused)
     scheduler = build_scheduler("constant", optimizer, len(pixels))
-    for index in torch.randperm(len(pixels)).split(BATCH):
-        images = pixels[index]
+    if within_backward:
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                module.forward = partial(UpdatingLinear.apply, module.weight, module.bias)  # type: ignore[method-assign]
+    for index in torch.randperm(len(pixels))[: STEPS * BATCH].split(BATCH):
+        images = pixels.index_select(0, index) if selects else pixels[index]
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             logits = network(to_float(images) if images.dtype == torch.uint8 else images)
             loss = nn.functional.cross_entropy(logits, labels[index])
@@ -158,11 +170,27 @@ def train(
         optimizer.zero_grad(set_to_none=not keeps_gradients)
 
 
+class UpdatingLinear(torch.autograd.Function):
+    """A linear layer whose backward pass takes SGD's step in its weights; its bias is left to the optimiser."""
+
+    @staticmethod
+    def forward(context: Any, weight: Tensor, bias: Tensor, inputs: Tensor) -> Tensor:  # type: ignore[override]
+        context.save_for_backward(weight, inputs)
+        return nn.functional.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None]:  # type: ignore[override]
+        weight, inputs = context.saved_tensors
+        of_inputs = gradient @ weight if context.needs_input_grad[2] else None  # before the weights change
+        weight.addmm_(gradient.T, inputs, alpha=-LR)
+        return None, gradient.sum(0), of_inputs
+
+
 def products() -> None:
     """The eight matrix products of each step, on the same operands again and again: caches are as warm as can be."""
     pixels, hidden, gradient = torch.rand(BATCH, 784), torch.rand(BATCH, 512), torch.rand(BATCH, 10)
     first, second, third = torch.rand(512, 784), torch.rand(512, 512), torch.rand(10, 512)
-    for _ in range(-(-IMAGES // BATCH)):
+    for _ in range(STEPS):
         pixels @ first.T
         hidden @ second.T
         hidden @ third.T

@@ -44,19 +44,19 @@ Epoch = tuple[float, list[float]]
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=5, help="epochs of each contender (default 5)")
-    rounds = arguments.parse_args().rounds
+    given = arguments.parse_args()
     raw = raw_data()
-    report = Report("Train step", ("torch", "torchvision", "pytorch-lightning", "keras", "jax"))
+    report = Report("Train step", ("torch", "torchvision", "pytorch-lightning", "keras", "jax"), given.page)
     with tempfile.TemporaryDirectory() as folder:
         prepare_files(Path(folder), raw)
         contenders = {name: Contender(prepare, Path(folder)) for name, prepare in CONTENDERS.items()}
         compare_losses(report, contenders)
-        epochs: dict[str, list[Epoch]] = in_turns(contenders, rounds)
+        epochs: dict[str, list[Epoch]] = in_turns(contenders, given.rounds)
         for contender in contenders.values():
             contender.close()
 
     seconds = {name: [took for took, _ in answers] for name, answers in epochs.items()}
-    report.line(f"\nseconds an epoch of 60,000 images, batch {BATCH}, {rounds} interleaved rounds")
+    report.line(f"\nseconds an epoch of 60,000 images, batch {BATCH}, {given.rounds} interleaved rounds")
     for name, took in seconds.items():
         ratio = median_ratio(took, seconds["pipeline"])
         report.line(f"  {name:9} {summary(took, 's')}; median ratio to pipeline {ratio:.2f}")

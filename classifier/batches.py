@@ -168,7 +168,7 @@ class Batches:
         """uint8 pixels of what `_parts` names, from memory or from the worker processes."""
         if self.pixels is not None:
             for index in self._parts(order.to(self.device), first):
-                yield self.pixels[index]
+                yield self.pixels.index_select(0, index)  # on a CPU several times as quick as pixels[index]
             return
         if first == len(self):
             return
