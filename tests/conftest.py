@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def fashion_mnist_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = tmp_path_factory.mktemp("fashion_mnist") / "raw"
     fetch(raw, raw)
     return raw
+
+
+@pytest.fixture(scope="module", autouse=True)
+def other_kernels_again() -> Iterator[None]:
+    """What a file's tests set in torch, that only deterministic kernels may run, ends with them."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,9 @@ def fetch(raw, data_path):
         shutil.copy(data_path / name, raw / name)
 '''
 
+# What the train stage writes
+TRAINED = ["models/model_weights.pth", "metrics/epochs.csv", "metrics/train.json", "metrics/environment.json"]
+
 
 def clean_environment(folder: Path, **extra: str) -> dict[str, str]:
     """The environment for a command in a repository of its own: no setting of the outer one reaches it.

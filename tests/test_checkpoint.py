@@ -5,13 +5,12 @@ import io
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 import torch
 from hostile import RunsCodeWhenUnpickled
 from imports import ROOT
+from limits import no_file_above
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
@@ -251,17 +251,6 @@ def test_a_checkpoint_for_which_there_is_no_room_leaves_the_ones_before() -> Non
             "epoch-000000-batch-000000002.pt",
             "training.json",
         ]
-
-
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """Files cannot be longer, as if the disk were full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # Which training goes on from which

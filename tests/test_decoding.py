@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile import png
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
@@ -31,15 +32,9 @@ def picture(pixels: np.ndarray, mode: str | None = None) -> Image.Image:
     return Image.fromarray(pixels) if mode is None else Image.fromarray(pixels).convert(mode)
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+def png_of_rows(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     """A PNG as given; `rows` with the filter bytes."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows, 9)), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return png(width, height, depth, colour, zlib.compress(rows))
 
 
 def chw(pixels: np.ndarray) -> np.ndarray:
@@ -149,7 +144,7 @@ def deep_tiff(pixels: np.ndarray) -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        *(png(2, 1, 16, colour, bytes(1 + 4 * count)) for colour, count in [(0, 1), (2, 3), (4, 2), (6, 4)]),
+        *(png_of_rows(2, 1, 16, colour, bytes(1 + 4 * count)) for colour, count in [(0, 1), (2, 3), (4, 2), (6, 4)]),
         saved(picture(GREY.astype(np.uint16)), "TIFF"),
         saved(picture(GREY.astype(np.int32)), "TIFF"),
         saved(picture(GREY.astype(np.float32)), "TIFF"),
@@ -181,8 +176,9 @@ PNG, JPEG = saved(picture(GREY)), saved(picture(SMOOTH), "JPEG")
     "content",
     [
         b"", b"text", b"<html>", bytes(1000), PNG[:8], PNG[:33], PNG[:50], JPEG[:2], JPEG[:100], JPEG[:-100],
-        encode_png(GREY)[:60], PNG.replace(b"IDAT", b"IDAU"), png(0, 0, 8, 0, b""), png(5, 6, 8, 9, bytes(36)),
-        png(5, 6, 8, 0, bytes(20)), b"P6 5 6 255\n", b"II*\0" + b"\xff" * 20, b"GIF89a" + b"\xff" * 20,
+        encode_png(GREY)[:60], PNG.replace(b"IDAT", b"IDAU"), png_of_rows(0, 0, 8, 0, b""),
+        png_of_rows(5, 6, 8, 9, bytes(36)), png_of_rows(5, 6, 8, 0, bytes(20)),
+        b"P6 5 6 255\n", b"II*\0" + b"\xff" * 20, b"GIF89a" + b"\xff" * 20,
         saved(picture(RGB), "GIF")[:20], saved(picture(RGB), "WEBP")[:-20], saved(picture(RGB), "BMP")[:-20],
         saved(picture(RGB), "TIFF")[:-20],
     ],
@@ -213,8 +209,7 @@ def test_forty_thousand_pixels_squared_are_not_decoded() -> None:
             (2**31 - 1, 2**31 - 1),
         ]:
             for depth, colour in [(8, 0), (1, 0), (8, 2), (8, 3), (16, 2)]:
-                parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)), (b"IDAT", zeros)]
-                content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in [*parts, (b"IEND", b"")])
+                content = png(width, height, depth, colour, zeros)
                 assert len(content) < 20_000
                 assert refused(content) == "it has more than 89,478,485 pixels"
         assert tracemalloc.get_traced_memory()[1] < 10 * 2**20

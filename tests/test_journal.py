@@ -1,7 +1,6 @@
 """Journals keep what stages tell MLflow, through kills, torn lines and a disk without room."""
 
 import errno
-import resource
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from imports import ROOT
+from limits import no_file_above
 from project import clean_environment
 from tracker import wait_for
 
@@ -107,13 +107,9 @@ def test_a_torn_line_is_passed_over_and_spoils_no_other() -> None:
 def test_without_room_a_record_is_an_error_and_the_next_one_is_whole() -> None:
     journal = Journal.create()
     journal.write("metrics", number=0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((journal.folder / "records.jsonl").stat().st_size + 20, hard))
-    try:
-        with pytest.raises(OSError, match=r"records\.jsonl") as refused:
-            journal.write("metrics", number=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    limit = (journal.folder / "records.jsonl").stat().st_size + 20
+    with no_file_above(limit), pytest.raises(OSError, match=r"records\.jsonl") as refused:
+        journal.write("metrics", number=1)
     assert refused.value.errno == errno.ENOSPC
     journal.write("metrics", number=2)
     assert numbers(journal) == [0, None, 2]

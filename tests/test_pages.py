@@ -134,7 +134,7 @@ def test_the_tests_that_run_commands_exist() -> None:
 def test_the_commands_of_the_readme_run_one_after_the_other(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    project = reproduced_project(tmp_path_factory)
+    project = reproduced_project(tmp_path_factory, export_formats="[onnx]")
     project.dvc("remote", "add", "--default", "team", str(tmp_path / "remote"))
     project.commit()
     write_photos(project.root / "photos.zip")

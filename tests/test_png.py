@@ -2,12 +2,12 @@
 
 import hashlib
 import io
-import struct
 import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
+from hostile import png
 from PIL import Image
 
 from classifier.png import decode_stored_png, decode_stored_pngs, encode_png
@@ -146,12 +146,7 @@ def test_of_large_images_no_more_than_one_is_read() -> None:
 
 def crafted(width: int, height: int, deflated: bytes) -> bytes:
     """A grey PNG of the size and pixel data as given."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", deflated) + chunk(b"IEND", b"")
+    return png(width, height, 8, 0, deflated)
 
 
 def test_no_memory_is_taken_on_the_word_of_a_header() -> None:

@@ -9,11 +9,12 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from hostile import RunsCodeWhenUnpickled
+from hostile import RunsCodeWhenUnpickled, halve, write_nothing, write_text
 from project import small_project
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,10 +38,6 @@ State = dict[str, Tensor]
 def cnn(seed: int = 0, image_shape: tuple[int, int, int] = IMAGE_SHAPE, classes: int = CLASSES) -> nn.Module:
     torch.manual_seed(seed)
     return build_network("cnn", image_shape, classes)
-
-
-def copy_of(network: nn.Module) -> State:
-    return {key: tensor.clone() for key, tensor in network.state_dict().items()}
 
 
 def sha256(path: Path) -> str:
@@ -69,7 +66,7 @@ def test_the_layers_fitted_to_images_and_classes_stay_newly_drawn_where_they_dif
     path = tmp_path / "start.pth"
     given, network = cnn(1, (1, 28, 28), 10), cnn(2)
     torch.save(given.state_dict(), path)
-    drawn = copy_of(network)
+    drawn = deepcopy(network.state_dict())
     load_pretrained(network, "cnn", str(path))
     for key, tensor in network.state_dict().items():
         expected = drawn[key] if key in (FIRST, *LAST) else given.state_dict()[key]
@@ -108,7 +105,7 @@ def test_a_file_of_smaller_numbers_is_taken_over_as_float32(tmp_path: Path) -> N
 def test_the_first_layer_of_an_mlp_is_fitted_to_the_images(tmp_path: Path) -> None:
     given, network = build_network("mlp", (1, 28, 28), 10), build_network("mlp", IMAGE_SHAPE, 10)
     torch.save(given.state_dict(), tmp_path / "start.pth")
-    drawn = copy_of(network)
+    drawn = deepcopy(network.state_dict())
     load_pretrained(network, "mlp", str(tmp_path / "start.pth"))
     kept = [key for key, tensor in network.state_dict().items() if torch.equal(tensor, drawn[key])]
     assert kept == ["linear_relu_stack.0.weight"]
@@ -168,7 +165,7 @@ def test_tensors_that_do_not_fit(change: Callable[[State], None], message: str, 
     state, network = cnn(1).state_dict(), cnn(2)
     change(state)
     torch.save(state, tmp_path / "start.pth")
-    before = copy_of(network)
+    before = deepcopy(network.state_dict())
     check_refused(network, tmp_path / "start.pth", message)
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)  # nothing was taken over
 
@@ -184,17 +181,9 @@ def check_refused(network: nn.Module, path: Path, message: str) -> None:
     assert caught.value.__context__ is None or caught.value.__suppress_context__
 
 
-def write_text(path: Path) -> None:
-    path.write_text("these are not weights")
-
-
-def write_nothing(path: Path) -> None:
-    path.write_bytes(b"")
-
-
 def write_half(path: Path) -> None:
     (save_file if path.suffix == ".safetensors" else torch.save)(cnn().state_dict(), path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    halve(path)
 
 
 def write_header(path: Path, **entry: object) -> None:

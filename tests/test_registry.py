@@ -64,7 +64,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repository")
     (folder / "models").mkdir()
     (folder / "metrics/plots").mkdir(parents=True)
-    (folder / "metrics/test.json").write_text('{"accuracy": 0.6, "loss": 0.5, "accuracy_ci95": [0.5, 0.7]}')
     (folder / "metrics/classes.csv").touch()
     shutil.copy(ROOT / "params.yaml", folder)
     return folder
@@ -86,6 +85,7 @@ def export(
         answers = pd.DataFrame({"actual": "circle", "predicted": "square"}, index=range(IMAGES))
         answers.loc[list(right), "predicted"] = "circle"
         answers.to_csv("metrics/plots/confusion.csv", index=False)
+        write_accuracy(0.6)
         train(params)
         tracker = Tracker()
         with tracker.weights(params, {"device": "cpu"}):
@@ -95,6 +95,10 @@ def export(
         return find_versions(f"name = '{params.registered_model}'")[0]
 
     return run
+
+
+def write_accuracy(accuracy: float) -> None:
+    Path("metrics/test.json").write_text(json.dumps({"accuracy": accuracy, "loss": 0.5, "accuracy_ci95": [0.5, 0.9]}))
 
 
 def train(params: Params) -> None:
@@ -211,14 +215,13 @@ def test_an_evaluation_is_logged_once_for_the_same_images_if_only_a_missing_one_
     """As by `export`, where DVC had the evaluation in its run cache."""
     version = export(range(60))
     for test_set, accuracy in (("one", 0.7), ("another", 0.8)):
-        Path("metrics/test.json").write_text(f'{{"accuracy": {accuracy}, "loss": 0.5, "accuracy_ci95": [0.5, 0.9]}}')
+        write_accuracy(accuracy)
         tracker = Tracker()
         with tracker.weights(load_params(), {"device": "cpu"}):
             tracker.log_evaluation(test_set, if_missing=True)
         assert Sender().send_all() == {}
         (run,) = find_runs(f"attributes.run_id = '{version.run_id}'")
         assert run.metrics["test_accuracy"] == (0.6 if test_set == "one" else accuracy)
-    Path("metrics/test.json").write_text('{"accuracy": 0.6, "loss": 0.5, "accuracy_ci95": [0.5, 0.7]}')
 
 
 def test_a_registration_that_was_cut_off_is_made_again_and_leaves_one_model(

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import tracker
 from dvc_queue import processes_in
-from project import Project, clean_environment, small_project
+from project import TRAINED, Project, clean_environment, small_project
 from tracker import send_the_rest, wait_for
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,6 @@ SETTINGS = {
     "epochs": str(EPOCHS), "batch_size": "8", "momentum": "0.9", "schedule": "cosine", "augment": "[crop, flip]",
     "checkpoint_steps": "7", "export_formats": "[pth]",
 }  # fmt: skip
-TRAINED = ["models/model_weights.pth", "metrics/epochs.csv", "metrics/train.json", "metrics/environment.json"]
 # Put behind the network: a training stops itself, as SIGSTOP does, before the batch whose number is in $HOLD; when it
 # is told to go on, each batch takes long, so that what is to end it comes in time.
 HOLDING = """

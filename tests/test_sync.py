@@ -367,6 +367,18 @@ def test_who_reads_what_a_stage_says_waits_for_the_stage_alone(project: Project)
     assert "the rest is in" in complaint
 
 
+def train_beside(project: Project, address: str) -> None:
+    """Check that a training beside a store that takes nothing ends in time, and keeps all that it has to tell."""
+    with paced(project, MLFLOW_TRACKING_URI=address) as process:
+        start = time.monotonic()
+        complaint = finish(process)
+        assert time.monotonic() - start < DELAY
+    assert process.returncode == 0
+    assert steps_waiting(project, "val_loss") == [1, 2, 3, 4, 5]
+    assert "Traceback" not in complaint
+    assert "the rest is in" in complaint
+
+
 @pytest.mark.parametrize(
     ("status", "body"),
     [(500, b"out of order"), (200, b"<html><body>Welcome to nginx!</body></html>"), (401, b"who are you?")],
@@ -374,14 +386,7 @@ def test_who_reads_what_a_stage_says_waits_for_the_stage_alone(project: Project)
 )
 def test_a_server_that_is_no_tracker_does_not_delay_a_training(project: Project, status: int, body: bytes) -> None:
     with impostor(status, body) as address:
-        with paced(project, MLFLOW_TRACKING_URI=address) as process:
-            start = time.monotonic()
-            complaint = finish(process)
-            assert time.monotonic() - start < DELAY
-        assert process.returncode == 0
-        assert steps_waiting(project, "val_loss") == [1, 2, 3, 4, 5]
-        assert "Traceback" not in complaint
-        assert "the rest is in" in complaint
+        train_beside(project, address)
         done = classifier(project, "sync", check=False, MLFLOW_TRACKING_URI=address)
         assert done.returncode == 1
         assert f"not sent: the MLflow store {address} cannot be used: " in done.stderr
@@ -441,14 +446,7 @@ def test_a_store_on_a_disk_that_takes_nothing_gets_all_later(
     else:
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     address = f"sqlite:///{database}"
-    with paced(project, MLFLOW_TRACKING_URI=address) as process:
-        start = time.monotonic()
-        complaint = finish(process)
-        assert time.monotonic() - start < DELAY
-    assert process.returncode == 0
-    assert "Traceback" not in complaint
-    assert "the rest is in" in complaint
-    assert steps_waiting(project, "val_loss") == [1, 2, 3, 4, 5]
+    train_beside(project, address)
     if obstacle == "full":
         (small_disk / "filler").unlink()
     else:

@@ -3,6 +3,7 @@
 import math
 import zipfile
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile import RunsCodeWhenUnpickled
+from hostile import RunsCodeWhenUnpickled, halve, write_nothing, write_text
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
@@ -116,10 +117,6 @@ def train(
         state.end_epoch({"train_loss": loss}, keep=False)
         losses.append(loss)
     return losses
-
-
-def copy_of(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
 # The losses of a run
@@ -315,7 +312,7 @@ def test_a_rare_class_is_found_more_often_when_balanced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.1), ("adam", 0.001), ("adamw", 0.001), ("rmsprop", 0.001)])
 def test_every_optimizer_learns(make_batches: BatchMaker, optimizer: str, lr: float) -> None:
     network = small_mlp()
-    before = copy_of(network)
+    before = deepcopy(network.state_dict())
     losses = train(make_batches(16), network, epochs=3, optimizer=optimizer, lr=lr, momentum=0.5, weight_decay=1e-4)
     assert losses[2] < losses[1] < losses[0]
     assert all(not torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
@@ -384,7 +381,7 @@ def test_lr_follows_the_schedule(make_batches: BatchMaker, schedule: str, accumu
 
 def test_frozen_weights_stay(make_batches: BatchMaker) -> None:
     network = small_mlp()
-    before = copy_of(network)
+    before = deepcopy(network.state_dict())
     trainable = freeze(network, ["linear_relu_stack.0.*", "linear_relu_stack.4.bias"])
     optimizer = build_optimizer("adamw", trainable, 0.01, 0, weight_decay=0.1)
     scheduler = build_scheduler("constant", optimizer, 10)
@@ -413,7 +410,7 @@ def test_frozen_layers_stay_whole(make_batches: BatchMaker, name: str, size: int
     network = build_network(name, (1, size, size), CLASSES)
     trainable = freeze(network, patterns)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items() if matches(key, patterns)}
-    last = copy_of(list(network.modules())[-1])
+    last = deepcopy(list(network.modules())[-1].state_dict())
     optimizer = build_optimizer("sgd", trainable, 0.01, momentum=0.9, weight_decay=0.1)
     state = TrainState(network, optimizer, build_scheduler("constant", optimizer, 4))
     batches = make_batches(4, count=8, size=size)
@@ -499,7 +496,7 @@ def network_with_modes() -> nn.Sequential:
 def test_predict_is_in_evaluation_mode(make_batches: BatchMaker) -> None:
     batches, network = make_batches(64), network_with_modes()
     train(batches, network, epochs=2)
-    before = copy_of(network)
+    before = deepcopy(network.state_dict())
     network.train()
     logits = predict(batches, network, "float32")
     assert torch.equal(predict(batches, network, "float32"), logits)
@@ -516,7 +513,7 @@ def test_predict_is_in_evaluation_mode(make_batches: BatchMaker) -> None:
 def test_training_resumes_in_training_mode(make_batches: BatchMaker) -> None:
     batches, network = make_batches(64), network_with_modes()
     predict(batches, network, "float32")
-    before = copy_of(network)
+    before = deepcopy(network.state_dict())
     train(batches, network)
     assert not torch.equal(network.state_dict()["2.running_mean"], before["2.running_mean"])
 
@@ -578,17 +575,9 @@ def test_weights_come_back(tmp_path: Path) -> None:
     torch.testing.assert_close(fresh.state_dict(), trained.state_dict(), rtol=0, atol=0)
 
 
-def write_text(path: Path) -> None:
-    path.write_text("these are not weights")
-
-
-def write_nothing(path: Path) -> None:
-    path.write_bytes(b"")
-
-
 def write_half(path: Path) -> None:
     torch.save(small_mlp().state_dict(), path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    halve(path)
 
 
 def write_whole_module(path: Path) -> None:
