@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from classifier.distributed import Group
-from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, locked_md5s, read_yaml, repository_root
+from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, is_there, locked_md5s, read_yaml, repository_root
 from classifier.interrupts import held_back
 from classifier.training import TrainState
 
@@ -44,7 +44,7 @@ def makings(stage: str, values: Mapping[str, Any], environment: Mapping[str, Any
     parameters = {key: values[key] for key in row["params"]}
     files = [Path(name) for name in (*deps, parameters.get("weights") or "") if name]
     outputs = locked_md5s()  # of the stages before; whoever reads them makes sure that they are those
-    md5s = {str(path): outputs.get(str(path)) or hash_path(path) for path in files if path.exists()}
+    md5s = {str(path): outputs.get(str(path)) or hash_path(path) for path in files if is_there(path)}
     return md5s | parameters | dict(environment)
 
 

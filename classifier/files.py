@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,11 @@ def read_yaml(content: str | bytes) -> Any:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
+def is_there(path: Path) -> bool:
+    """As `path.exists()`, which raises OSError for a name that is too long."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def existing(path: Path) -> Path:
     """Give `path` back if it is there. Raises PipelineError, with the way to make it, if not."""
     if not path.exists():
@@ -214,14 +220,19 @@ def read_lock(lock: Path = LOCK) -> dict[str, Any]:
     if not lock.exists():
         return {}
     try:
-        content = dict(read_yaml(lock.read_bytes()) or {})
-        md5s_in(content)
+        return _parsed_lock(lock.read_bytes())
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, KeyError):
         raise PipelineError(
             f"{lock.name}: not as DVC writes it, as with the marks of a merge in it; `git restore {lock.name}` brings "
             "back the one that was committed, and once it is gone, `dvc repro` makes another"
         ) from None
-    return content
+
+
+@lru_cache(maxsize=1)  # a stage asks for each of its inputs
+def _parsed_lock(content: bytes) -> dict[str, Any]:
+    lock = dict(read_yaml(content) or {})
+    md5s_in(lock)
+    return lock
 
 
 def locked_md5s(lock: Path = LOCK) -> dict[str, str]:

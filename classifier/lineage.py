@@ -159,7 +159,7 @@ def _commit_of_run(run: Run, weights: str, md5: str, storage: Storage) -> str | 
     def rank(commit: str) -> tuple[bool, bool, bool, bool]:
         came_after = bool(base) and commit != base and is_ancestor(base, commit)
         return (
-            md5 not in _exported_md5s(commit, storage),
+            bool(md5) and md5 not in _exported_md5s(commit, storage),
             commit not in named,
             commit != base or changed,
             not came_after,

@@ -100,7 +100,8 @@ def opened(model: str | None, folder: Path, registered_model: str) -> Iterator[M
 
 def _own_model() -> Path:
     """The exported ONNX file, or else the first file that there is of those exported."""
-    names: list[str] = list(read_json(EXPORT / "manifest.json")["files"])
+    manifest = read_json(EXPORT / "manifest.json")
+    names: list[str] = list(manifest.get("files", {})) if isinstance(manifest, dict) else []
     names.sort(key=lambda name: name != "model.onnx")  # which needs no torch
     path = next((EXPORT / name for name in names if (EXPORT / name).exists()), None)
     if path is None:

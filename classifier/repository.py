@@ -37,7 +37,8 @@ def commit_of(revision: str) -> str | None:
 def read_at(commit: str, path: Path) -> bytes | None:
     """The content of a file in a commit, or None if the commit has no such file."""
     name = f"{commit}:./{path.as_posix()}"
-    return git_bytes("cat-file", "blob", name) if git("cat-file", "-t", name) == "blob" else None
+    content = git_bytes("cat-file", "blob", name)
+    return content if content or git("cat-file", "-t", name) == "blob" else None
 
 
 def changes(*paths: str) -> tuple[list[str], bytes]:
@@ -63,7 +64,7 @@ def changes(*paths: str) -> tuple[list[str], bytes]:
         for arguments, given in (
             (["read-tree", "HEAD"], b""),
             (["add", "--update", "."], b""),
-            (["update-index", "--add", "-z", "--stdin"], files),
+            (["update-index", "--add", "--remove", "-z", "--stdin"], files),  # remove: one may be gone by now
         ):
             done = subprocess.run(["git", *arguments], env=environment, input=given, capture_output=True)
             if done.returncode != 0:

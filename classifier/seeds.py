@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from classifier.charts import save_spread
 from classifier.errors import PipelineError
-from classifier.files import atomic
+from classifier.files import PARAMS, atomic
 from classifier.params import load_params
 from classifier.repository import experiments, metrics_at
 
@@ -67,6 +67,8 @@ def _queue(seeds: list[int], settings: list[str]) -> list[str]:
     for setting in settings:
         if not ONE_VALUE.fullmatch(setting):
             raise PipelineError(f"{setting}: not one key=value; seeds are run of one recipe at a time")
+        if setting.startswith("seed="):
+            raise PipelineError(f"{setting}: the first seed is that of {PARAMS}; set it there")
         command += ["--set-param", setting]
     names = re.findall(r"Queued experiment '([^']+)'", _dvc(*command))
     if len(names) != len(seeds):

@@ -54,13 +54,13 @@ def check_classes(labels: np.ndarray, names: list[str]) -> None:
 
 
 def assign_splits(
-    labels: Mapping[str, np.ndarray], val_size: int | float, test_size: int | float, seed: int
+    labels: Mapping[str, np.ndarray], names: Sequence[str], val_size: int | float, test_size: int | float, seed: int
 ) -> dict[str, Share]:
     """Which images train, val and test consist of: those that the source has for it, else some cut from its train.
 
-    labels: (N,) int64 by split of the source, "train" at least. val_size, test_size: counts, or fractions; of a count,
-    at most one in LARGEST_SHARE is taken. Test is cut first, so that it does not depend on val_size.
-    Raises PipelineError as `hold_out` does, and if no test image is left.
+    labels: (N,) int64 by split of the source, "train" at least. names: of the classes, by label. val_size, test_size:
+    counts, or fractions; of a count, at most one in LARGEST_SHARE is taken. Test is cut first, so that it does not
+    depend on val_size. Raises PipelineError as `hold_out` does, and if no test image is left.
     """
     of_class = labels["train"]
     rest = np.arange(len(of_class))
@@ -70,7 +70,7 @@ def assign_splits(
             if isinstance(size, int) and size > len(rest) // LARGEST_SHARE:
                 print(f"{key}: of {len(rest):,} images, a fifth is held out and not {size:,}", flush=True)
                 size = len(rest) // LARGEST_SHARE
-            held_out = hold_out(of_class[rest], size, seed, key)
+            held_out = hold_out(of_class[rest], names, size, seed, key)
             shares[split] = Share("train", rest[held_out])
             rest = rest[~held_out]
     if len(shares["test"].indices) == 0:
@@ -112,10 +112,11 @@ def find_duplicates(
     return Duplicates(within, across, in_several_splits, with_several_labels)
 
 
-def hold_out(labels: np.ndarray, size: int | float, seed: int, key: str) -> np.ndarray:
+def hold_out(labels: np.ndarray, names: Sequence[str], size: int | float, seed: int, key: str) -> np.ndarray:
     """Choose images to hold out of training: a mask over the training images, stratified by class.
 
-    labels: (N,) int64. size: a count of images, or a fraction of N. key: its name in params.yaml.
+    labels: (N,) int64. names: of the classes, by label. size: a count of images, or a fraction of N. key: its name in
+    params.yaml.
     Returns (N,) bool, True for those held out. Raises PipelineError if that cannot be stratified, or would leave
     no training image of a class; a rare class may be missing from the images held out.
     """
@@ -131,10 +132,11 @@ def hold_out(labels: np.ndarray, size: int | float, seed: int, key: str) -> np.n
     try:
         _, chosen = train_test_split(np.arange(len(labels)), test_size=count, random_state=seed, stratify=labels)
     except ValueError as error:  # fewer images than classes, or a class with a single image
-        single = [label for label, images in enumerate(np.bincount(labels)) if images == 1]
-        reason = f"there is only one image of class {single}" if single else str(error)
-        raise PipelineError(f"{key}: {size} images cannot be held out of {len(labels)}: {reason}") from None
+        single = [names[label] for label, images in enumerate(np.bincount(labels)) if images == 1]
+        reason = f"there is only one image of class {', '.join(single)}" if single else str(error)
+        raise PipelineError(f"{key}: {count} images cannot be held out of {len(labels)}: {reason}") from None
     held_out[chosen] = True
     if lost := sorted(set(labels.tolist()) - set(labels[~held_out].tolist())):
-        raise PipelineError(f"{key}: {size} images of {len(labels)} leave no training image of class {lost}")
+        told = ", ".join(names[label] for label in lost)
+        raise PipelineError(f"{key}: {count} images of {len(labels)} leave no training image of class {told}")
     return held_out

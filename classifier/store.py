@@ -200,7 +200,11 @@ def store_errors() -> Iterator[None]:
         text = f"the MLflow store {masked(mlflow.get_tracking_uri())} cannot be used: {reason}"
         if isinstance(error, FileNotFoundError) or getattr(error, "error_code", "INTERNAL_ERROR") not in AWAY:
             raise PipelineError(text) from None
-        raise StoreAway(f"{text}\nStart it, or unset MLFLOW_TRACKING_URI to use the repository's own.") from None
+        if os.environ.get(ADDRESS_VARIABLE):
+            way_on = f"Start it, or unset {ADDRESS_VARIABLE} to use the repository's own."
+        else:
+            way_on = "Another program may have locked it, or its disk be full or read-only."
+        raise StoreAway(f"{text}\n{way_on}") from None
 
 
 def _follow_move(database: Path) -> None:

@@ -228,6 +228,7 @@ class Sampler:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self._started: float | None = None  # the training, in seconds since 1970; 0 if none writes this journal
         # It logs nothing here, but would make the database that its address names.
         self._monitor: Any = SystemMetricsMonitor(run_id="", tracking_uri="http://localhost")  # type: ignore[no-untyped-call]
         self._monitor.collect_metrics()  # type: ignore[no-untyped-call]  # the load since now
@@ -235,13 +236,14 @@ class Sampler:
 
     def sample(self) -> None:
         """Write a record, by the seconds since the training's start, if a training writes this journal."""
-        records = self._journal.records()
-        if records and records[0] and records[0]["started"]:
+        if self._started is None and (records := self._journal.records()):
+            self._started = records[0]["started"] if records[0] else 0
+        if self._started:
             self._monitor.collect_metrics()
             values = {f"system/{key}": value for key, value in self._monitor.aggregate_metrics().items()}
             self._clear()
             with suppress(OSError):  # no room, or another process has sent and removed the journal
-                self._journal.write("metrics", values=values, step=round(time.time() - records[0]["started"]))
+                self._journal.write("metrics", values=values, step=round(time.time() - self._started))
 
     def _clear(self) -> None:
         for monitor in self._monitor.monitors:

@@ -34,7 +34,8 @@ def to_float(images: Tensor) -> Tensor:
 def one_hot(labels: Tensor | int, classes: int) -> Tensor:
     """Labels (N,) int64, or one label, as float32 rows (N, classes) with a single 1."""
     index = torch.as_tensor(labels).unsqueeze(-1)
-    return torch.zeros(*index.shape[:-1], classes, dtype=torch.float32).scatter_(-1, index, 1.0)
+    rows = torch.zeros(*index.shape[:-1], classes, dtype=torch.float32, device=index.device)
+    return rows.scatter_(-1, index, 1.0)
 
 
 def accept_tensors(transform: object) -> object:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from classifier.annotations import read_annotations
 from classifier.archive import shards
@@ -31,6 +32,7 @@ from classifier.files import (
     TEST_METRICS,
     TRAIN_METRICS,
     hash_path,
+    is_there,
     md5s_in,
     read_lock,
     read_yaml,
@@ -181,7 +183,8 @@ def _fewest_images(annotations: Path) -> float:
         return math.inf
     val, test = (read_annotations(annotations / f"{split}.csv").labels for split in ("val", "test"))
     _, of_class = np.unique(test, return_counts=True)
-    return float(min(len(val) or math.inf, len(of_class) * of_class.min(initial=1)))
+    numbers = (len(val), len(of_class) * int(of_class.min(initial=len(test))))
+    return min((number for number in numbers if number), default=math.inf)
 
 
 def _make_clone(folder: Path, revision: str | None) -> Path:
@@ -208,10 +211,13 @@ def _link_own_files(project: Path, folder: Path) -> None:
 
     Nothing outside of `folder` is touched.
     """
-    params = read_yaml(_content(project / PARAMS) or b"") or {}
+    try:
+        params = dict(read_yaml(_content(project / PARAMS) or b"") or {})
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise PipelineError(f"{PARAMS}: not parameters in YAML: {' '.join(str(error).split())}; mend it") from None
     for key in ("data_path", "weights"):
         path = Path(str(params.get(key) or ""))
-        if path.is_absolute() or not params.get(key) or not path.exists():
+        if path.is_absolute() or not params.get(key) or not is_there(path):
             continue
         link = Path(os.path.normpath(project / path))
         if folder not in link.parents:

@@ -166,7 +166,13 @@ class Zip:
 
 
 def _decoded(name: bytes, flags: int) -> str:
-    return name.decode("utf-8" if flags & IS_UTF8 else "cp437")
+    """A name in UTF-8, also where no flag says so, as in the zips of macOS and of Info-ZIP; else as zip began."""
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError:
+        if flags & IS_UTF8:
+            raise
+        return name.decode("cp437")
 
 
 def _long_sizes(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, int]:

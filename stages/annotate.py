@@ -29,9 +29,8 @@ def main() -> None:
     splits: dict[str, LabelledImages] = source.read(raw)
     for split, data in splits.items():
         check_labels(split, data, len(names))
-    shares = assign_splits(
-        {split: data.labels for split, data in splits.items()}, params.val_size, params.test_size, params.seed
-    )
+    given = {split: data.labels for split, data in splits.items()}
+    shares = assign_splits(given, names, params.val_size, params.test_size, params.seed)
     labels = {split: splits[share.origin].labels[share.indices] for split, share in shares.items()}
     check_classes(labels["train"], names)
 

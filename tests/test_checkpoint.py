@@ -274,6 +274,8 @@ def test_the_makings_are_deps_parameters_weights_and_environment(pipeline: dict[
     found = makings("train", pipeline, {"torch": "2"})
     assert list(found) == ["train.py", "mlp.py", "data", "start.pth", "lr", "network", "weights", "torch"]
     assert found == makings("train", pipeline | {"workers": 0}, {"torch": "2"})
+    too_long = "https://" + 300 * "x"  # for a name of a file, which is told when weights are read
+    assert makings("train", pipeline | {"weights": too_long}, {})["weights"] == too_long
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+import unicodedata
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,10 @@ from digits import LAYOUTS, write_digits
 from PIL import Image
 from project import Project
 
+from classifier.annotations import Names
 from classifier.archive import IMAGE_SUFFIXES, Images
 from classifier.errors import PipelineError
-from classifier.sources.folder import Layout, class_names, fetch, find_layout, read
+from classifier.sources.folder import Layout, _finder, class_names, fetch, find_layout, read
 
 PICTURE = io.BytesIO()
 Image.new("L", (5, 4), 90).save(PICTURE, "PNG")
@@ -206,6 +208,34 @@ def test_a_first_row_whose_class_others_have_is_no_header(tmp_path: Path) -> Non
     assert refused(tmp_path / "photos", CATS_AND_DOGS | {"labels.csv": table}) == complaint
 
 
+@pytest.mark.parametrize("header", ["image,label", "Label,Image"])
+def test_a_header_is_one_also_where_an_image_is_called_like_it(tmp_path: Path, header: str) -> None:
+    rows = ["cat/image.png,cat", "dog/image.png,dog", "image.png,dog"]
+    if header == "Label,Image":
+        rows = [",".join(reversed(row.split(","))) for row in rows]
+    files = pictures("cat/image.png", "dog/image.png", "image.png") | {"labels.csv": "\n".join([header, *rows]) + "\n"}
+    names = [("cat", "cat/image.png"), ("dog", "dog/image.png"), ("dog", "image.png")]
+    assert found(layout(tmp_path / "photos", files)) == {"train": names}
+
+
+def test_a_name_is_found_in_either_form_of_its_accents(tmp_path: Path) -> None:
+    """macOS has `é` as two characters in names of files, tables have one."""
+    one, two = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    for name, told in [(one, two), (two, one)]:
+        target = tmp_path / str(len(name))
+        files = pictures(name, "2.png") | {"labels.csv": f"file,label\n{told},cat\n2.png,dog\n"}
+        assert found(layout(target, files)) == {"train": [("cat", name), ("dog", "2.png")]}
+
+
+def test_many_images_with_one_last_name_are_found_by_the_folders_above_them() -> None:
+    """As patient00001/study1/view1_frontal.jpg: looking through all of that name for each row would take an hour."""
+    names = [f"patient{number:05}/study1/view1_frontal.jpg" for number in range(20_000)]
+    find = _finder(Names(names))
+    assert [find(name, "") for name in names] == [[name] for name in names]
+    assert [find(name.removesuffix(".jpg"), "") for name in names[:10]] == [[name] for name in names[:10]]
+    assert find("view1_frontal.jpg", "")[:2] == names[:2]
+
+
 def test_a_whole_name_wins_over_one_that_ends_like_it(tmp_path: Path) -> None:
     files = pictures("1.jpg", "2.jpg", "thumbs/1.jpg", "thumbs/2.jpg")
     made = layout(tmp_path / "photos", files | {"labels.csv": "file,label\n1.jpg,cat\n2.jpg,dog\n"})
@@ -259,6 +289,21 @@ def test_classes_are_numbered_in_the_order_of_their_names_and_of_their_numbers(t
         fetch(target / "raw", write(target / "photos", [f"{name}/1.png" for name in names]))
         assert class_names(target / "raw") == order
         assert read(target / "raw")["train"].labels.tolist() == [0, 1, 2]
+
+
+def test_two_classes_with_the_same_number_have_one_order(tmp_path: Path) -> None:
+    names = [f"{'0' * zeros}{number}" for number in (1, 2) for zeros in range(4)]
+    fetch(tmp_path / "raw", write(tmp_path / "photos", [f"{name}/1.png" for name in names]))
+    assert class_names(tmp_path / "raw") == ["0001", "001", "01", "1", "0002", "002", "02", "2"]
+
+
+def test_names_in_a_zip_are_utf8_also_where_no_flag_says_so(tmp_path: Path) -> None:
+    """As Info-ZIP and macOS write them; what is not UTF-8 is in the code page of the first PCs."""
+    archive = write(tmp_path / "photos.zip", ["cafXX/1.png", "thX/1.png", "thX/2.png"])
+    content = archive.read_bytes().replace(b"cafXX", "café".encode()).replace(b"thX/1", b"th\x82/1")
+    archive.write_bytes(content.replace(b"thX/2", b"th\x82/2"))
+    fetch(tmp_path / "raw", archive)
+    assert class_names(tmp_path / "raw") == ["café", "thé"]
 
 
 def test_images_have_names_of_their_own_and_one_order(tmp_path: Path) -> None:

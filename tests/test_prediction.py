@@ -282,9 +282,10 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(PipelineError, match=complaint):
             open_and_close(model, tmp_path)
     Path("models/export").mkdir(parents=True)
-    Path("models/export/manifest.json").write_text('{"files": {"model.pth": {}}}')
-    with pytest.raises(PipelineError, match="models/export: no exported model; `dvc repro` makes it"):
-        open_and_close(None, tmp_path)
+    for manifest in ('{"files": {"model.pth": {}}}', "{}", "[]"):
+        Path("models/export/manifest.json").write_text(manifest)
+        with pytest.raises(PipelineError, match="models/export: no exported model; `dvc repro` makes it"):
+            open_and_close(None, tmp_path)
 
 
 def command(*arguments: str, folder: Path, code: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:

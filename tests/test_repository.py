@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from project import Project
 
+from classifier import repository
 from classifier.repository import LARGEST_CODE, changes, commit_of, commits_holding, experiments, metrics_at, read_at
 
 
@@ -74,6 +75,21 @@ def test_changes_in_a_folder_of_a_larger_repository_are_named_from_there(
     change(project)
     monkeypatch.chdir(project.root / "sub")
     assert changes()[0] == ["gone.py", "new file.bin"]
+
+
+def test_a_new_file_that_goes_while_it_is_looked_at_is_passed_over(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an editor's: git is given its name, and does not find it any more."""
+    (project.root / "a.py").write_text("new\n")
+    (project.root / ".a.py.swp").touch()
+
+    def looked_at(name: bytes) -> bool:
+        (project.root / ".a.py.swp").unlink(missing_ok=True)
+        return True
+
+    monkeypatch.setattr(repository, "_may_be_code", looked_at)
+    assert changes()[0] == ["a.py"]
 
 
 def test_changes_can_be_limited(project: Project) -> None:

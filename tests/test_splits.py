@@ -9,6 +9,7 @@ from classifier.errors import PipelineError
 from classifier.sources import LabelledImages, fashion_mnist
 from classifier.splits import Duplicates, assign_splits, check_classes, check_labels, find_duplicates, hold_out
 
+NAMES = [f"class {label}" for label in range(10)]
 BALANCED = np.repeat(np.arange(10), 30)
 SKEWED = np.repeat(np.arange(3), [100, 50, 10])
 
@@ -20,7 +21,7 @@ def labelled(count: int, seed: int = 0) -> LabelledImages:
 
 @pytest.mark.parametrize(("val_size", "count"), [(50, 50), (0.2, 60), (0.1, 30), (0, 0), (0.0, 0), (290, 290)])
 def test_val_size_is_a_count_or_a_fraction(val_size: int | float, count: int) -> None:
-    held_out = hold_out(BALANCED, val_size, seed=42, key="val_size")
+    held_out = hold_out(BALANCED, NAMES, val_size, seed=42, key="val_size")
     assert held_out.dtype == bool
     assert held_out.shape == BALANCED.shape
     assert held_out.sum() == count
@@ -28,18 +29,18 @@ def test_val_size_is_a_count_or_a_fraction(val_size: int | float, count: int) ->
 
 
 def test_split_keeps_the_shares_of_the_classes() -> None:
-    assert np.bincount(SKEWED[hold_out(SKEWED, 0.2, seed=1, key="val_size")]).tolist() == [20, 10, 2]
+    assert np.bincount(SKEWED[hold_out(SKEWED, NAMES, 0.2, seed=1, key="val_size")]).tolist() == [20, 10, 2]
 
 
 def test_split_is_a_function_of_the_seed() -> None:
-    first, again, other = (hold_out(BALANCED, 50, seed, "val_size") for seed in (1, 1, 2))
+    first, again, other = (hold_out(BALANCED, NAMES, 50, seed, "val_size") for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 def test_split_is_pinned() -> None:
     """Another version of scikit-learn that drew other images would change everyone's validation figures."""
-    assert np.flatnonzero(hold_out(BALANCED, 10, seed=42, key="val_size")).tolist() == [
+    assert np.flatnonzero(hold_out(BALANCED, NAMES, 10, seed=42, key="val_size")).tolist() == [
         6,
         39,
         66,
@@ -55,25 +56,26 @@ def test_split_is_pinned() -> None:
 
 @pytest.mark.parametrize("val_size", [300, 301, 295, 5, 0.01, 0.999])
 def test_impossible_val_size(val_size: int | float) -> None:
-    with pytest.raises(PipelineError, match=f"val_size: {val_size} images"):
-        hold_out(BALANCED, val_size, seed=0, key="val_size")
+    count = round(300 * val_size) if isinstance(val_size, float) else val_size
+    with pytest.raises(PipelineError, match=f"val_size: {count} images"):
+        hold_out(BALANCED, NAMES, val_size, seed=0, key="val_size")
 
 
 def test_a_fraction_that_is_not_one_image() -> None:
     with pytest.raises(PipelineError, match=r"val_size: 0\.001 of 300 images is none; 0 holds out none"):
-        hold_out(BALANCED, 0.001, seed=0, key="val_size")
+        hold_out(BALANCED, NAMES, 0.001, seed=0, key="val_size")
 
 
 def test_class_with_a_single_image() -> None:
     with pytest.raises(
-        PipelineError, match=r"val_size: 5 images cannot be held out of 31: there is only one image of class \[1\]"
+        PipelineError, match=r"val_size: 5 images cannot be held out of 31: there is only one image of class boot"
     ):
-        hold_out(np.array([0] * 30 + [1]), 5, seed=0, key="val_size")
+        hold_out(np.array([0] * 30 + [1]), ["hat", "boot"], 5, seed=0, key="val_size")
 
 
 def test_split_never_takes_all_training_images_of_a_class() -> None:
-    with pytest.raises(PipelineError, match=r"leave no training image of class \[1\]"):
-        hold_out(np.array([0] * 998 + [1] * 2), 990, seed=0, key="val_size")
+    with pytest.raises(PipelineError, match=r"leave no training image of class boot"):
+        hold_out(np.array([0] * 998 + [1] * 2), ["hat", "boot"], 990, seed=0, key="val_size")
 
 
 def duplicates(**splits: list[tuple[str, int]]) -> Duplicates:
@@ -132,7 +134,7 @@ def test_class_without_images_is_named() -> None:
 
 
 def sizes(val_size: int | float, test_size: int | float, **labels: np.ndarray) -> dict[str, tuple[str, int]]:
-    shares = assign_splits(labels, val_size, test_size, seed=42)
+    shares = assign_splits(labels, NAMES, val_size, test_size, seed=42)
     return {split: (share.origin, len(share.indices)) for split, share in shares.items()}
 
 
@@ -150,14 +152,16 @@ def test_splits_that_the_source_has_are_taken_and_the_others_cut_from_train() ->
 
 
 def test_no_image_is_in_two_splits_and_none_is_lost() -> None:
-    shares = assign_splits({"train": BALANCED}, 0.1, 0.2, seed=1)
+    shares = assign_splits({"train": BALANCED}, NAMES, 0.1, 0.2, seed=1)
     assert sorted(np.concatenate([share.indices for share in shares.values()]).tolist()) == list(range(300))
     for split, count in {"train": 216, "val": 24, "test": 60}.items():
         assert np.bincount(BALANCED[shares[split].indices]).tolist() == pytest.approx([count / 10] * 10, abs=1)
 
 
 def test_the_test_images_do_not_depend_on_val_size() -> None:
-    shares = [assign_splits({"train": BALANCED}, val_size, 0.2, seed=1)["test"].indices for val_size in (0, 0.1, 60)]
+    shares = [
+        assign_splits({"train": BALANCED}, NAMES, val_size, 0.2, seed=1)["test"].indices for val_size in (0, 0.1, 60)
+    ]
     assert np.array_equal(shares[0], shares[1])
     assert np.array_equal(shares[0], shares[2])
 
@@ -187,7 +191,7 @@ def test_counts_of_fashion_mnist(fashion_mnist_dir: Path) -> None:
     assert np.asarray(test.images).shape == (10_000, 28, 28)
     assert np.bincount(train.labels).tolist() == [6000] * 10
     assert np.bincount(test.labels).tolist() == [1000] * 10
-    held_out = hold_out(train.labels, 5000, seed=42, key="val_size")
+    held_out = hold_out(train.labels, NAMES, 5000, seed=42, key="val_size")
     assert np.bincount(train.labels[held_out]).tolist() == [500] * 10
     assert np.bincount(train.labels[~held_out]).tolist() == [5500] * 10
     digests = {split: [image.tobytes() for image in np.asarray(data.images)] for split, data in splits.items()}

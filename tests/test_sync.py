@@ -404,6 +404,17 @@ def test_a_locked_store_does_not_delay_a_training_and_gets_all_later(project: Pr
     assert statuses(project.root / "mlflow.db") == ["FINISHED"]
 
 
+@pytest.mark.parametrize(
+    ("address", "way_on"), [("sqlite:///team.db", "or unset MLFLOW_TRACKING_URI to"), ("", "Another program may have")]
+)
+def test_the_way_on_from_a_locked_store_is_told_by_whose_it_is(
+    monkeypatch: pytest.MonkeyPatch, address: str, way_on: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(store.StoreAway, match=way_on), store.store_errors():
+        raise sqlite3.OperationalError("database is locked")
+
+
 def test_a_store_that_is_locked_in_the_middle_gets_all_by_the_same_process_when_it_is_free(project: Project) -> None:
     database = project.root / "mlflow.db"
     with paced(project) as process:

@@ -238,6 +238,12 @@ def test_weighted_loss_is_torchs_divided_by_the_number_of_images() -> None:
     torch.testing.assert_close(weighted_cross_entropy(logits, labels, WEIGHTS, 0.0), torchs_mean)
 
 
+def test_weighted_loss_is_computed_where_the_logits_are() -> None:
+    """As on an accelerator; a tensor of torch's device `meta` has no content, and takes none of another device."""
+    logits, labels, weights = (tensor.to("meta") for tensor in (*logits_and_labels(), WEIGHTS))
+    assert weighted_cross_entropy(logits, labels, weights, 0.1).device.type == "meta"
+
+
 def test_balanced_loss_of_all_images_is_torchs_weighted_mean() -> None:
     logits, labels = logits_and_labels()
     balanced = len(labels) / (CLASSES * labels.bincount())

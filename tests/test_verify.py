@@ -1,5 +1,6 @@
 """A rebuild in a clean clone tells what is the same to the bit, what is as good, and what has drifted."""
 
+import math
 import re
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from project import Project, clean_environment, small_project
 from tracker import wait_for
 
 from classifier.errors import PipelineError
-from classifier.verify import DRIFTED, IDENTICAL, WITHIN, State, _make_clone, compare
+from classifier.verify import DRIFTED, IDENTICAL, WITHIN, State, _fewest_images, _link_own_files, _make_clone, compare
 from classifier.zip_format import write_zip
 
 RECORDED = State(
@@ -88,6 +89,27 @@ def test_metrics_beyond_the_tolerance_have_drifted_and_the_weights_with_them(key
 def test_of_few_images_two_may_be_answered_otherwise(fewest: float, verdict: str) -> None:
     state = replace(rebuilt("metrics/test.json", test__accuracy=0.7 + 2 / 360), fewest=fewest)
     assert verdicts(state)["metrics/test.json"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "fewest"),
+    [([0] * 50, [0] * 10 + [1] * 40, 20), ([0] * 5, [0] * 10 + [1] * 40, 5), ([], [0, 0, 1, 1, 2, 2], 6)],
+)
+def test_the_fewest_images_are_those_that_weigh_most_in_a_mean(
+    tmp_path: Path, val: list[int], test: list[int], fewest: float
+) -> None:
+    for split, labels in (("val", val), ("test", test)):
+        rows = [f"{number}.png,{label}\n" for number, label in enumerate(labels)]
+        (tmp_path / f"{split}.csv").write_text("file,label\n" + "".join(rows))
+    assert _fewest_images(tmp_path) == fewest
+    assert _fewest_images(tmp_path / "none") == math.inf
+
+
+@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2\n", "text"])
+def test_parameters_that_are_none_are_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "params.yaml").write_text(content)
+    with pytest.raises(PipelineError, match=r"params\.yaml: not parameters in YAML: "):
+        _link_own_files(tmp_path, tmp_path.parent)
 
 
 def test_a_metric_that_is_gone_has_drifted() -> None:

@@ -15,7 +15,9 @@ import os
 import re
 import shutil
 import subprocess
+import unicodedata
 from array import array
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -172,7 +174,9 @@ def _without_suffix(name: str) -> str:
 
 def _names_of_classes(layout: Layout) -> list[str]:
     names = {name for entries in layout.splits.values() for name in entries.classes}
-    return sorted(names, key=int if all(name.isdecimal() and name.isascii() for name in names) else None)
+    if all(name.isdecimal() and name.isascii() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))  # 1 and 01 are two classes
+    return sorted(names)
 
 
 # What is where
@@ -291,7 +295,8 @@ def _read_table(
             continue
         if columns is None:
             width = len(values)
-            if width == 2 and (find(values[0], given) or _suffix(values[0]) in IMAGE_SUFFIXES):
+            names_image = find(values[0], given) or _suffix(values[0]) in IMAGE_SUFFIXES
+            if width == 2 and names_image and not _is_header(values):
                 columns = (0, 1, None)  # no header
             else:
                 found = _columns(values)
@@ -335,9 +340,19 @@ def _read_table(
     return rows
 
 
+def _column_name(value: str) -> str:
+    return re.sub(r"[\s_-]", "", value.casefold())
+
+
+def _is_header(values: list[str]) -> bool:
+    """Whether a row of two says `image,label` or the like, also where an image is called image.png."""
+    file, label = map(_column_name, values)
+    return (file in FILE_COLUMNS and label in LABEL_COLUMNS) or (label in FILE_COLUMNS and file in LABEL_COLUMNS)
+
+
 def _columns(header: list[str]) -> tuple[int, int, int | None] | None:
     """Where the files, the classes and maybe the splits are."""
-    names = [re.sub(r"[\s_-]", "", value.casefold()) for value in header]
+    names = [_column_name(value) for value in header]
 
     def place(wanted: tuple[str, ...]) -> int | None:
         return next((names.index(name) for name in wanted if name in names), None)
@@ -358,21 +373,24 @@ def _split_of_table(name: str) -> str | None:
 def _finder(pictures: Names) -> Callable[[str, str], list[str]]:
     """A function that gives the images that a table for a split can mean by a name, in part or without suffix.
 
-    Of several, those in a folder of the split, or else the one of which it is the whole name.
+    Of several, those in a folder of the split, or else the one of which it is the whole name. `é` is found whether it
+    is one character or two, as macOS has it in names of files.
     """
-    by_last: dict[str, list[str]] = defaultdict(list)
-    for name in pictures:
-        last = name.rpartition("/")[2]
-        by_last[last].append(name)
-        by_last[_without_suffix(last)].append(name)
+    # From behind, names that end alike stand side by side
+    ends = sorted(
+        (f"/{unicodedata.normalize('NFC', end)}"[::-1], place)
+        for place, name in enumerate(pictures)
+        for end in {name, _without_suffix(name)}
+    )
 
     def find(text: str, split: str) -> list[str]:
         text = re.sub(r"^(\./)+", "", text.replace("\\", "/"))
-        found = [
-            name
-            for name in by_last.get(text.rpartition("/")[2], [])
-            if f"/{name}".endswith(f"/{text}") or f"/{_without_suffix(name)}".endswith(f"/{text}")
-        ]
+        end = f"/{unicodedata.normalize('NFC', text)}"[::-1]
+        first = last = bisect_left(ends, (end, 0))
+        while last < len(ends) and ends[last][0].startswith(end):
+            last += 1
+        places = {place for _, place in ends[first:last]}
+        found = [pictures[place] for place in sorted(places)]
         of_split = [name for name in found if split in {SPLITS.get(part.casefold()) for part in name.split("/")[:-1]}]
         return found if len(found) < 2 else of_split or [name for name in found if name == text] or found
 
