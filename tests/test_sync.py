@@ -578,13 +578,22 @@ def away(prepared: Project, server: Server, healthy: Stage, tmp_path_factory: py
     return Away(project, stages, check_journals)
 
 
+class Back(NamedTuple):
+    """What the server held when it had been started and all was sent; other tests send to it too."""
+
+    contents: dict[str, Any]
+    database: Path
+
+
 @pytest.fixture(scope="module")
-def back(away: Away, server: Server) -> dict[str, Any]:
-    """What the server holds when it has been started and all was sent."""
+def back(away: Away, server: Server, tmp_path_factory: pytest.TempPathFactory) -> Back:
     server.start()
     done = classifier(away.project, "sync")
     assert done.stdout == "3 journals were waiting; nothing is left to send\n"
-    return contents(server.database, server.artifacts)
+    database = tmp_path_factory.mktemp("back") / "server.db"
+    with closing(sqlite3.connect(server.database)) as store, closing(sqlite3.connect(database)) as copy:
+        store.backup(copy)
+    return Back(contents(server.database, server.artifacts), database)
 
 
 def test_a_server_that_is_not_there_delays_no_stage_and_changes_no_result(away: Away, healthy: Stage) -> None:
@@ -610,8 +619,8 @@ def test_a_server_that_never_answers_does_not_delay_the_stages_after_training(
     assert len(waiting(project)) == 1
 
 
-def test_what_three_stages_had_to_tell_is_all_there_when_the_server_is(back: dict[str, Any], server: Server) -> None:
-    database = server.database
+def test_what_three_stages_had_to_tell_is_all_there_when_the_server_is(back: Back) -> None:
+    database = back.database
     assert statuses(database) == ["FINISHED"]
     for key in ("train_loss", "val_loss", "val_accuracy", "images_per_second"):
         assert steps(database, key) == [1, 2, 3, 4]
@@ -620,18 +629,18 @@ def test_what_three_stages_had_to_tell_is_all_there_when_the_server_is(back: dic
     tags = dict(query(database, "SELECT key, value FROM tags"))
     assert {"md5.model_weights", "md5.images", "md5.test_set", "mlflow.source.git.commit"} <= tags.keys()
     assert len(query(database, "SELECT * FROM inputs WHERE source_type = 'DATASET'")) == 2
-    files = {Path(name).name for name in back if "/" in name}
+    files = {Path(name).name for name in back.contents if "/" in name}
     assert {"classes.csv", "confusion.csv", "samples.png", "manifest.json", "model.onnx"} <= files
     assert [number for (number,) in query(database, "SELECT version FROM model_versions")] == [1]
 
 
-def test_sending_again_changes_nothing(back: dict[str, Any], away: Away, server: Server) -> None:
+def test_sending_again_changes_nothing(back: Back, away: Away, server: Server) -> None:
     before = contents(server.database, server.artifacts)
     assert classifier(away.project, "sync").stdout == "Nothing is waiting to be sent\n"
     assert contents(server.database, server.artifacts) == before
 
 
-def test_journals_that_are_sent_a_second_time_change_nothing(back: dict[str, Any], away: Away, server: Server) -> None:
+def test_journals_that_are_sent_a_second_time_change_nothing(back: Back, away: Away, server: Server) -> None:
     before = contents(server.database, server.artifacts)
     shutil.copytree(away.journals, away.project.root / ".journal", dirs_exist_ok=True)
     for noted in away.project.root.glob(".journal/*/sent.json"):
@@ -642,7 +651,7 @@ def test_journals_that_are_sent_a_second_time_change_nothing(back: dict[str, Any
 
 
 def test_a_server_killed_in_the_middle_of_a_training_misses_nothing(
-    back: dict[str, Any], prepared: Project, server: Server, tmp_path: Path
+    back: Back, prepared: Project, server: Server, tmp_path: Path
 ) -> None:
     project = prepared.copy(tmp_path / "project")
     project.set_params(epochs="400", experiment="cut-off")
@@ -679,7 +688,7 @@ def test_a_server_killed_in_the_middle_of_a_training_misses_nothing(
 
 
 def test_a_server_that_comes_back_during_a_training_gets_what_it_missed_from_the_same_process(
-    back: dict[str, Any], project: Project, server: Server
+    back: Back, project: Project, server: Server
 ) -> None:
     env = {"MLFLOW_TRACKING_URI": server.address, "MLFLOW_EXPERIMENT_NAME": "came-back"}
     with paced(project, **env) as process:
