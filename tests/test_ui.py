@@ -28,7 +28,7 @@ OPTIMIZERS = ["sgd", "adam"]
 PAIRS = sorted(product(RATES, OPTIMIZERS))
 EPOCHS = 5
 CLICKS = 6  # at most, before it is a fault
-PATIENCE = 120_000  # milliseconds, where the machine is busy
+PATIENCE = 60_000  # milliseconds, where the machine is busy
 
 
 @pytest.fixture(scope="module")
