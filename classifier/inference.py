@@ -1,8 +1,10 @@
 """What a trained network says of images: its weights, its logits, its scores, and which pixels count."""
 
+import io
 import os
 import warnings
 import zipfile
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from classifier.batches import Batches
 from classifier.errors import PipelineError
-from classifier.files import WEIGHTS, verified
+from classifier.files import WEIGHTS, atomic, verified
 from classifier.networks import Mirrored, build_network
 
 Precision = Literal["float32", "bfloat16"]
@@ -59,6 +61,14 @@ def read_weights(path: Path, device: torch.device) -> Any:
             f"weights: {path} cannot be read; it must be a whole file of tensors alone, as "
             "torch.save(network.state_dict(), path) writes"
         ) from None
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights by name to a file, whole or not at all, as `read_weights` reads them."""
+    content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
+    torch.save(weights, content)
+    with atomic(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def _refuse_compressed(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from time import perf_counter
@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from classifier.batches import Batches
 from classifier.errors import PipelineError
-from classifier.inference import Precision, autocast
+from classifier.inference import Precision, autocast, test_loop
+from classifier.networks import Mirrored
+from classifier.params import Params
 
 REPORT_EVERY = 100  # batches, as in the tutorial
 
@@ -129,6 +131,44 @@ def _set_random_states(states: dict[str, Any]) -> None:
         torch.mps.set_rng_state(states["mps"])
 
 
+def train_epochs(
+    train_batches: Batches,
+    val_batches: Batches,
+    state: TrainState,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    params: Params,
+    *,
+    keep_best: bool,
+    after_update: Callable[[], None],
+) -> Iterator[dict[str, float]]:
+    """Train from where the state is to the last epoch; after each, print its figures and give them.
+
+    val_batches: of the images that `val_loss` and `val_accuracy` are of.
+    keep_best: keep the weights of the epoch with the best `val_accuracy`, instead of the last ones.
+    Besides what `train_loop` raises, raises PipelineError if a figure is not finite.
+    """
+    evaluated = Mirrored(state.network) if params.test_flip else state.network
+    while state.epoch < params.epochs:
+        train_loss = train_loop(
+            train_batches,
+            state,
+            loss_fn,
+            accumulate_steps=params.accumulate_steps,
+            precision=params.precision,
+            after_update=after_update,
+        )
+        images_per_second = train_batches.image_count / state.seconds
+        val_loss, val_accuracy = test_loop(val_batches, evaluated, params.precision)
+        print(
+            f"Epoch {state.epoch + 1}: Accuracy: {val_accuracy:.1%}, Avg loss: {val_loss:.6f}, "
+            f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s",
+            flush=True,
+        )
+        figures = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
+        state.end_epoch(figures, keep=not keep_best or state.is_best(val_accuracy))
+        yield figures | {"images_per_second": images_per_second}
+
+
 def train_loop(
     batches: Batches,
     state: TrainState,
@@ -137,16 +177,13 @@ def train_loop(
     accumulate_steps: int,
     precision: Precision,
     after_update: Callable[[], None] | None = None,
-    report: Callable[[int, float], None] | None = None,
 ) -> float:
     """Train to the end of the state's epoch; return the mean of the batches' losses.
 
     loss_fn: of logits and targets of a batch, the mean over its images.
     accumulate_steps: so many batches make one update, the same as that of one batch with all their images.
     after_update: called after each update, when the state is one to go on from.
-    report: called every REPORT_EVERY batches with the images seen so far and the loss of the current batch,
-        which the progress bar shows too.
-    The batches' group works on them together: what is returned and reported is of all its processes.
+    The batches' group works on them together: what is returned and shown is of all its processes.
     Raises PipelineError at the step whose loss or gradient is not finite, before its update; on an accelerator, which
     would have to be waited for in every step, at the next report or checkpoint. The state's kept weights stay.
     """
@@ -175,8 +212,6 @@ def train_loop(
                 seen = number * batches.batch_size + count
                 bar.set_postfix(loss=f"{state.last_loss:.4f}", refresh=False)
                 bar.update(seen - bar.n)
-                if report:
-                    report(seen, state.last_loss)
             if is_last:
                 state.note(number, "gradient", _sum_of_gradients(network))
                 if batches.device.type == "cpu":

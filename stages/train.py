@@ -6,10 +6,7 @@ Keeps   with validation images, the weights of the epoch with the best validatio
         and until it has written them, checkpoints from which a killed training goes on to the same bytes
 """
 
-import io
 from contextlib import ExitStack
-
-import torch
 
 from classifier import files
 from classifier.annotations import class_names, write_csv
@@ -19,13 +16,12 @@ from classifier.dataset import annotated
 from classifier.device import environment, keep_freed_memory, select_device, set_threads
 from classifier.distributed import Group, joined
 from classifier.errors import run_main
-from classifier.inference import test_loop
-from classifier.networks import Mirrored
+from classifier.inference import save_weights
 from classifier.optimization import build_loss
 from classifier.params import Params, load_params
 from classifier.start import initial_state
 from classifier.tracking import Tracker
-from classifier.training import TrainState, train_loop
+from classifier.training import TrainState, train_epochs
 
 
 def main() -> None:
@@ -52,7 +48,6 @@ def train(params: Params, group: Group) -> None:
     class_weights = train_set.class_weights(names).float().to(device) if params.balance == "loss" else None
     loss_fn = build_loss(params.label_smoothing, class_weights)
     state = initial_state(params, train_batches, len(names))
-    evaluated = Mirrored(state.network) if params.test_flip else state.network
 
     with ExitStack() as stack:
         saved = stack.enter_context(checkpoints(made_of)) if made_of else None
@@ -62,36 +57,18 @@ def train(params: Params, group: Group) -> None:
                 tracker.tag({"sha256.weights": state.pretrained})
         every = params.checkpoint_steps * params.accumulate_steps
         with going_on(state, group, saved, every=every, last=len(train_batches)) as after_update:
-            while state.epoch < params.epochs:
-                train_loss = train_loop(
-                    train_batches,
-                    state,
-                    loss_fn,
-                    accumulate_steps=params.accumulate_steps,
-                    precision=params.precision,
-                    after_update=after_update,
-                )
-                images_per_second = train_batches.image_count / state.seconds
-                val_loss, val_accuracy = test_loop(val_batches, evaluated, params.precision)
-                print(
-                    f"Epoch {state.epoch + 1}: Accuracy: {val_accuracy:.1%}, Avg loss: {val_loss:.6f}, "
-                    f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s",
-                    flush=True,
-                )
-                figures = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
-                state.end_epoch(figures, keep=not selects or state.is_best(val_accuracy))
+            for figures in train_epochs(
+                train_batches, val_batches, state, loss_fn, params, keep_best=selects, after_update=after_update
+            ):
                 if tracker:
-                    tracker.log_metrics(figures | {"images_per_second": images_per_second}, step=state.epoch)
+                    tracker.log_metrics(figures, step=state.epoch)
         if group.is_first:
             write(state, recorded)
 
 
 def write(state: TrainState, recorded: dict[str, str | int]) -> None:
     """Write the outputs: the weights that were kept, the figures of each epoch, and where they were computed."""
-    content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
-    torch.save(state.weights, content)
-    with files.atomic(files.WEIGHTS) as path:
-        path.write_bytes(content.getbuffer())
+    save_weights(state.weights, files.WEIGHTS)
     with files.atomic(files.EPOCHS) as path:
         write_csv(path, {key: [figures[key] for figures in state.history] for key in state.history[0]})
     files.write_json(files.TRAIN_METRICS, state.kept)

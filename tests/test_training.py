@@ -1,6 +1,8 @@
 """The training loop, prediction and scores, on small images that the tests write as the pipeline writes its own."""
 
+import io
 import math
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -98,7 +100,6 @@ def train(
     class_weights: Tensor | None = None,
     accumulate_steps: int = 1,
     precision: str = "float32",
-    report: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train as the train stage does; the mean loss of each epoch."""
     chosen = build_optimizer(optimizer, freeze(network, []), lr, momentum, weight_decay)
@@ -112,7 +113,6 @@ def train(
             build_loss(label_smoothing, class_weights),
             accumulate_steps=accumulate_steps,
             precision=precision,  # type: ignore[arg-type]
-            report=report,
         )
         state.end_epoch({"train_loss": loss}, keep=False)
         losses.append(loss)
@@ -213,12 +213,17 @@ def test_bfloat16_trains_and_keeps_float32_weights(make_batches: BatchMaker) -> 
     assert predict(batches, network, "bfloat16").dtype == torch.float32
 
 
-def test_report_is_called_every_hundred_batches(make_batches: BatchMaker) -> None:
-    reports: list[tuple[int, float]] = []
-    batches = make_batches(64, count=6500, size=2)
-    losses = train(batches, linear(pixels=4), lr=1e-12, report=lambda seen, loss: reports.append((seen, loss)))
-    assert [seen for seen, _ in reports] == [64, 6464]
-    assert [loss for _, loss in reports] == pytest.approx(losses * 2, abs=0.1)
+def test_the_progress_bar_counts_images_and_tells_the_loss(
+    make_batches: BatchMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", terminal)
+    (loss,) = train(make_batches(64, count=6500, size=2), linear(pixels=4), lr=1e-12)
+    last = terminal.getvalue().split("\r")[-1]
+    assert "6500/6500 " in last
+    (told,) = re.findall(r"loss=([\d.]+)", last)
+    assert float(told) == pytest.approx(loss, abs=0.1)
 
 
 # Weights of classes
