@@ -104,17 +104,16 @@ def assert_same(together: dict[str, Any], alone: dict[str, Any]) -> None:
         np.testing.assert_allclose(together["weights"][name], tensor, rtol=0, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "settings"),
     [
         (2, {}),
-        pytest.param(3, {"accumulate": 4}, marks=pytest.mark.slow),
-        pytest.param(2, {"network": "cnn"}, marks=pytest.mark.slow),
-        pytest.param(
-            3, {"network": "cnn", "memory": STREAMED, "augment": ["crop", "flip", "erase"]}, marks=pytest.mark.slow
-        ),
-        pytest.param(2, {"augment": ["flip", "mixup", "cutmix"]}, marks=pytest.mark.slow),
-        pytest.param(3, {"augment": ["color", "mixup"], "memory": STREAMED, "accumulate": 3}, marks=pytest.mark.slow),
+        (3, {"accumulate": 4}),
+        (2, {"network": "cnn"}),
+        (3, {"network": "cnn", "memory": STREAMED, "augment": ["crop", "flip", "erase"]}),
+        (2, {"augment": ["flip", "mixup", "cutmix"]}),
+        (3, {"augment": ["color", "mixup"], "memory": STREAMED, "accumulate": 3}),
     ],
 )
 def test_losses_and_weights_are_those_of_one_process(images: Path, processes: int, settings: dict[str, Any]) -> None:
