@@ -18,10 +18,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test coverage slow check format ui samples report verify seeds peers bench lock clean
+.PHONY: help env repro test coverage slow check format ui samples report verify seeds peers bench accelerator lock clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 env: .venv/.synced  ## make .venv from requirements.lock
 
@@ -86,6 +86,9 @@ bench: repro peers  ## run the benchmarks, for hours, into benchmarks/results.md
 	$(RUN) benchmarks.scale $(if $(QUICK),--images 1000 2000 $(PAGE))
 	$(RUN) benchmarks.plan $(if $(QUICK),--sample 50 $(PAGE))
 	$(PEERS) -m benchmarks.time_to_accuracy $(if $(QUICK),--seeds 1 --recipe-epochs 1 --limit-seconds 1 $(PAGE))
+
+accelerator:  ## test and time training on this machine's GPU, with .venv if it is there, else with PYTHON
+	$(if $(wildcard .venv/.synced),$(RUN),$(PYTHON) -m) benchmarks.accelerator $(if $(QUICK),--quick)
 
 lock: env  ## write requirements.lock and benchmarks/requirements.lock anew from pyproject.toml
 	$(COMPILE) --extra dev --extra team pyproject.toml --output-file requirements.lock

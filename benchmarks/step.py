@@ -9,7 +9,7 @@ each matrix product adds what it has computed to the weights right away: no grad
 
 Then some steps of the cnn, batches of 256, bfloat16, crop and flip, in processes of their own in turns: as torch and
 the C library have it, and with what the train stage and the network add, one after the other. Freed memory is kept
-(`keep_freed_memory`); new tensors are not filled with NaN, as deterministic torch does (`seed_everything`); the
+(`keep_freed_memory`); new tensors are not filled with NaN, as deterministic torch does (`choose_kernels`); the
 gradients of small maps are computed side by side (`SmallMaps`).
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import deterministic
 
 from benchmarks.measuring import Contender, Report, in_turns, median_ratio, parser, summary
-from classifier.device import keep_freed_memory, seed_everything, set_threads
+from classifier.device import choose_kernels, keep_freed_memory, seed_everything, set_threads
 from classifier.errors import run_main
 from classifier.networks import cnn
 from classifier.networks.mlp import build
@@ -105,6 +105,7 @@ def report_cnn(report: Report, rounds: int) -> None:
 def cnn_steps(added: int) -> Callable[[], float]:
     """Returns a function that takes CNN_STEPS steps, with the first `added` of the pipeline's ways: their seconds."""
     set_threads("auto")
+    choose_kernels(deterministic=True, precision="float32")
     seed_everything(0)
     if added >= 1:
         keep_freed_memory()

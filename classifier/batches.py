@@ -1,15 +1,15 @@
 """A dataset in batches, in a reproducible order.
 
-Images are decoded once into one uint8 tensor (N, C, H, W), which is moved to the device once and batched by
-index there. Above the memory limit they are decoded anew in every epoch by worker processes instead: the same
-order, the same batches, the same numbers.
+Images are decoded once into one uint8 tensor (N, C, H, W), which is moved to the device once, if it has room, and
+batched by index. Above the memory limit they are decoded anew in every epoch by worker processes instead: the same
+order, the same batches, the same numbers. What is not on a CUDA device is copied there a batch ahead.
 """
 
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,14 +18,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from classifier.annotations import faulty_rows
 from classifier.dataset import CustomImageDataset
+from classifier.device import has_room, to_device
 from classifier.distributed import ALONE, Group
 from classifier.errors import PipelineError
-from classifier.params import Params
 from classifier.transforms import MIXING, augment, mix, one_hot, to_float
+
+if TYPE_CHECKING:  # benchmarks.accelerator runs where pydantic is not installed
+    from classifier.params import Params
 
 
 def batches_of(
-    dataset: CustomImageDataset, params: Params, device: torch.device, group: Group = ALONE, **training: Any
+    dataset: CustomImageDataset, params: "Params", device: torch.device, group: Group = ALONE, **training: Any
 ) -> "Batches":
     """A dataset in its own order, in batches as params.yaml has them; `training` is what only training has."""
     return Batches(
@@ -40,7 +43,7 @@ def batches_of(
 
 
 def training_batches(
-    dataset: CustomImageDataset, names: list[str], params: Params, device: torch.device, group: Group = ALONE
+    dataset: CustomImageDataset, names: list[str], params: "Params", device: torch.device, group: Group = ALONE
 ) -> "Batches":
     """A dataset in batches to train on: in the order, with the targets, balanced and augmented as params.yaml says.
 
@@ -123,9 +126,11 @@ class Batches:
         self.image_count = len(dataset)
         self.targets = dataset.targets().to(device)
         self.image_shape = dataset.image_shape()
-        fits = self.image_count * math.prod(self.image_shape) <= memory_limit_gib * 2**30
         shape = (self.image_count, *self.image_shape)
-        self.pixels = group.shared(shape, dataset.decode_all).to(device) if fits else None
+        fits = math.prod(shape) <= memory_limit_gib * 2**30
+        self.pixels = group.shared(shape, dataset.decode_all) if fits else None
+        if self.pixels is not None and has_room(device, math.prod(shape)):
+            self.pixels = self.pixels.to(device)
 
     def __len__(self) -> int:
         """The number of batches in an epoch; the last one may be smaller."""
@@ -141,7 +146,7 @@ class Batches:
         Each batch is a function of (seed, epoch, number) alone, whatever the number of processes.
         """
         order = epoch_order(self.image_count, self.seed, epoch, self.shuffle, self.weights)
-        indices = self._parts(order.to(self.device), first)
+        indices = self._parts(to_device(order, self.device), first)
         for number, (index, pixels) in enumerate(zip(indices, self._pixels(order, first), strict=True), first):
             images, targets = to_float(pixels), self.targets[index]
             if self.augmentations:
@@ -162,14 +167,32 @@ class Batches:
     def _parts(self, order: Tensor, first: int) -> Iterator[Tensor]:
         """Which images of an epoch's order this process takes for each batch from number `first` on, int64."""
         for number in range(first, len(self)):
-            yield order[number * self.batch_size :][: self.batch_size][self._places(number)]
+            places = self._places(number)
+            if isinstance(places, Tensor):
+                places = to_device(places, order.device)
+            yield order[number * self.batch_size :][: self.batch_size][places]
 
     def _pixels(self, order: Tensor, first: int) -> Iterator[Tensor]:
-        """uint8 pixels of what `_parts` names, from memory or from the worker processes."""
-        if self.pixels is not None:
-            for index in self._parts(order.to(self.device), first):
+        """uint8 pixels on the device of what `_parts` names, from memory or from the worker processes."""
+        if self.pixels is not None and self.pixels.device == self.targets.device:
+            for index in self._parts(to_device(order, self.device), first):
                 yield self.pixels.index_select(0, index)  # on a CPU several times as quick as pixels[index]
             return
+        pixels = self._picked(order, first) if self.pixels is not None else self._decoded(order, first)
+        if self.device.type == "cuda":
+            yield from copied_ahead(pixels, self.device)
+        else:
+            yield from (batch.to(self.device) for batch in pixels)
+
+    def _picked(self, order: Tensor, first: int) -> Iterator[Tensor]:
+        """Pixels on the CPU, page-locked, of images that are in its memory because the device has no room for all."""
+        assert self.pixels is not None  # noqa: S101
+        for index in self._parts(order, first):
+            batch = torch.empty((len(index), *self.image_shape), dtype=torch.uint8, pin_memory=True)
+            yield torch.index_select(self.pixels, 0, index, out=batch)
+
+    def _decoded(self, order: Tensor, first: int) -> Iterator[Tensor]:
+        """Pixels on the CPU, page-locked for a CUDA device, decoded by the worker processes."""
         if first == len(self):
             return
         loader = DataLoader(
@@ -179,6 +202,7 @@ class Batches:
             collate_fn=partial(_stack, self.image_shape),
             worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # or it would draw from the global one, which dropout draws from
+            pin_memory=self.device.type == "cuda",
         )
         faults: list[tuple[int, str]] = []
         for pixels in loader:
@@ -187,9 +211,31 @@ class Batches:
                     print("An image cannot be used: looking through the others of this epoch", flush=True)
                 faults += pixels
             elif not faults:
-                yield pixels.to(self.device)
+                yield pixels
         if faults:
             raise faulty_rows(self.dataset.annotations, sorted(faults))
+
+
+def copied_ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Batches from page-locked memory on a CUDA device, each copied while the device works on the one before."""
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[Tensor, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            following = batch.to(device, non_blocking=True), stream.record_event()
+        if ahead:
+            yield _arrived(*ahead)
+        ahead = following
+    if ahead:
+        yield _arrived(*ahead)
+
+
+def _arrived(batch: Tensor, copied: torch.cuda.Event) -> Tensor:
+    """A batch whose copy the device ends before it works on it, and whose memory stays until it has done so."""
+    current = torch.cuda.current_stream(batch.device)
+    current.wait_event(copied)
+    batch.record_stream(current)
+    return batch
 
 
 class _Pixels(Dataset[Tensor | tuple[int, str]]):

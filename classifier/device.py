@@ -5,17 +5,21 @@ import os
 import platform
 import random
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils import deterministic
+from torch import Tensor, nn
+from torch.utils import deterministic as fill
 
 from classifier.cores import usable_cores
 from classifier.errors import PipelineError
+
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
@@ -89,19 +93,71 @@ def keep_freed_memory() -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every generator and allow only deterministic kernels.
-
-    A kernel that has no deterministic form raises RuntimeError when it is called.
-    """
+    """Seed the generators of Python, NumPy and torch, on all devices."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002, libraries use the global generator
     torch.manual_seed(seed)
+
+
+def choose_kernels(*, deterministic: bool, precision: Precision) -> None:
+    """Choose among the kernels that torch has for an operation.
+
+    deterministic: allow only kernels that give the same bits every time; one that has no such form raises RuntimeError
+    when it is called. Otherwise cuDNN times its convolutions at their first call and keeps the quickest.
+    precision: float32 products and convolutions on CUDA devices use TF32, a float32 with 10 bits of mantissa instead
+    of 23, for `tf32` alone; torch's own default uses it in convolutions.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
-    # What torch.use_deterministic_algorithms(True) does, without its two seconds of import
-    torch.set_deterministic_debug_mode("error")
+    # What torch.use_deterministic_algorithms does, without its two seconds of import
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # New tensors are otherwise filled with NaN before they are written; benchmarks/step.py tells what that costs
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False
+    fill.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def place(network: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to a device; on a CUDA device the channels of convolutions come last in memory, as it wants."""
+    network = network.to(device)
+    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device, without waiting for the copy where the device is a CUDA device.
+
+    A copy from ordinary memory would wait for all work that the device has been given; one from page-locked memory
+    joins it.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether so many bytes of images may stay on a device; on a CUDA device, half of what is free is for training."""
+    return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 2
+
+
+@contextmanager
+def naming_batch_size(device: torch.device, batch_size: int, accumulate_steps: int | None = None) -> Iterator[None]:
+    """Raise PipelineError that names the batch size to try if the block finds too little memory on the device.
+
+    accumulate_steps: of a training, which can keep its updates by accumulating the gradients of smaller batches.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "backend out of memory" in str(error)):
+            raise
+        smaller = batch_size // 2
+        if smaller == 0:
+            advice = "set a smaller image_size, or device: cpu"
+        elif accumulate_steps is None:
+            advice = f"try batch_size: {smaller}"
+        else:
+            advice = f"try batch_size: {smaller} and accumulate_steps: {2 * accumulate_steps}, for the same updates"
+        raise PipelineError(f"device: {device} has not enough memory for batch_size: {batch_size}; {advice}") from None
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

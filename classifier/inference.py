@@ -7,17 +7,16 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from classifier.batches import Batches
+from classifier.device import Precision, naming_batch_size, place
 from classifier.errors import PipelineError
 from classifier.files import WEIGHTS, atomic, verified
 from classifier.networks import Mirrored, build_network
-
-Precision = Literal["float32", "bfloat16"]
 
 
 def trained_network(
@@ -27,7 +26,7 @@ def trained_network(
 
     Raises PipelineError if they are missing or were changed, or are those of another network.
     """
-    network = build_network(name, image_shape, classes).to(device)
+    network = place(build_network(name, image_shape, classes), device)
     load_weights(network, verified(WEIGHTS), device)
     return Mirrored(network) if test_flip else network
 
@@ -83,7 +82,7 @@ def _refuse_compressed(path: Path) -> None:
 def predict(batches: Batches, network: nn.Module, precision: Precision) -> Tensor:
     """Logits of all images, (N, classes) float32 on the CPU, in the order of the dataset, in every process."""
     network.eval()
-    with autocast(batches.device, precision):
+    with naming_batch_size(batches.device, batches.batch_size), autocast(batches.device, precision):
         logits = torch.cat([network(pixels).float() for pixels, _ in batches.epoch()]).cpu()
     return batches.group.in_order(logits, [batches.count(number) for number in range(len(batches))])
 
@@ -120,5 +119,6 @@ def saliency(network: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """A block in which the network computes in this precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    """A block in which the network computes in this precision; `choose_kernels` tells float32 from tf32."""
+    dtype = torch.float16 if precision == "float16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision in ("bfloat16", "float16"))

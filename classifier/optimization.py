@@ -41,13 +41,22 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tenso
 def build_optimizer(
     name: str, parameters: list[nn.Parameter], lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimiser called sgd, adam, adamw or rmsprop; momentum is for sgd and rmsprop."""
+    """The optimiser called sgd, adam, adamw or rmsprop; momentum is for sgd and rmsprop.
+
+    On a CUDA device it changes all parameters in one kernel, which for rmsprop torch does not have.
+    """
+    fused = True if parameters and parameters[0].device.type == "cuda" else None
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+        optimizer = torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+        if fused and momentum:
+            # torch makes these buffers in the first step, and leaves them unwritten if float16 skips that step
+            for weights in parameters:
+                optimizer.state[weights]["momentum_buffer"] = torch.zeros_like(weights)
+        return optimizer
     if name == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
     if name == "rmsprop":
         return torch.optim.RMSprop(parameters, lr, momentum=momentum, weight_decay=weight_decay)
     raise PipelineError(f"optimizer: {name!r} is not one of sgd, adam, adamw, rmsprop")

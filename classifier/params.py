@@ -97,7 +97,11 @@ class Params(BaseModel):
         description="a list of any of crop, flip, erase, color, mixup, cutmix"
     )
     balance: Literal["none", "sampler", "loss"] = Field(description="one of none, sampler, loss")
-    precision: Literal["float32", "bfloat16"] = Field(description="float32 or bfloat16")
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = Field(
+        description="one of float32, tf32, bfloat16, float16"
+    )
+    deterministic: bool = Field(description="true or false")
+    compile: bool = Field(description="true or false")
     test_flip: bool = Field(description="true or false")
 
     export_formats: list[Literal["pth", "pt2", "onnx", "safetensors", "int8"]] = Field(
@@ -107,6 +111,7 @@ class Params(BaseModel):
     temperature_scaling: bool = Field(description="true or false")
 
     checkpoint_steps: Count = Field(description="a whole number above 0")
+    cuda_graphs: bool = Field(description="true or false")
     workers: int = Field(ge=0, description="a whole number, 0 or more")
     memory_limit_gib: float = Field(gt=0, description="a number above 0")
     experiment: Text = Field(description="a name")
@@ -114,7 +119,9 @@ class Params(BaseModel):
 
 
 # They change no result: no stage tracks them, and they are not part of what made a model.
-UNTRACKED = frozenset({"checkpoint_steps", "workers", "memory_limit_gib", "experiment", "registered_model"})
+UNTRACKED = frozenset(
+    {"checkpoint_steps", "cuda_graphs", "workers", "memory_limit_gib", "experiment", "registered_model"}
+)
 
 
 def load_params(path: Path = PARAMS) -> Params:

@@ -5,8 +5,9 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from classifier.batches import Batches
+from classifier.device import Precision, naming_batch_size
 from classifier.errors import PipelineError
-from classifier.inference import Precision, autocast, test_loop
+from classifier.graphs import GraphedStep
+from classifier.inference import autocast, test_loop
 from classifier.networks import Mirrored
-from classifier.params import Params
+
+if TYPE_CHECKING:  # benchmarks.accelerator runs where pydantic is not installed
+    from classifier.params import Params
 
 REPORT_EVERY = 100  # batches, as in the tutorial
 
@@ -29,7 +34,11 @@ class TrainState:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    together: nn.Module | None = None  # the network as several processes train it, see Group.train_together
+    trained: nn.Module | None = None  # the network as it is trained: compiled, or by several processes; else itself
+    # Of float16 gradients; in other precisions it is off, and does nothing
+    scaler: torch.amp.GradScaler = field(default_factory=partial(torch.amp.GradScaler, "cpu", enabled=False))
+    cuda_graphs: bool = False  # record the training step, if it can be: see GraphedStep
+    graphed_step: GraphedStep | None = None
     pretrained: str | None = None  # the SHA-256 of the file of weights that it started from
     epoch: int = 0  # epochs that are done
     batch: int = 0  # batches of the epoch under way that are done
@@ -39,26 +48,28 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)  # the figures of each epoch
     kept: dict[str, float] = field(default_factory=dict)  # those of the epoch whose weights are kept
     weights: dict[str, Tensor] = field(default_factory=dict)  # the weights kept, on the CPU
-    unread: list[tuple[int, float, str, Tensor]] = field(default_factory=list)  # see read
+    pending: list[tuple[int, float, str, Tensor]] = field(default_factory=list)  # see flush
 
-    def note(self, batch: int, what: str, tensor: Tensor) -> None:
-        """Have a batch's loss, or the sum of its gradients, read later: reading it waits for the device."""
-        self.unread.append((batch, self.optimizer.param_groups[0]["lr"], what, tensor))
+    def defer(self, batch: int, what: str, tensor: Tensor) -> None:
+        """Queue a batch's loss, or the norm of its gradients; reading it now would wait for the device."""
+        self.pending.append((batch, self.optimizer.param_groups[0]["lr"], what, tensor))
 
-    def read(self) -> None:
-        """Read what is still on the device, and take the losses into the sum.
+    def flush(self) -> None:
+        """Read the queued figures, in one wait for the device, and add the losses to the sum.
 
         Raises PipelineError for the first number that is not finite.
         """
-        for batch, lr, what, tensor in self.unread:
-            number = tensor.item()
+        if not self.pending:
+            return
+        numbers = torch.stack([tensor for *_, tensor in self.pending]).tolist()
+        for (batch, lr, what, _), number in zip(self.pending, numbers, strict=True):
             if not math.isfinite(number):
                 fault = f"loss is {number}" if what == "loss" else f"gradient of {self._broken()} is not finite"
                 self._diverged(f"batch {batch + 1}: the {fault}", lr)
             if what == "loss":
                 self.loss_sum += number
                 self.last_loss = number
-        self.unread.clear()
+        self.pending.clear()
 
     def end_epoch(self, figures: dict[str, float], keep: bool) -> None:
         """Note an epoch's figures, keep the weights that it ended with if they are better, and turn to the next.
@@ -80,7 +91,7 @@ class TrainState:
 
     def content(self) -> dict[str, Any]:
         """Everything, the random number generators' states included, as tensors and plain Python values."""
-        self.read()
+        self.flush()
         parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
         return parts | {name: getattr(self, name) for name in PLAIN} | {"random": _random_states()}
 
@@ -106,8 +117,9 @@ class TrainState:
         )
 
 
-STATEFUL = ("network", "optimizer", "scheduler")
-PLAIN = [spec.name for spec in fields(TrainState) if spec.name not in (*STATEFUL, "together", "pretrained", "unread")]
+STATEFUL = ("network", "optimizer", "scheduler", "scaler")
+NOT_SAVED = ("trained", "cuda_graphs", "graphed_step", "pretrained", "pending")
+PLAIN = [spec.name for spec in fields(TrainState) if spec.name not in (*STATEFUL, *NOT_SAVED)]
 
 
 def _random_states() -> dict[str, Any]:
@@ -136,7 +148,7 @@ def train_epochs(
     val_batches: Batches,
     state: TrainState,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
-    params: Params,
+    params: "Params",
     *,
     keep_best: bool,
     after_update: Callable[[], None],
@@ -185,51 +197,93 @@ def train_loop(
     after_update: called after each update, when the state is one to go on from.
     The batches' group works on them together: what is returned and shown is of all its processes.
     Raises PipelineError at the step whose loss or gradient is not finite, before its update; on an accelerator, which
-    would have to be waited for in every step, at the next report or checkpoint. The state's kept weights stay.
+    would have to be waited for in every step, at the next report or checkpoint. Raises PipelineError if the device has
+    too little memory. The state's kept weights stay.
     """
     network, optimizer, group = state.network, state.optimizer, batches.group
     set_training_mode(network)
-    together = state.together or network
+    trained = network if state.trained is None else state.trained  # a compiled network has no truth value
+    reads_at_once = batches.device.type == "cpu"  # where nothing has to be waited for
+    if state.scaler.is_enabled():
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # the scheduler warns if the first update is skipped
     images_in_update = accumulate_steps * batches.batch_size
+    if state.cuda_graphs and batches.device.type == "cuda" and accumulate_steps == group.size == 1:
+        step = partial(training_step, trained, loss_fn, state.scaler, precision)
+        if state.graphed_step is None:
+            state.graphed_step = GraphedStep(step, network, batches.device)
     started = perf_counter() - state.seconds
-    with tqdm(
-        total=batches.image_count, desc=f"epoch {state.epoch + 1}", unit="image", disable=group.hides_bars
-    ) as bar:
+    with (
+        naming_batch_size(batches.device, batches.batch_size, accumulate_steps),
+        tqdm(total=batches.image_count, desc=f"epoch {state.epoch + 1}", unit="image", disable=group.hides_bars) as bar,
+    ):
         for number, (pixels, targets) in enumerate(batches.epoch(state.epoch, state.batch), state.batch):
             count, is_last = batches.count(number), (number + 1) % accumulate_steps == 0 or number + 1 == len(batches)
             images = min(images_in_update, batches.image_count - number // accumulate_steps * images_in_update)
-            with nullcontext() if is_last else group.no_exchange(together):
-                with autocast(batches.device, precision):
-                    logits = together(pixels)
-                    # A process without images takes part all the same
-                    loss = loss_fn(logits, targets) if len(pixels) else logits.sum()
-                state.note(number, "loss", group.sum(loss.detach() * (len(pixels) / count)))
-                if batches.device.type == "cpu" or number % REPORT_EVERY == 0:
-                    state.read()
+            if state.graphed_step:
+                loss, gradient_norm = state.graphed_step(pixels, targets)
+            else:
                 weight = len(pixels) / images * group.size  # of what the update takes the processes' mean
-                (loss * weight if weight != 1 else loss).backward()
+                with nullcontext() if is_last else group.no_exchange(trained):
+                    loss, gradient_norm = training_step(
+                        trained, loss_fn, state.scaler, precision, pixels, targets, weight, is_last
+                    )
+            share = len(pixels) / count
+            state.defer(number, "loss", group.sum(loss * share if share != 1 else loss))
+            if reads_at_once or number % REPORT_EVERY == 0:
+                state.flush()
             if number % REPORT_EVERY == 0:
                 seen = number * batches.batch_size + count
                 bar.set_postfix(loss=f"{state.last_loss:.4f}", refresh=False)
                 bar.update(seen - bar.n)
             if is_last:
-                state.note(number, "gradient", _sum_of_gradients(network))
-                if batches.device.type == "cpu":
-                    state.read()
-                optimizer.step()
+                if not state.scaler.is_enabled():  # which skips updates whose gradients are not finite
+                    state.defer(number, "gradient", gradient_norm)
+                if reads_at_once:
+                    state.flush()
+                state.scaler.step(optimizer)
+                state.scaler.update()
                 state.scheduler.step()
                 optimizer.zero_grad()
                 state.batch, state.seconds = number + 1, perf_counter() - started
                 if after_update:
                     after_update()
         bar.update(batches.image_count - bar.n)
-    state.read()
+    state.flush()
     return state.loss_sum / len(batches)
 
 
+def training_step(
+    trained: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    scaler: torch.amp.GradScaler,
+    precision: Precision,
+    pixels: Tensor,
+    targets: Tensor,
+    weight: float = 1.0,
+    is_last: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of a batch: its loss and a figure that is finite only if all gradients are, both scalars.
+
+    weight: of the loss in the update's gradients. is_last: of the update; before it, the second figure is 0.
+    """
+    with autocast(pixels.device, precision):
+        logits = trained(pixels)
+        # A process without images takes part all the same
+        loss = loss_fn(logits, targets) if len(pixels) else logits.sum()
+    scaler.scale(loss * weight if weight != 1 else loss).backward()
+    loss = loss.detach()
+    return loss, _sum_of_gradients(trained) if is_last and not scaler.is_enabled() else torch.zeros_like(loss)
+
+
 def _sum_of_gradients(network: nn.Module) -> Tensor:
-    """A number that is finite only if all gradients are: the quickest such, a few hundredths of a step on two cores."""
-    return torch.stack([weights.grad.sum() for weights in network.parameters() if weights.grad is not None]).sum()
+    """A number that is finite only if all gradients are: the quickest such on the device.
+
+    On a CPU the sums, a few hundredths of a step on two cores; elsewhere a norm that takes few kernels for all of them.
+    """
+    gradients = [weights.grad for weights in network.parameters() if weights.grad is not None]
+    if gradients[0].device.type == "cpu":
+        return torch.stack([gradient.sum() for gradient in gradients]).sum()
+    return nn.utils.get_total_norm(gradients)
 
 
 def set_training_mode(network: nn.Module) -> None:

@@ -4,11 +4,14 @@ Shapes: images (N, C, H, W); N may be left out where a docstring says so.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from classifier.device import to_device
 
 # Padding of the random crop and the erased share of the picture, as is usual for pictures of about 32 x 32
 # pixels: He et al. 2015, arXiv:1512.03385, section 4.2; Zhong et al. 2017, arXiv:1708.04896, section 4.
@@ -16,6 +19,7 @@ CROP_PADDING = 4
 ERASE_PROBABILITY = 0.5
 ERASE_AREA = (0.02, 0.4)
 ERASE_ASPECT = (0.3, 1 / 0.3)
+NOISE_NUMBERS = 2**22  # in the table that noise is read from; 16 MiB
 # Brightness, contrast and saturation are multiplied by 0.6 to 1.4: He et al. 2018, arXiv:1812.01187, section 2.1.
 COLOR_JITTER = 0.4
 # Both alphas of the Beta distribution that the shares of two pictures are drawn from, as for pictures of about 32 x 32
@@ -27,8 +31,11 @@ LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue in grey: ITU-R BT.601, r
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Scale uint8 pixels of any shape from 0..255 to float32 in [0, 1], exactly x / 255."""
-    return images.to(torch.float32).div_(255)
+    """Scale uint8 pixels of any shape from 0..255 to float32 in [0, 1], exactly x / 255.
+
+    On CUDA devices torch multiplies by the reciprocal of a divisor that is a Python number, and rounds otherwise.
+    """
+    return images.to(torch.float32).div_(torch.full((), 255.0, device=images.device))
 
 
 def one_hot(labels: Tensor | int, classes: int) -> Tensor:
@@ -74,17 +81,17 @@ def augment(
     if "crop" in names:
         images = _crop(images, torch.randint(0, 2 * CROP_PADDING + 1, (2, count), generator=generator)[:, places])
     if "flip" in names:
-        flipped = (torch.rand(count, generator=generator) < 0.5)[places]
-        images = torch.where(flipped.to(images.device)[:, None, None, None], images.flip(3), images)
+        flipped = to_device((torch.rand(count, generator=generator) < 0.5)[places], images.device)
+        images = torch.where(flipped[:, None, None, None], images.flip(3), images)
     if "color" in names:
         operations = [adjust_brightness, adjust_contrast] + ([adjust_saturation] if images.shape[1] == 3 else [])
         factors = 1 + COLOR_JITTER * (2 * torch.rand((len(operations), count), generator=generator) - 1)
-        for adjust, factor in zip(operations, factors[:, places].to(images.device), strict=True):
+        for adjust, factor in zip(operations, to_device(factors[:, places], images.device), strict=True):
             images = adjust(images, factor)
     if "erase" in names:
         draws = torch.rand((5, count), generator=generator)[:, places]
-        noise = torch.rand((count, *images.shape[1:]), generator=generator)[places]
-        images = _erase(images, draws, noise)
+        start = torch.randint(NOISE_NUMBERS, (count,), generator=generator)[places]
+        images = _erase(images, draws, _noise(images, start))
     return images
 
 
@@ -133,7 +140,8 @@ def _grey(images: Tensor) -> Tensor:
     """(N, 1, H, W) of images with one channel or three."""
     if images.shape[1] == 1:
         return images
-    return (images * torch.tensor(LUMA, device=images.device)[:, None, None]).sum(dim=1, keepdim=True)
+    red, green, blue = (images[:, channel, None] * share for channel, share in enumerate(LUMA))
+    return red + green + blue
 
 
 def _blend(images: Tensor, others: Tensor, factor: Tensor) -> Tensor:
@@ -145,7 +153,7 @@ def _crop(images: Tensor, offsets: Tensor) -> Tensor:
     """offsets: (2, N) int64, the first row and the first column of each image's part of the padded one."""
     count, channels, height, width = images.shape
     padded = functional.pad(images, [CROP_PADDING] * 4)
-    offsets = offsets.to(images.device)
+    offsets = to_device(offsets, images.device)
     rows = offsets[0, :, None] + torch.arange(height, device=images.device)  # (N, H)
     columns = offsets[1, :, None] + torch.arange(width, device=images.device)  # (N, W)
     image = torch.arange(count, device=images.device)[:, None, None, None]
@@ -160,11 +168,31 @@ def _erase(images: Tensor, draws: Tensor, noise: Tensor) -> Tensor:
     area = (ERASE_AREA[0] + area * (ERASE_AREA[1] - ERASE_AREA[0])) * height * width
     low, high = (torch.tensor(ratio).log() for ratio in ERASE_ASPECT)
     aspect = torch.exp(low + aspect * (high - low))
-    tall = (area * aspect).sqrt().clamp(max=height)
+    tall = (area * aspect).sqrt().clamp(max=height) * (chosen < ERASE_PROBABILITY)  # 0 rows of those not chosen
     wide = (area / aspect).sqrt().clamp(max=width)
     top, left = top * (height - tall), left * (width - wide)
-    y, x = torch.arange(height)[None, :, None], torch.arange(width)[None, None, :]
-    inside = (y >= top[:, None, None]) & (y < (top + tall)[:, None, None])
-    inside = inside & (x >= left[:, None, None]) & (x < (left + wide)[:, None, None])
-    inside &= (chosen < ERASE_PROBABILITY)[:, None, None]
-    return torch.where(inside[:, None].to(images.device), noise.to(images.device), images)
+    bounds = to_device(torch.stack([top, top + tall, left, left + wide]), images.device)[..., None]
+    y, x = (torch.arange(side, device=images.device) for side in (height, width))
+    rows = (y >= bounds[0]) & (y < bounds[1])  # (N, H)
+    columns = (x >= bounds[2]) & (x < bounds[3])  # (N, W)
+    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], noise, images)
+
+
+def _noise(images: Tensor, start: Tensor) -> Tensor:
+    """Numbers from [0, 1) in the shape of the images: for each a stretch of one table, from its `start` on.
+
+    start: (N,) int64 below NOISE_NUMBERS. Drawn anew for each pixel on the CPU, as numbers that every device agrees on
+    must be, noise would take longer than a training step of an accelerator.
+    """
+    size, device = images[0].numel(), images.device
+    table = _noise_table(size, device)
+    if device.type == "cpu":  # copies of whole stretches, several times as quick there
+        return torch.stack([table[first : first + size] for first in start.tolist()]).view(images.shape)
+    return table[to_device(start, device)[:, None] + torch.arange(size, device=device)].view(images.shape)
+
+
+@lru_cache(maxsize=4)
+def _noise_table(size: int, device: torch.device) -> Tensor:
+    """(NOISE_NUMBERS + size - 1,) float32 from [0, 1), the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(NOISE_NUMBERS + size - 1, generator=generator).to(device)

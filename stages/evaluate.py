@@ -8,7 +8,7 @@ from classifier import files
 from classifier.annotations import class_names
 from classifier.batches import batches_of
 from classifier.dataset import annotated
-from classifier.device import environment, seed_everything, select_device, set_threads
+from classifier.device import choose_kernels, environment, seed_everything, select_device, set_threads
 from classifier.errors import run_main
 from classifier.inference import predict, score, trained_network
 from classifier.metrics import class_scores, overall_scores, wilson_interval
@@ -22,6 +22,7 @@ def main() -> None:
     tracker = Tracker()
     device = select_device(params.device)
     set_threads(params.threads)
+    choose_kernels(deterministic=params.deterministic, precision=params.precision)
     seed_everything(params.seed)
 
     names = class_names(files.verified(files.ANNOTATIONS))

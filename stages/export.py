@@ -16,7 +16,7 @@ from classifier.annotations import class_names
 from classifier.calibration import calibrated
 from classifier.card import model_card
 from classifier.dataset import annotated
-from classifier.device import environment, seed_everything, select_device, set_threads
+from classifier.device import choose_kernels, environment, seed_everything, select_device, set_threads
 from classifier.errors import run_main
 from classifier.exchange import write_checked
 from classifier.inference import trained_network
@@ -34,6 +34,7 @@ def main() -> None:
     tracker = Tracker()
     device = select_device("cpu")  # the files are for any machine
     set_threads(params.threads)
+    choose_kernels(deterministic=True, precision="float32")
     seed_everything(params.seed)
 
     names = class_names(files.verified(files.ANNOTATIONS))

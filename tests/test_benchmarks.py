@@ -1,5 +1,7 @@
 """The benchmarks: their command lines, the page of results, and the fit of exponents."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,9 @@ from pathlib import Path
 import pytest
 from imports import ROOT
 
+from benchmarks import accelerator
 from benchmarks.measuring import exponent, median_ratio, summary, write_section
+from classifier.device import usable_devices
 
 PROGRAMS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()" in path.read_text())
 
@@ -19,6 +23,31 @@ def test_each_tells_its_options(program: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert f"python -m benchmarks.{program}" in done.stdout
+
+
+@pytest.mark.skipif(usable_devices() != ["cpu"], reason="there is an accelerator here")
+def test_without_an_accelerator_nothing_is_claimed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delenv("ACCELERATOR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["accelerator", "--json", str(tmp_path / "figures.json")])
+    accelerator.main()
+    assert capsys.readouterr().out.startswith("There is no accelerator here: nothing was run.")
+    assert not (tmp_path / "figures.json").exists()
+
+
+@pytest.mark.slow
+def test_the_script_of_accelerators_runs_on_a_cpu(fashion_mnist_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--quick", "--data", str(fashion_mnist_dir)]
+    command += ["--json", str(tmp_path / "figures.json"), "--only", "tests", "tutorial", "recipe"]
+    env = os.environ | {"ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["environment"]["device"] == "cpu"
+    assert " passed" in found["tests"]["pytest"]
+    assert "pipeline / plain torch" in found["tutorial"]
+    assert "| recipe | cnn, test accuracy |" in done.stdout
 
 
 def test_a_section_takes_the_place_of_the_one_before_and_of_no_other(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from classifier import checkpoint
 from classifier.batches import Batches
 from classifier.checkpoint import Checkpoints, checkpoints, makings
 from classifier.dataset import CustomImageDataset
-from classifier.device import seed_everything
+from classifier.device import choose_kernels, seed_everything
 from classifier.inference import test_loop
 from classifier.optimization import build_optimizer, build_scheduler
 from classifier.training import TrainState, train_loop
@@ -79,6 +79,7 @@ class Training:
 
     def __init__(self, batches: Batches, optimizer: str, stop_before: int | None = None) -> None:
         self.batches = batches
+        choose_kernels(deterministic=True, precision="float32")
         seed_everything(7)
         network = nn.Sequential(
             nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, CLASSES)

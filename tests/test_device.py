@@ -17,7 +17,10 @@ from torch.utils import deterministic
 
 from classifier import device
 from classifier.device import (
+    Precision,
+    choose_kernels,
     environment,
+    naming_batch_size,
     seed_everything,
     select_device,
     set_threads,
@@ -31,11 +34,12 @@ def restore_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put threads and determinism back to what they were."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    benchmark = torch.backends.cudnn.benchmark
+    benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = benchmark
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
+    torch.set_float32_matmul_precision("highest")
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
@@ -116,10 +120,51 @@ def test_seeding_makes_draws_equal() -> None:
     assert first != second
     seed_everything(8)
     assert draws() != first
+
+
+@pytest.mark.usefixtures("restore_torch")
+def test_kernels_are_deterministic_or_the_quickest() -> None:
+    choose_kernels(deterministic=True, precision="float32")
     assert torch.are_deterministic_algorithms_enabled()
     assert not deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert not torch.backends.cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    choose_kernels(deterministic=False, precision="float32")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.usefixtures("restore_torch")
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16", "float16"])
+def test_tf32_is_used_only_where_it_is_asked_for(precision: Precision) -> None:
+    choose_kernels(deterministic=True, precision=precision)
+    asked = precision == "tf32"
+    assert (torch.get_float32_matmul_precision() == "high") == asked
+    assert torch.backends.cudnn.allow_tf32 == asked
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate_steps", "advice"),
+    [
+        (256, None, "batch_size: 256; try batch_size: 128$"),
+        (256, 2, "batch_size: 256; try batch_size: 128 and accumulate_steps: 4, for the same updates$"),
+        (1, 1, "batch_size: 1; set a smaller image_size, or device: cpu$"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("MPS backend out of memory (MPS allocated)")]
+)
+def test_too_little_memory_names_the_batch_size_to_try(
+    error: RuntimeError, batch_size: int, accumulate_steps: int | None, advice: str
+) -> None:
+    expected = pytest.raises(PipelineError, match=f"^device: cuda has not enough memory for {advice}")
+    with expected, naming_batch_size(torch.device("cuda"), batch_size, accumulate_steps):
+        raise error
+
+
+def test_other_errors_are_not_taken_for_too_little_memory() -> None:
+    with pytest.raises(RuntimeError, match=r"^size mismatch$"), naming_batch_size(torch.device("cpu"), 2):
+        raise RuntimeError("size mismatch")
 
 
 @pytest.mark.usefixtures("restore_torch")

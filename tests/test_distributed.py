@@ -58,7 +58,7 @@ with joined() as group:
     network = Float64(build_network(settings["network"], batches.image_shape, 4))
     optimizer = build_optimizer("sgd", list(network.parameters()), 0.05, 0.9, 0.0)
     state = TrainState(network, optimizer, build_scheduler("constant", optimizer, 100))
-    state.together = group.train_together(network)
+    state.trained = group.train_together(network)
     losses = []
     for _ in range(2):
         losses.append(train_loop(batches, state, nn.CrossEntropyLoss(), accumulate_steps=settings["accumulate"],

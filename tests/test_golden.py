@@ -13,7 +13,7 @@ from torch import nn
 
 from classifier.batches import Batches
 from classifier.dataset import CustomImageDataset
-from classifier.device import seed_everything, set_threads
+from classifier.device import choose_kernels, seed_everything, set_threads
 from classifier.networks import build_network
 from classifier.optimization import build_optimizer, build_scheduler
 from classifier.training import TrainState, train_loop
@@ -34,6 +34,7 @@ def annotated(fashion_mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_the_first_epoch_prints_the_tutorials_ten_losses(annotated: Project) -> None:
     data = annotated.root / "data"
     set_threads(1)  # other tests run beside this one
+    choose_kernels(deterministic=True, precision="float32")
     seed_everything(42)
     network = build_network("mlp", (1, 28, 28), 10)
     optimizer = build_optimizer("sgd", list(network.parameters()), 1e-3, 0.0, 0.0)

@@ -1,5 +1,6 @@
 """The training loop, prediction and scores, on small images that the tests write as the pipeline writes its own."""
 
+import copy
 import io
 import math
 import re
@@ -9,7 +10,7 @@ from copy import deepcopy
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def train(
     """Train as the train stage does; the mean loss of each epoch."""
     chosen = build_optimizer(optimizer, freeze(network, []), lr, momentum, weight_decay)
     scheduler = build_scheduler(schedule, chosen, epochs * -(-len(batches) // accumulate_steps))
-    state = TrainState(network, chosen, scheduler)
+    state = TrainState(network, chosen, scheduler, scaler=torch.amp.GradScaler("cpu", enabled=precision == "float16"))
     losses = []
     for _ in range(epochs):
         loss = train_loop(
@@ -204,13 +205,41 @@ def test_mixed_images_go_with_every_other_setting(
     assert losses[-1] < losses[0]
 
 
-def test_bfloat16_trains_and_keeps_float32_weights(make_batches: BatchMaker) -> None:
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precisions_train_and_keep_float32_weights(
+    make_batches: BatchMaker, precision: Literal["bfloat16", "float16"]
+) -> None:
     batches, network = make_batches(16), small_mlp()
-    losses = train(batches, network, epochs=5, precision="bfloat16")
+    losses = train(batches, network, epochs=5, precision=precision)
     assert losses[-1] < losses[0]
     assert losses == pytest.approx(train(batches, small_mlp(), epochs=5), abs=0.02)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-    assert predict(batches, network, "bfloat16").dtype == torch.float32
+    assert predict(batches, network, precision).dtype == torch.float32
+
+
+def test_a_float16_update_that_overflows_is_skipped(make_batches: BatchMaker) -> None:
+    """The scale is halved until gradients are finite; a checkpoint holds it."""
+
+    def begin(scale: float) -> TrainState:
+        network = small_mlp()
+        optimizer = build_optimizer("sgd", list(network.parameters()), 0.1, 0.9, 0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return TrainState(network, optimizer, build_scheduler("constant", optimizer, 10), scaler=scaler)
+
+    state, other = begin(2.0**40), begin(1.0)
+    first = copy.deepcopy(state.network.state_dict())
+    updates: list[bool] = []
+
+    def watch() -> None:
+        updates.append(any(not tensor.equal(first[name]) for name, tensor in state.network.state_dict().items()))
+
+    loop = partial(train_loop, loss_fn=nn.CrossEntropyLoss(), accumulate_steps=1, precision="float16")
+    loss = loop(make_batches(4), state, after_update=watch)
+    assert not updates[0]
+    assert updates[-1]
+    assert math.isfinite(loss)
+    other.restore(copy.deepcopy(state.content()))
+    assert other.scaler.get_scale() == state.scaler.get_scale() < 2.0**40
 
 
 def test_the_progress_bar_counts_images_and_tells_the_loss(
