@@ -2,12 +2,11 @@
 
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
-from project import Project, clean_environment
+from project import Project, clean_environment, python
 
 # A line of `dvc queue status`: task, name, time of creation, state
 TASK = re.compile(r"^([0-9a-f]{7})\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
@@ -41,7 +40,7 @@ def start(project: Project, workers: int) -> None:
     log = project.root.parent / "queue.log"
     with log.open("w") as output:
         done = subprocess.run(
-            [sys.executable, "-m", "dvc", "queue", "start", "-j", str(workers)],
+            [python(), "-m", "dvc", "queue", "start", "-j", str(workers)],
             cwd=project.root, env=clean_environment(project.root.parent, **project.env),
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
