@@ -15,6 +15,7 @@ import gc
 import importlib
 import marshal
 import os
+import resource
 import runpy
 import selectors
 import shutil
@@ -219,6 +220,7 @@ def become(request: dict[str, Any], files: list[int], shim: str, path: list[str]
             os.close(file)
         os.chdir(request["cwd"])
         os.umask(request["umask"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, request["file_limit"])
         os.environ.clear()
         os.environb.update(request["environment"])
         run(request["arguments"], shim, path)

@@ -36,7 +36,7 @@ TRAINED = ["models/model_weights.pth", "metrics/epochs.csv", "metrics/train.json
 def python() -> str:
     """The Python for processes beside the tests: a copy of the server's in tests/fork_server.py, if there is one.
 
-    Tests about starts, signals, kills and limits take sys.executable, with `real_environment` for its children.
+    Tests about starts, signals and kills take sys.executable, with `real_environment` for its children.
     """
     return os.environ.get("FORKING_PYTHON") or sys.executable
 
