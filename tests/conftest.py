@@ -28,9 +28,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text(encoding="utf-8") or None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--real-processes", action="store_true", help="start Python anew for each process: no copies")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the process that is forked in place of a new Python, one for all that run tests."""
-    if "PYTEST_XDIST_WORKER" not in os.environ and not config.option.collectonly:
+    """Start the process that is copied in place of a new Python, one for all that run tests."""
+    copies = not (config.option.real_processes or config.option.collectonly)
+    if copies and "PYTEST_XDIST_WORKER" not in os.environ:
         server, shim = fork_server.start()
         os.environ["FORKING_PYTHON"] = str(shim)
         config.add_cleanup(lambda: fork_server.stop(server, shim))
