@@ -34,7 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the process that is copied in place of a new Python, one for all that run tests."""
-    copies = not (config.option.real_processes or config.option.collectonly)
+    # On macOS, what its libraries have started does not survive a fork
+    copies = sys.platform == "linux" and not (config.option.real_processes or config.option.collectonly)
     if copies and "PYTEST_XDIST_WORKER" not in os.environ:
         server, shim = fork_server.start()
         os.environ["FORKING_PYTHON"] = str(shim)

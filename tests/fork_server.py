@@ -164,7 +164,9 @@ class Server:
         """A signal to pass on, or the end of who waited."""
         if pid not in self.connections:
             return
-        numbers = self.connections[pid].recv(100)
+        numbers = b""
+        with contextlib.suppress(ConnectionError):
+            numbers = self.connections[pid].recv(100)
         for number in numbers:
             os.kill(pid, number)
         if not numbers:
