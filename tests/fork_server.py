@@ -1,12 +1,12 @@
-"""A process that has the third-party packages imported, and is copied where a test would start Python.
+"""A Python process that has imported the third-party packages. Tests fork it instead of starting Python.
 
-A stage imports torch for two seconds, its sender MLflow for three, DVC itself for one; a copy has them at once. It
-imports no module of this project: a copy of the project in a test's folder has its own.
+A stage imports torch for two seconds, its sender imports MLflow for three, and DVC takes a second to start. A fork has
+them at once. The server imports no module of this project, so a copy of the project imports its own.
 
-`start` makes a folder with a `python` (tests/fork/python), which hands its arguments, environment and files to the
-server and stands for the copy: signals pass through it, it ends as the copy ends, and when it is killed, so is the
-copy with what that has started. What a copy cannot stand for is run by a real Python: other options than -m and -c,
-variables that libraries read as they are loaded, and `make coverage`.
+`start` makes a folder with a program `python` (tests/fork/python). It sends its arguments, environment and open files
+to the server, passes signals on to the fork, and exits as the fork exits. When it is killed, the fork is killed too, with
+what that has started. A real Python runs for other options than -m, -c and -P, for variables that libraries read when
+they are loaded, and under `make coverage`.
 """
 
 import atexit
@@ -45,7 +45,7 @@ def start() -> "tuple[subprocess.Popen[bytes], Path]":
     source = SHIM.read_text(encoding="utf-8")
     shim.write_text(f"#!{sys.executable} -ISE\n{source}", encoding="utf-8")
     shim.chmod(0o755)
-    # Bound here, so that the first to come waits for the imports, and not in vain
+    # Bound here, so that a `python` that comes before the imports are done waits for them
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(folder / "socket"))
         listening.listen(1000)
@@ -57,7 +57,7 @@ def start() -> "tuple[subprocess.Popen[bytes], Path]":
 
 
 def stop(server: "subprocess.Popen[bytes]", shim: Path) -> None:
-    """End a server, and the copies that are left."""
+    """End a server, and the forks that still run."""
     assert server.stdin is not None
     server.stdin.close()
     server.wait()
@@ -65,7 +65,7 @@ def stop(server: "subprocess.Popen[bytes]", shim: Path) -> None:
 
 
 def import_packages() -> None:
-    """Import what stages, senders and DVC import, as they would."""
+    """Import what stages, senders and DVC import."""
     # What classifier/store.py and stages/__init__.py set before their imports
     os.environ |= {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -82,7 +82,7 @@ def import_packages() -> None:
 
 
 def copy_new_stores(folder: Path) -> None:
-    """Have MLflow's new SQLite databases copied from one that is made here: making one takes seconds."""
+    """Make MLflow copy its new SQLite databases from one that is made here. Making one takes seconds."""
     import sqlalchemy
     from mlflow.store.db import utils
 
@@ -104,7 +104,7 @@ def copy_new_stores(folder: Path) -> None:
 
 
 class Server:
-    """Takes requests one after the other; knows which connection waits for which process."""
+    """Forks for each request, and knows which connection waits for which process."""
 
     def __init__(self, listening: socket.socket, shim: str) -> None:
         self.listening = listening
@@ -144,7 +144,7 @@ class Server:
             gc.freeze()
             self.ready = True
         request, files = receive(connection)
-        if request is None:  # it was killed meanwhile
+        if request is None:  # its `python` was killed meanwhile
             connection.close()
             return
         pid = os.fork()
@@ -161,7 +161,7 @@ class Server:
         self.selector.register(connection, selectors.EVENT_READ, pid)
 
     def hear(self, pid: int) -> None:
-        """A signal to pass on, or the end of who waited."""
+        """Pass a signal on, or kill the fork if its `python` was killed."""
         if pid not in self.connections:
             return
         numbers = b""
@@ -210,7 +210,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any] | None, list[int]
 
 
 def become(request: dict[str, Any], files: list[int], shim: str, path: list[str]) -> None:
-    """Be the process that was asked for, to its end."""
+    """Turn this fork into the process that was asked for, and end with it."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -266,7 +266,7 @@ def run(arguments: list[str], shim: str, path: list[str]) -> None:
 
 
 def end_process(code: int) -> None:
-    """End as an interpreter does, but for what it would free."""
+    """End as an interpreter does, without freeing memory."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

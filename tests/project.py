@@ -34,9 +34,9 @@ TRAINED = ["models/model_weights.pth", "metrics/epochs.csv", "metrics/train.json
 
 
 def python() -> str:
-    """The Python for processes beside the tests: a copy of the server's in tests/fork_server.py, if there is one.
+    """The Python for the processes of a test: one that forks (tests/fork_server.py), or a real one where there is none.
 
-    Tests about starts, signals and kills take sys.executable, with `real_environment` for its children.
+    Tests about starts, signals and kills use sys.executable, and `real_environment` for its children.
     """
     return os.environ.get("FORKING_PYTHON") or sys.executable
 
@@ -59,7 +59,7 @@ def clean_environment(folder: Path, **extra: str) -> dict[str, str]:
 
 
 def real_environment(folder: Path, **extra: str) -> dict[str, str]:
-    """The same for a command whose `python` is a real one."""
+    """The same, with a `python` that does not fork."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return clean_environment(folder, PATH=path) | extra
 

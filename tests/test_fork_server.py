@@ -1,4 +1,4 @@
-"""A copy of the process that has the packages imported stands for a Python that was started for it."""
+"""A fork of the test server behaves like a Python that was started."""
 
 import os
 import signal
