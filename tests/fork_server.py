@@ -4,9 +4,9 @@ A stage imports torch for two seconds, its sender imports MLflow for three, and 
 them at once. The server imports no module of this project, so a copy of the project imports its own.
 
 `start` makes a folder with a program `python` (tests/fork/python). It sends its arguments, environment and open files
-to the server, passes signals on to the fork, and exits as the fork exits. When it is killed, the fork is killed too, with
-what that has started. A real Python runs for other options than -m, -c and -P, for variables that libraries read when
-they are loaded, and under `make coverage`.
+to the server, passes signals on to the fork, and exits as the fork exits. When it is killed, the fork is killed too,
+with what that has started. A real Python runs for other options than -m, -c and -P, for variables that libraries read
+when they are loaded, and under `make coverage`.
 """
 
 import atexit
