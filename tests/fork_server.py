@@ -3,10 +3,10 @@
 A stage imports torch for two seconds, its sender imports MLflow for three, and DVC takes a second to start. A fork has
 them at once. The server imports no module of this project, so a copy of the project imports its own.
 
-`start` makes a folder with a program `python` (tests/fork/python). It sends its arguments, environment and open files
-to the server, passes signals on to the fork, and exits as the fork exits. When it is killed, the fork is killed too,
-with what that has started. A real Python runs for other options than -m, -c and -P, for variables that libraries read
-when they are loaded, and under `make coverage`.
+`start` makes a folder with the programs `python` and `dvc` (tests/fork/python). Such a program sends its arguments,
+environment and open files to the server, passes signals on to the fork, and exits as the fork exits. When it is killed,
+the fork is killed too, with what that has started. A real Python runs for other options than -m, -c and -P, for
+variables that libraries read when they are loaded, and under `make coverage`.
 """
 
 import atexit
@@ -43,8 +43,9 @@ def start() -> "tuple[subprocess.Popen[bytes], Path]":
     folder = Path(tempfile.mkdtemp(prefix="fork-"))
     shim = folder / "python"
     source = SHIM.read_text(encoding="utf-8")
-    shim.write_text(f"#!{sys.executable} -ISE\n{source}", encoding="utf-8")
-    shim.chmod(0o755)
+    for program in (shim, folder / "dvc"):
+        program.write_text(f"#!{sys.executable} -ISE\n{source}", encoding="utf-8")
+        program.chmod(0o755)
     # Bound here, so that a `python` that comes before the imports are done waits for them
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(folder / "socket"))

@@ -51,6 +51,14 @@ def test_a_module_is_the_one_in_its_folder_and_none_of_this_project_is_there_bef
     assert done.stdout == "-m\n__main__ ['1'] ['-m', 'stages.train', '1'] [True, False]\n", done.stderr
 
 
+def test_dvc_is_forked_too(tmp_path: Path) -> None:
+    (tmp_path / "dvc.py").write_text("raise SystemExit('that of the folder')")
+    done = subprocess.run(
+        ["sh", "-c", "dvc --version"], cwd=tmp_path, env=clean_environment(tmp_path), text=True, capture_output=True
+    )
+    assert (done.returncode, done.stdout.split(".")[0]) == (0, "3"), done.stderr
+
+
 def test_torch_has_no_thread_yet_that_a_copy_would_lack(tmp_path: Path) -> None:
     code = "import torch; torch.set_num_threads(2); print(float((torch.ones(600, 600) @ torch.ones(600, 600)).sum()))"
     assert run(tmp_path, "-c", code).stdout == f"{600.0**3}\n"
