@@ -7,7 +7,8 @@ JOBS ?= 1
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 PEERS := .venv-peers/bin/python
-SHUFFLED = $(if $(SHUFFLE),--random-order --random-order-seed=$(SHUFFLE))
+OPTIONS = $(if $(SHUFFLE),--random-order --random-order-seed=$(SHUFFLE)) $(if $(REAL),--real-processes)
+FAST := not slow and not nightly
 PAGE := --page reports/benchmarks.md
 SCRIPTS := .ci/run .ci/metrics-comment classifier/command.sh deploy/mlflow-server.sh deploy/train.slurm
 COMPILE := $(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock"
@@ -18,7 +19,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env repro test coverage slow check format ui samples report verify seeds peers bench accelerator lock clean
+.PHONY: help env repro test coverage slow nightly durations check format ui samples report verify seeds peers bench accelerator lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -37,13 +38,19 @@ repro: env  ## run what is out of date of the five stages
 	$(RUN) dvc repro
 
 test: env  ## the fast tests (in a random order: make test SHUFFLE=7)
-	$(RUN) pytest -m "not slow" $(SHUFFLED)
+	$(RUN) pytest -m "$(FAST)" --record reports/durations-test.json $(OPTIONS)
 
 coverage: env  ## the fast tests, and which lines and branches they do not reach
-	$(RUN) pytest -m "not slow" --cov --cov-report=term-missing:skip-covered
+	$(RUN) pytest -m "$(FAST)" --cov --cov-report=term-missing:skip-covered
 
-slow: env  ## the slow tests: all ten epochs, and the committed metrics from a fresh clone (SHUFFLE=7 as above)
-	$(RUN) pytest -m slow $(SHUFFLED)
+slow: env  ## what CI adds: whole pipelines, and the committed metrics from a fresh clone (SHUFFLE=7; REAL=1: no copies)
+	$(RUN) pytest -m "slow and not nightly" --record reports/durations-slow.json $(OPTIONS)
+
+nightly: env  ## repetitions and long trainings, which a schedule runs
+	$(RUN) pytest -m nightly --record reports/durations-nightly.json $(OPTIONS)
+
+durations: env  ## print cases, processes and seconds by test file, of the last runs of these
+	@$(RUN) tests.durations $(wildcard reports/durations-*.json)
 
 check: env  ## formatting, lint, types
 	$(RUN) ruff format --check .

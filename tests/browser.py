@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from project import Project, clean_environment
+from project import Project, clean_environment, python
 from tracker import free_port, wait_for
 
 CHROME_ON_MACOS = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
@@ -89,7 +88,7 @@ def mlflow_pages(project: Project) -> Iterator[str]:
     with (
         log.open("w") as output,
         subprocess.Popen(
-            [sys.executable, "-m", "classifier", "ui", "--port", str(port)],
+            [python(), "-m", "classifier", "ui", "--port", str(port)],
             cwd=project.root, env=clean_environment(project.root.parent),
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         ) as process,

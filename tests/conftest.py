@@ -6,11 +6,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fork_server
 import pytest
 from imports import ROOT
 
 from classifier.files import hash_file
 from classifier.sources.fashion_mnist import FILES, fetch
+
+pytest_plugins = ["durations"]
 
 # Test files run side by side: with a thread for each core in each of them, the threads wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -18,27 +21,25 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Those that take a minute or more, the longest first but for the one that is the longest of the fast tests; those that
-# share a `reproduced_project` are apart, so that none waits while another makes it
-LONG_FILES = [
-    "pipeline", "team", "pages", "resume", "two_at_once", "sync", "disk_full", "reproduce", "distributed", "verify",
-    "kill", "own_images", "remotes", "ui",
-    "lineage", "golden", "export", "experiments", "tampering", "seeds", "tracking", "secrets", "prediction", "serving",
-    "docs", "dvc_views", "fashion_mnist", "networks", "exchange",
-]  # fmt: skip
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the long files, so that the others run beside them and not before them."""
-    order = {f"test_{name}.py": place for place, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
-
-
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Files of slow tests alone are not read where those are not wanted: what they import takes seconds."""
-    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+    if "not slow" not in config.option.markexpr or collection_path.suffix != ".py":
         return None
     return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text(encoding="utf-8") or None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--real-processes", action="store_true", help="start Python anew for each process: no copies")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the process that is copied in place of a new Python, one for all that run tests."""
+    # On macOS, what its libraries have started does not survive a fork
+    copies = sys.platform == "linux" and not (config.option.real_processes or config.option.collectonly)
+    if copies and "PYTEST_XDIST_WORKER" not in os.environ:
+        server, shim = fork_server.start()
+        os.environ["FORKING_PYTHON"] = str(shim)
+        config.add_cleanup(lambda: fork_server.stop(server, shim))
 
 
 @pytest.fixture(scope="session")

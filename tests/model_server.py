@@ -11,7 +11,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from project import clean_environment
+from project import clean_environment, python
 from tracker import free_port, wait_for
 
 SECONDS = 120  # for the server to start, and for an answer: a busy machine takes long
@@ -25,7 +25,17 @@ def model_server(root: Path, model: str, limit: str = "") -> Iterator[int]:
     limit: a command for the shell that starts the server, such as `ulimit -v 8388608`.
     """
     port = free_port()
-    serve = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"]
+    serve = [
+        sys.executable if limit else python(),
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "--model-uri",
+        model,
+        "--env-manager",
+        "local",
+    ]
     command = ["bash", "-c", f'{limit or ":"}; exec "$@"', "bash", *serve, "--port", str(port)]
     log = root.parent / "model_server.log"
     with (

@@ -33,6 +33,14 @@ def fetch(raw, data_path):
 TRAINED = ["models/model_weights.pth", "metrics/epochs.csv", "metrics/train.json", "metrics/environment.json"]
 
 
+def python() -> str:
+    """The Python for the processes of a test: one that forks (tests/fork_server.py), or a real one where there is none.
+
+    Tests about starts, signals and kills use sys.executable, and `real_environment` for its children.
+    """
+    return os.environ.get("FORKING_PYTHON") or sys.executable
+
+
 def clean_environment(folder: Path, **extra: str) -> dict[str, str]:
     """The environment for a command in a repository of its own: no setting of the outer one reaches it.
 
@@ -43,10 +51,17 @@ def clean_environment(folder: Path, **extra: str) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     env["GIT_CONFIG_GLOBAL"] = os.devnull
     env.pop("PYTHONDONTWRITEBYTECODE", None)
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    folders = dict.fromkeys(str(Path(program).parent) for program in (python(), sys.executable))
+    env["PATH"] = os.pathsep.join([*folders, env["PATH"]])
     for kind in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DVC_SITE_CACHE_DIR"):
         env[kind] = str(folder / f".{kind.lower()}")
     return env | extra
+
+
+def real_environment(folder: Path, **extra: str) -> dict[str, str]:
+    """The same, with a `python` that does not fork."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return clean_environment(folder, PATH=path) | extra
 
 
 class Project:
@@ -120,6 +135,8 @@ class Project:
 
     def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the repository; its output is in the error if it fails and `check` is true."""
+        if command[0] == sys.executable:
+            command = (python(), *command[1:])
         done = subprocess.run(
             command, cwd=self.root, env=clean_environment(self.root.parent, **self.env | env), stdin=subprocess.DEVNULL,
             capture_output=True, text=True,

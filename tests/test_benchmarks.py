@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from imports import ROOT
+from project import python
 
 from benchmarks import accelerator
 from benchmarks.measuring import exponent, median_ratio, summary, write_section
@@ -18,9 +18,7 @@ PROGRAMS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "d
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_each_tells_its_options(program: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{program}", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([python(), "-m", f"benchmarks.{program}", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"python -m benchmarks.{program}" in done.stdout
 

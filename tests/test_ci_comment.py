@@ -1,4 +1,4 @@
-"""What CI puts on a pull request: the text, and the two workflows, of which only the one without any code may write."""
+"""What CI puts on a pull request: the text, and the workflows, of which only the one without any code may write."""
 
 import json
 import os
@@ -20,6 +20,7 @@ WORKFLOWS = {path.stem: path for path in (ROOT / ".github/workflows").glob("*.ym
 PERMISSIONS = {
     "ci": {"test": {"contents": "read"}, "report": {"contents": "read"}},
     "comment": {"comment": {"actions": "read", "pull-requests": "write"}},
+    "nightly": {"test": {"contents": "read"}},
 }
 
 # Answers as GitHub's command line does, from files beside it, and keeps the comments that it is told to write.
@@ -155,9 +156,10 @@ def test_each_job_may_do_what_it_has_to_and_no_more() -> None:
 def test_code_of_a_fork_never_meets_a_secret() -> None:
     assert set(workflow("ci")["on"]) == {"push", "pull_request"}
     assert set(workflow("comment")["on"]) == {"workflow_run"}
-    assert "secrets." not in WORKFLOWS["ci"].read_text()
+    assert set(workflow("nightly")["on"]) == {"schedule", "workflow_dispatch"}
+    assert not any("secrets." in WORKFLOWS[name].read_text() for name in ("ci", "nightly"))
     assert set(re.findall(r"secrets\.(\w+)", WORKFLOWS["comment"].read_text())) == {"GITHUB_TOKEN"}
-    checkouts = [step for step in steps("ci") if step.get("uses", "").startswith("actions/checkout")]
+    checkouts = [step for step in steps("ci") + steps("nightly") if step.get("uses", "").startswith("actions/checkout")]
     assert all(step["with"]["persist-credentials"] is False for step in checkouts)
 
 

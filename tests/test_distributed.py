@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import tracker
 from dvc_queue import processes_in
 from imports import ROOT
-from project import TRAINED, Project, clean_environment, small_project
+from project import TRAINED, Project, clean_environment, python, small_project
 from small_images import make_images
 from tracker import free_port, send_the_rest, wait_for
 
@@ -23,7 +22,6 @@ from classifier.archive import Images
 from classifier.distributed import Group
 from classifier.zip_format import write_zip
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Two epochs of the product's own loop; in float64, whose sums hardly depend on their order. With small batches the
 # training of a network with batch normalisation is chaotic: in float32 a change of 1e-6 grows a thousandfold.
 TRAIN = """\
@@ -81,11 +79,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training(images: Path, settings: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-c", TRAIN, str(images), json.dumps(SETTINGS | settings)]
+    return [python(), "-c", TRAIN, str(images), json.dumps(SETTINGS | settings)]
+
+
+def torchrun(*options: str) -> list[str]:
+    return [python(), "-m", "torch.distributed.run", *options, "--no-python"]
 
 
 def trained(images: Path, processes: int, **settings: Any) -> dict[str, Any]:
-    launcher = [*TORCHRUN, f"--nproc-per-node={processes}", "--no-python"] if processes > 1 else []
+    launcher = torchrun(f"--nproc-per-node={processes}") if processes > 1 else []
     done = subprocess.run(
         [*launcher, *training(images, settings)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
@@ -127,7 +129,7 @@ def test_two_machines_train_as_one(images: Path) -> None:
     meeting = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
     agents = [
         subprocess.Popen(
-            [*TORCHRUN, *meeting, "--nproc-per-node=1", "--no-python", *training(images, settings)],
+            [*torchrun(*meeting, "--nproc-per-node=1"), *training(images, settings)],
             cwd=ROOT, stdout=subprocess.PIPE, text=True,
         )
         for _ in range(2)

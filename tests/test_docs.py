@@ -1,7 +1,9 @@
 """What the documents refer to is there."""
 
+import ast
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +20,29 @@ def test_every_test_that_proves_a_promise_exists() -> None:
     assert len(named) > 60
     missing = [f"{file}::{test}" for file, test in named if f"\ndef {test}(" not in (ROOT / "tests" / file).read_text()]
     assert missing == []
+
+
+def tier(file: str, test: str) -> str:
+    """What runs a test: `make test` (fast), `make slow` or `make nightly`."""
+    marks: list[str] = []
+    for node in ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+            marks.append(ast.unparse(node.value))
+        elif isinstance(node, ast.FunctionDef) and node.name == test:
+            marks += map(ast.unparse, node.decorator_list)
+    return next((name for name in ("nightly", "slow") if f"pytest.mark.{name}" in marks), "fast")
+
+
+def test_every_promise_names_the_tier_of_its_tests() -> None:
+    rows = (ROOT / "docs/reliability.md").read_text(encoding="utf-8").splitlines()
+    wrong = []
+    for row in rows:
+        if row.startswith("| ") and (named := re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)):
+            tiers = [tier(file, test) for file, test in named]
+            told = row.strip("| ").split("|")[-1].strip().split("<br>")
+            if told not in (tiers, sorted(set(tiers))):
+                wrong.append(row)
+    assert wrong == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -40,6 +65,8 @@ def test_a_network_and_a_source_are_added_by_one_file_each(tmp_path: Path) -> No
         project.run("git", "apply", str(tmp_path / f"{number}.diff"))
     added = project.run("git", "status", "--porcelain").stdout.splitlines()
     assert added == ["?? classifier/networks/small.py", "?? classifier/sources/digits.py"]
+    if (cache := ROOT / ".mypy_cache").is_dir():  # else mypy reads all of torch, for a minute
+        shutil.copytree(cache, project.root / ".mypy_cache")
     for check in (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]):
         project.run(sys.executable, "-m", *check, "classifier/networks/small.py", "classifier/sources/digits.py")
 

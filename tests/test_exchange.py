@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from hostile import RunsCodeWhenUnpickled
+from project import python
 from torch import Tensor, nn
 
 from classifier.errors import PipelineError
@@ -81,7 +81,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_format_gives_the_logits_at_every_batch_size(exported: Path) -> None:
     pixels = some_pixels(max(BATCH_SIZES))
     np.save(exported / "pixels.npy", pixels.numpy())
-    subprocess.run([sys.executable, "-c", READ_ALL, str(exported)], check=True)
+    subprocess.run([python(), "-c", READ_ALL, str(exported)], check=True)
     with torch.inference_mode():
         expected = mlp().eval()(pixels).numpy()
     for suffix in FORMATS:
@@ -312,7 +312,7 @@ def test_missing_weights_are_told(tmp_path: Path) -> None:
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()
-        subprocess.run([sys.executable, "-c", WRITE_ALL, str(tmp_path / folder)], check=True, capture_output=True)
+        subprocess.run([python(), "-c", WRITE_ALL, str(tmp_path / folder)], check=True, capture_output=True)
     for suffix in FORMATS:
         first, second = ((tmp_path / folder / f"model.{suffix}").read_bytes() for folder in ("first", "second"))
         assert first == second, suffix

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from dvc_queue import processes_in, run_queue
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
-from project import Project, clean_environment, small_project
+from project import Project, clean_environment, python, small_project
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +53,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project.dvc("exp", "run", *prepare("workspace"))
     project.run("git", "restore", "params.yaml")
     with subprocess.Popen(
-        [sys.executable, "-m", "dvc", "exp", "run", "--temp", *prepare("temp")],
+        [python(), "-m", "dvc", "exp", "run", "--temp", *prepare("temp")],
         cwd=project.root, env=clean_environment(project.root.parent),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as process:  # fmt: skip

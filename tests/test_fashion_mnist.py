@@ -12,7 +12,6 @@ import socket
 import socketserver
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from imports import ROOT
+from project import python
 from small_data import write_idx, write_idx_dataset
 
 from classifier.errors import PipelineError
@@ -76,7 +76,7 @@ def start(folder: Path, env: dict[str, str], *command: str) -> "subprocess.Popen
     (folder / "params.yaml").write_text(re.sub(r"(?m)^source: \S+", "source: fashion_mnist", params), encoding="utf-8")
     ours = {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "PATH": str(folder / "tmp")}
     return subprocess.Popen(
-        [sys.executable, *(command or ("-m", "stages.download"))],
+        [python(), *(command or ("-m", "stages.download"))],
         cwd=folder,
         env=ours | env,
         stdin=subprocess.DEVNULL,

@@ -29,6 +29,7 @@ from classifier.png import decode_stored_png, encode_png
 from classifier.zip_format import write_zip
 
 FUZZER_SECONDS = 10
+NIGHTLY_FUZZER_SECONDS = 600
 
 # The same inputs at every run; no database of failures, and Hypothesis' caches beside pytest's, which git ignores
 configuration.set_hypothesis_home_dir(ROOT / ".pytest_cache/hypothesis")
@@ -288,8 +289,19 @@ def test_a_damaged_picture_is_decoded_or_refused(image: np.ndarray, seed: int) -
 @pytest.mark.skipif(not importlib.util.find_spec("atheris"), reason="Atheris has no wheels for this system")
 @pytest.mark.parametrize("target", ["annotations", "archive"])
 def test_fuzzer_finds_nothing(target: str, tmp_path: Path) -> None:
+    fuzz(target, tmp_path, FUZZER_SECONDS)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not importlib.util.find_spec("atheris"), reason="Atheris has no wheels for this system")
+@pytest.mark.parametrize("target", ["annotations", "archive"])
+def test_fuzzer_finds_nothing_in_ten_minutes(target: str, tmp_path: Path) -> None:
+    fuzz(target, tmp_path, NIGHTLY_FUZZER_SECONDS)
+
+
+def fuzz(target: str, tmp_path: Path, seconds: int) -> None:
     (tmp_path / "corpus").mkdir()
-    command = [sys.executable, f"{ROOT}/tests/fuzz_targets.py", target, "corpus", f"-max_total_time={FUZZER_SECONDS}"]
+    command = [sys.executable, f"{ROOT}/tests/fuzz_targets.py", target, "corpus", f"-max_total_time={seconds}"]
     # The fuzzer ends above 2 GiB, by a peak of memory that a process has from the one that starts it: here a shell, not
     # pytest, in which other tests may have used more
     done = subprocess.run(
@@ -300,7 +312,7 @@ def test_fuzzer_finds_nothing(target: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=FUZZER_SECONDS + 100,
+        timeout=seconds + 100,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -60,7 +60,7 @@ def test_the_first_epoch_prints_the_tutorials_ten_losses(annotated: Project) -> 
     assert [losses[seen] for seen in golden] == pytest.approx(list(golden.values()), abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_tutorials_recipe_as_an_experiment_gives_the_published_result(
     fashion_mnist_dir: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from project import Project, clean_environment, reproduced_project
+from project import Project, clean_environment, python, reproduced_project
 
 from classifier.errors import PipelineError
 from classifier.files import hash_file, hash_path, locked_md5s
@@ -87,7 +87,7 @@ def run_id(project: Project, weights: str) -> str:
 def follow(project: Project, commands: list[str]) -> None:
     """Run the commands as a person does, with this project's command line."""
     for command in commands:
-        project.run("sh", "-ec", re.sub("^classifier ", f"{sys.executable} -m classifier ", command))
+        project.run("sh", "-ec", re.sub("^classifier ", f"{python()} -m classifier ", command))
 
 
 def forget(project: Project, md5: str) -> None:

@@ -3,11 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from imports import ROOT
+from project import python
 
 from classifier.errors import PipelineError
 from classifier.params import UNTRACKED, Params, load_params, modules_in
@@ -46,7 +46,7 @@ def complaints(folder: Path, text: str) -> list[str]:
 
 def run_module(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "classifier.params"],
+        [python(), "-m", "classifier.params"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -20,7 +20,7 @@ import torch
 from hostile import RunsCodeWhenUnpickled
 from imports import ROOT
 from PIL import Image
-from project import Project, clean_environment, reproduced_project
+from project import Project, clean_environment, python, reproduced_project
 from scipy.special import softmax
 
 from classifier.batches import Batches
@@ -292,7 +292,7 @@ def command(*arguments: str, folder: Path, code: Path = ROOT, **options: Any) ->
     """Run the command `classifier` of a checkout in another folder, as its script does."""
     run = "import sys; sys.path.insert(0, sys.argv.pop(1)); from classifier.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-P", "-c", run, code, *arguments], cwd=folder, env=clean_environment(folder.parent),
+        [python(), "-P", "-c", run, code, *arguments], cwd=folder, env=clean_environment(folder.parent),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, **options,
     )  # fmt: skip
 

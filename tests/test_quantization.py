@@ -1,13 +1,13 @@
 """int8: nearly the float network's answers from a quarter of the bytes, the same bytes every time, or an error."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from project import python
 from small_images import CLASSES, make_images
 from torch import nn
 
@@ -120,7 +120,7 @@ def test_convolutions_have_a_scale_for_each_channel_and_weights_keep_to_seven_bi
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(exported: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
-        subprocess.run([sys.executable, "-c", QUANTIZE, str(exported), str(tmp_path / name)], check=True)
+        subprocess.run([python(), "-c", QUANTIZE, str(exported), str(tmp_path / name)], check=True)
         assert (tmp_path / name).read_bytes() == (exported / "model.int8.onnx").read_bytes()
 
 

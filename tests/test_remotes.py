@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from project import Project, clean_environment, reproduced_project
+from project import Project, real_environment, reproduced_project
 from s3_server import S3Server, add_remote, clone, s3_server
 from tracker import wait_for
 
@@ -64,7 +64,7 @@ def killed(project: Project, arguments: list[str], server: S3Server, condition: 
     """Start a command of DVC's, stop the server when the condition holds, kill the command, let the server go on."""
     with subprocess.Popen(
         [*DVC, *arguments], cwd=project.root,
-        env=clean_environment(project.root.parent, **project.env),
+        env=real_environment(project.root.parent, **project.env),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     ) as process:  # fmt: skip
         wait_for(lambda: process.poll() is not None or condition())

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import tracker
 from dvc_queue import processes_in
-from project import TRAINED, Project, clean_environment, small_project
+from project import TRAINED, Project, real_environment, small_project
 from tracker import send_the_rest, wait_for
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def start(project: Project, command: list[str], epoch: int, batch: int) -> "subp
     with (project.root.parent / "errors").open("w") as errors:
         return subprocess.Popen(
             command, cwd=project.root, stdin=subprocess.DEVNULL,
-            env=clean_environment(project.root.parent, HOLD=str(epoch * BATCHES + batch)),
+            env=real_environment(project.root.parent, HOLD=str(epoch * BATCHES + batch)),
             stdout=subprocess.DEVNULL, stderr=errors, text=True, start_new_session=True,
         )  # fmt: skip
 

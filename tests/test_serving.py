@@ -16,7 +16,7 @@ import pytest
 from imports import ROOT
 from model_server import SECONDS, model_server, post
 from PIL import Image
-from project import Project, reproduced_project
+from project import Project, python, reproduced_project
 
 from classifier.archive import Images
 
@@ -201,7 +201,7 @@ def test_a_connection_can_be_kept_for_many_requests(port: int) -> None:
 def test_the_benchmark_measures_without_errors(project: Project, tmp_path: Path) -> None:
     root = project.copy(tmp_path / "project").root
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.serving", "--project", root, "--requests", "12"],
+        [python(), "-m", "benchmarks.serving", "--project", root, "--requests", "12"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

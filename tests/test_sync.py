@@ -19,7 +19,7 @@ from dvc_queue import processes_in
 from filelock import FileLock
 from imports import ROOT
 from mlflow import MlflowClient
-from project import Project, clean_environment, small_project
+from project import Project, clean_environment, python, small_project
 from tracker import (
     Server,
     contents,
@@ -660,7 +660,7 @@ def test_a_server_killed_in_the_middle_of_a_training_misses_nothing(
     beside = ThreadPoolExecutor().submit(run_stage, quiet, "train")  # at the same time: the machine is as busy for both
     start = time.monotonic()
     with subprocess.Popen(
-        [sys.executable, "-m", "stages.train"], cwd=project.root, stdin=subprocess.DEVNULL,
+        [python(), "-m", "stages.train"], cwd=project.root, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=clean_environment(tmp_path, MLFLOW_TRACKING_URI=server.address),
     ) as process:  # fmt: skip

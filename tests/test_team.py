@@ -16,7 +16,7 @@ import requests
 from dvc_queue import run_queue
 from imports import ROOT
 from postgres import Postgres, postgres
-from project import Project, reproduced_project
+from project import Project, python, reproduced_project
 from s3_server import BUCKET, S3Server, add_remote, clone, s3_server
 from tracker import Server, wait_for, waiting
 
@@ -40,7 +40,7 @@ class TeamServer(Server):
 
     def environment(self) -> dict[str, str]:
         return self.postgres.environment | self.storage.environment | {
-            "PYTHON": sys.executable, "PORT": str(self.port), "WORKERS": "2", "ARTIFACTS": f"s3://{BUCKET}/mlflow",
+            "PYTHON": python(), "PORT": str(self.port), "WORKERS": "2", "ARTIFACTS": f"s3://{BUCKET}/mlflow",
             "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN[1], "MLFLOW_FLASK_SERVER_SECRET_KEY": "a long random text",
             "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": PAGES,
         }  # fmt: skip

@@ -110,7 +110,7 @@ def test_a_moved_repository_finds_its_artifacts_and_logs_beside_them(project: Pr
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_a_signal_ends_is_killed(project: Project, number: signal.Signals) -> None:
-    with paced(project) as process:
+    with paced(project, sys.executable) as process:
         process.send_signal(number)
         process.wait(timeout=60)
     assert process.returncode == 128 + number
@@ -120,7 +120,7 @@ def test_a_run_that_a_signal_ends_is_killed(project: Project, number: signal.Sig
 
 def test_a_run_whose_process_is_killed_does_not_stay_running(project: Project) -> None:
     """Its sender notices."""
-    with paced(project) as process:
+    with paced(project, sys.executable) as process:
         process.kill()
     wait_for(lambda: not list((project.root / ".journal").glob("*/")))
     assert statuses(project.root / "mlflow.db") == ["KILLED"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from project import Project, clean_environment, reproduced_project
+from project import Project, clean_environment, python, reproduced_project
 from small_data import write_idx_dataset
 from tracker import wait_for
 
@@ -71,9 +71,9 @@ def watched(root: Path, whole: Mapping[str, set[str]]) -> Iterator[dict[str, set
     assert {path: md5s - whole[path] - {"missing"} for path, md5s in met.items()} == {path: set() for path in whole}
 
 
-def start(project: Project, *command: str) -> "subprocess.Popen[str]":
+def start(project: Project, *command: str, real: bool = False) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", *command],
+        [sys.executable if real else python(), "-m", *command],
         cwd=project.root, env=clean_environment(project.root.parent), stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -190,7 +190,7 @@ def test_an_annotate_that_is_killed_again_and_again_leaves_whole_files(annotatin
     with watched(root, whole) as met:
         for attempt in range(12):
             annotating.set_params(seed="12"[attempt % 2])
-            process = start(annotating, "stages.annotate")
+            process = start(annotating, "stages.annotate", real=True)
             if attempt % 3:
                 time.sleep(chance.uniform(0.1, seconds))
             else:
@@ -209,7 +209,7 @@ def test_an_annotate_that_is_killed_again_and_again_leaves_whole_files(annotatin
 
 
 def test_what_a_live_annotate_writes_is_left_to_it(annotating: Project) -> None:
-    first = start(annotating, "stages.annotate")
+    first = start(annotating, "stages.annotate", real=True)
     wait_until_it_writes(annotating, first)
     first.send_signal(signal.SIGSTOP)
     (mine,) = being_written(annotating)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import Project, clean_environment
+from project import Project, clean_environment, python
 
 from classifier.files import hash_file
 from classifier.journal import Journal
@@ -48,10 +48,11 @@ run_main(main)
 
 
 @contextmanager
-def paced(project: Project, **env: str) -> Iterator["subprocess.Popen[str]"]:
+def paced(project: Project, program: str | None = None, /, **env: str) -> Iterator["subprocess.Popen[str]"]:
     """The training PACED, after its first five epochs."""
     with subprocess.Popen(
-        [sys.executable, "-c", PACED], cwd=project.root, env=clean_environment(project.root.parent, **env),
+        [program or python(), "-c", PACED],
+        cwd=project.root, env=clean_environment(project.root.parent, **env),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
@@ -112,7 +113,7 @@ class Server:
 
     def command(self) -> list[str]:
         return [
-            sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port),
+            python(), "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port),
             "--backend-store-uri", f"sqlite:///{self.database}", "--artifacts-destination", str(self.artifacts),
         ]  # fmt: skip
 
