@@ -137,7 +137,7 @@ def table(found: Figures) -> str:
 def tests(bench: Bench) -> bool:
     # Without the settings of pyproject.toml: its plugins may be missing here, and other versions of libraries may warn
     options = ["-c", os.devnull, "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider", "--durations=8"]
-    options += ["-m", "accelerator", str(ROOT / "tests/test_accelerator.py")]
+    options += ["--real-processes", "-m", "accelerator", str(ROOT / "tests/test_accelerator.py")]
     if bench.quick:
         options += ["-k", "batches_are_the_cpus"]
     env = os.environ | {"FASHION_MNIST_DIR": str(bench.data)}
