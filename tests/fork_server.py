@@ -251,6 +251,7 @@ def run(arguments: list[str], shim: str, path: list[str]) -> None:
     own = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     first = [] if is_safe else [str(Path.cwd()) if kind == "-m" else ""]
     sys.path[:] = [*first, *own, *(entry for entry in path if entry not in own)]
+    tempfile.tempdir = None  # the environment may name another
     sys.path_importer_cache.clear()
     importlib.invalidate_caches()
     if os.environ.get("PYTHONUNBUFFERED"):

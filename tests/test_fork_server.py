@@ -35,9 +35,9 @@ def start(folder: Path, code: str) -> "subprocess.Popen[str]":
 
 
 def test_it_has_arguments_folder_environment_and_files_of_its_own(tmp_path: Path) -> None:
-    code = "import os, sys; print(sys.argv, os.getcwd(), os.environ['X'], sys.stdin.read()); sys.exit('message')"
-    done = run(tmp_path, "-c", code, "--option", "ä", X="of its own")
-    assert done.stdout == f"['-c', '--option', 'ä'] {tmp_path} of its own typed\n"
+    code = "import os, sys, tempfile; print(sys.argv, os.getcwd(), tempfile.gettempdir(), sys.stdin.read())"
+    done = run(tmp_path, "-c", f"{code}; sys.exit('message')", "--option", "ä", TMPDIR=str(tmp_path))
+    assert done.stdout == f"['-c', '--option', 'ä'] {tmp_path} {tmp_path} typed\n"
     assert (done.returncode, done.stderr) == (1, "message\n")
 
 

@@ -10,7 +10,7 @@ import pytest
 from dvc_queue import processes_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from project import Project
+from project import Project, real_environment
 from tracker import finish, paced, send_the_rest, statuses, wait_for
 
 from classifier.tracking import _user
@@ -179,7 +179,8 @@ def test_the_process_that_sends_starts_before_torch_is_imported_and_ends_with_it
     project = Project.create(tmp_path / "project")
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text(SEEN_BY_TORCH)
-    done = project.run("python", "-m", f"stages.{stage}", check=False, PYTHONPATH=str(tmp_path), RANK=rank)
+    env = {"PYTHONPATH": str(tmp_path), "RANK": rank, "PATH": real_environment(tmp_path)["PATH"]}
+    done = project.run("python", "-m", f"stages.{stage}", check=False, **env)
     assert (done.returncode, done.stdout) == (3, f"{started}\n"), done.stderr
     wait_for(lambda: processes_in(project.root) == [])
     assert not (project.root / ".journal").exists()
