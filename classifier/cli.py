@@ -19,6 +19,8 @@ from classifier.repository import git
 REPORTS = Path("reports")  # what is written about the outputs; Git ignores it
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+queue = typer.Typer(no_args_is_help=True, help="DVC's experiment queue.")
+app.add_typer(queue, name="queue")
 
 
 def _tell_version(is_asked: bool) -> None:
@@ -203,6 +205,19 @@ def seeds(
     for metric, row in table.iterrows():
         print(f"{metric:20} {row['mean']:.4f} ± {row['std']:.4f} ({row['min']:.4f} to {row['max']:.4f})")
     print(f"Each seed: {REPORTS / 'seeds.csv'}; picture: {REPORTS / 'seeds.png'}")
+
+
+@queue.command()
+def resume(
+    workers: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Experiments at the same time.")] = 1,
+) -> None:
+    """Continue experiments whose workers were killed, and remove the copies of the repository that they left."""
+    from classifier.experiment_queue import dvc, recover
+
+    names, copies = recover()
+    print(f"Queued again: {', '.join(names) or 'nothing'}")
+    print(f"Abandoned copies removed: {len(copies)}")
+    print(dvc("queue", "start", "--jobs", str(workers)).strip())
 
 
 @app.command()

@@ -1,4 +1,7 @@
-"""What DVC's cache and remote hold, and sending from one to the other; no other module uses DVC's Python interface."""
+"""What DVC's cache and remote hold, and sending from one to the other.
+
+This module and experiment_queue.py are the only ones that use DVC's Python interface.
+"""
 
 import json
 from collections.abc import Iterable
