@@ -6,13 +6,17 @@ MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME win when they are set.
 
 import logging
 import os
+import signal
 import sqlite3
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 # Read when mlflow is imported
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -39,6 +43,9 @@ logging.getLogger(database_utils.__name__).setLevel(logging.CRITICAL)  # traceba
 AWAY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}  # MLflow's codes of what passes
 ADDRESS_VARIABLE = "MLFLOW_TRACKING_URI"
 SQLITE_SECONDS = 2  # to wait for a store that another process has locked
+# MLFLOW_HTTP_REQUEST_TIMEOUT is for each read, so a server that sends a byte now and then would be waited for for ever
+EXCHANGE_SECONDS = 10  # for a few small requests
+SEARCH_SECONDS = 60  # for all pages of a search
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def find_runs(filter_string: str = "") -> list[Run]:
     """
     if not open_store():
         return []
-    with store_errors():
+    with store_errors(), time_limit(SEARCH_SECONDS):
         runs = mlflow.search_runs(
             experiment_ids=[experiment.experiment_id for experiment in mlflow.search_experiments()],
             filter_string=filter_string,
@@ -147,7 +154,7 @@ def connect(experiment: str) -> str:
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     artifacts = (repository_root() / "mlruns").as_uri()
-    with store_errors():
+    with store_errors(), time_limit(EXCHANGE_SECONDS if _database() is None else SEARCH_SECONDS):  # making one is slow
         if database := _database():
             with FileLock(_lock_file()):  # two processes that create the database at the same time break it
                 if not database.exists():
@@ -184,6 +191,33 @@ def check_writable() -> None:
 
 def _has_server() -> bool:
     return mlflow.get_tracking_uri().startswith(("http://", "https://", "databricks"))
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds, also out of a request; in the main thread alone."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"no complete answer within {seconds:g} seconds")
+
+    started = time.monotonic()
+    handler = signal.getsignal(signal.SIGALRM)
+    before, _ = signal.getitimer(signal.ITIMER_REAL)
+    if 0 < before < seconds:  # an outer limit is nearer
+        yield
+        return
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if before:
+            signal.setitimer(signal.ITIMER_REAL, max(before - (time.monotonic() - started), 0.001))
 
 
 class StoreAway(PipelineError):

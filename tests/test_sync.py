@@ -23,6 +23,7 @@ from project import Project, clean_environment, small_project
 from tracker import (
     Server,
     contents,
+    dripping_server,
     finish,
     impostor,
     paced,
@@ -611,7 +612,7 @@ def test_a_server_that_never_answers_does_not_delay_the_stages_after_training(
 ) -> None:
     project = away.project.copy(tmp_path / "project")
     shutil.rmtree(project.root / ".journal")
-    with silent_server() as address:
+    with silent_server() if name == "evaluate" else dripping_server("body") as address:
         disturbed = run_stage(project, name, MLFLOW_TRACKING_URI=address)
     assert disturbed.seconds < away.stages[name].seconds + DELAY
     assert "the rest is in" in disturbed.complaint
