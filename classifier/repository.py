@@ -23,7 +23,8 @@ def git(*arguments: str) -> str:
 def git_bytes(*arguments: str, env: dict[str, str] | None = None) -> bytes:
     """As `git`, as the bytes that it printed."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, env=env)
+        # Of the user's settings, one that adds lines to what `git log` is asked for
+        done = subprocess.run(["git", "-c", "log.showSignature=false", *arguments], capture_output=True, env=env)
     except OSError:
         return b""
     return done.stdout if done.returncode == 0 else b""
@@ -75,9 +76,12 @@ def changes(*paths: str) -> tuple[list[str], bytes]:
                     f"Earlier files are as they were. Mend that, or make room in {tempfile.gettempdir()}, then run the "
                     "same command again."
                 )
-        diff = ("diff", "--cached", "--relative", "--no-renames", "--no-ext-diff", "--binary", "HEAD")
+        # Unlike `diff`, it heeds no setting of the user, such as diff.noprefix, with which `git apply` would fail
+        diff = ("diff-index", "--cached", "--relative", "--no-renames", "--no-ext-diff", "--binary", "HEAD")
         names = git_bytes(*diff, "--name-only", "-z", "--", *paths, env=environment)
-        return names.decode(errors="replace").split("\0")[:-1], git_bytes(*diff, "--", *paths, env=environment)
+        return names.decode(errors="replace").split("\0")[:-1], git_bytes(
+            *diff, "--patch", "--", *paths, env=environment
+        )
 
 
 def _may_be_code(name: bytes) -> bool:
