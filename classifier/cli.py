@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from classifier.errors import PipelineError, run_main
+from classifier.errors import PipelineError, printable, run_main
 from classifier.files import WEIGHTS, atomic, existing
 from classifier.journal import journals
 from classifier.params import load_params
@@ -77,6 +77,9 @@ def predict(
             help="An exported file with its manifest.json beside it, or champion; by default models/export/model.onnx."
         ),
     ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Open a .pth or .pt2 file, which can hold code, that is not from here.")
+    ] = False,
     form: Annotated[
         Literal["table", "csv", "json"] | None,
         typer.Option("--format", help="By default a table on a terminal, and CSV elsewhere."),
@@ -101,7 +104,7 @@ def predict(
         raise PipelineError("No image is named: give image files, or folders or zips of them")
     on_terminal = output is None and sys.stdout.isatty()
     with ExitStack() as stack:
-        chosen = stack.enter_context(prediction.opened(model, caller, load_params().registered_model))
+        chosen = stack.enter_context(prediction.opened(model, caller, load_params().registered_model, trust))
         # A bar among the lines of a table would be in the way
         answers = prediction.predict(chosen, found, complain, hide_progress=True if on_terminal else None)
         file = sys.stdout
@@ -134,7 +137,10 @@ def lineage(
         sys.stdout.buffer.write(patch_of(target))
         return
     found = trace(_from_caller(context, target))
-    print(json.dumps(dataclasses.asdict(found), indent=2) if as_json else describe(found))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        _print_lines(describe(found))
 
 
 @app.command()
@@ -147,7 +153,7 @@ def verify(
     found = verify(revision)
     width = max(len(verdict.path) for verdict in found.verdicts)
     for verdict in found.verdicts:
-        print(f"{verdict.path:{width}}  {verdict.verdict}{verdict.reason and ': '}{verdict.reason}")
+        _print_lines(f"{verdict.path:{width}}  {verdict.verdict}{verdict.reason and ': '}{verdict.reason}")
     for key, (recorded, here) in found.environment.items():
         print(f"environment: {key}: recorded {recorded}, here {here}")
     if not found.environment:
@@ -186,7 +192,7 @@ def promote(
         raise PipelineError(
             f"{target}: not registered here; to register the model in models/:\ndvc repro --force --single-item export"
         )
-    print(promote(version, force))
+    _print_lines(promote(version, force))
 
 
 @app.command()
@@ -250,13 +256,19 @@ def samples() -> None:
     print(f"Written: {target}")
 
 
+def _print_lines(text: str) -> None:
+    """Print text that holds names from files, Git or MLflow: these must not reach the terminal raw."""
+    for line in text.split("\n"):
+        print(printable(line))
+
+
 def _send_journals() -> bool:
     """Send what stages had to tell MLflow while it was away; print what is in the way. True if nothing is left."""
     from classifier.sync import send_to_every_store
 
     faults = send_to_every_store()
     for folder, fault in faults.items():
-        print(f"{folder}: not sent: {fault}", file=sys.stderr)
+        print(f"{folder}: not sent: {printable(str(fault))}", file=sys.stderr)
     return not faults
 
 

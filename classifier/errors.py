@@ -32,7 +32,7 @@ def run_main(main: Callable[[], None]) -> None:
         _check_temporary_folder()
         main()
     except PipelineError as error:
-        sys.exit(masked(str(error)))  # prints to standard error and exits with 1
+        sys.exit("\n".join(map(printable, masked(str(error)).split("\n"))))  # prints to standard error and exits with 1
     except Interrupted as interrupt:
         print("\n".join(["interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         sys.exit(128 + interrupt.number)
@@ -88,3 +88,8 @@ def masked(text: str) -> str:
     http://me:secret@host?token=secret becomes http://***@host?token=***.
     """
     return _SECRET.sub(lambda found: f"{found['key'] or ''}***", text)
+
+
+def printable(text: str) -> str:
+    """Return a line of text with escapes in place of what would move a terminal's cursor, or is not Unicode."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -25,16 +25,15 @@ from scipy.special import softmax
 
 from classifier.batches import Batches
 from classifier.dataset import CustomImageDataset
-from classifier.errors import PipelineError
+from classifier.errors import PipelineError, printable
 from classifier.exchange import write
 from classifier.inference import load_weights
 from classifier.inference import predict as logits_of
+from classifier.model_file import BATCH, Model
 from classifier.networks import build_network
 from classifier.png import encode_png
 from classifier.prediction import (
-    BATCH,
     Answer,
-    Model,
     find_images,
     opened,
     predict,
@@ -152,13 +151,42 @@ def test_no_more_images_are_read_than_go_through_the_network_at_once(tmp_path: P
 ANSWERS = [Answer("a, b.png", np.array([0.25, 0.75])), Answer("c.png", np.array([0.5, 0.5]))]
 
 
+STRANGE = ["=cmd|' /C calc'!A0", "\x1b]0;title\x07\x1b[2Jcat", "-1", "@SUM(A1)", "\x9b31mC1", "'quoted"]
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_names_do_not_reach_terminals_and_spreadsheets_raw(form: str) -> None:
+    answers = [
+        Answer(printable(f"{name}.png"), np.eye(len(STRANGE))[label] * 0.9) for label, name in enumerate(STRANGE)
+    ]
+    file = io.StringIO()
+    if form == "table":
+        write_table(answers, STRANGE, 40, file)
+    else:
+        (write_csv if form == "csv" else write_json)(answers, STRANGE, file)
+    text = file.getvalue()
+    assert all(line.isprintable() for line in text.split("\n"))
+    if form == "csv":
+        cells = [row[:2] for row in csv.reader(text.splitlines())][1:]
+        assert cells == [
+            ["'=cmd|' /C calc'!A0.png", "'=cmd|' /C calc'!A0"],
+            [r"\x1b]0;title\x07\x1b[2Jcat.png", r"\x1b]0;title\x07\x1b[2Jcat"],
+            ["'-1.png", "-1"],
+            ["'@SUM(A1).png", "'@SUM(A1)"],
+            [r"\x9b31mC1.png", r"\x9b31mC1"],
+            ["''quoted.png", "''quoted"],
+        ]
+    if form == "json":
+        assert [answer["class"] for answer in json.loads(text)] == STRANGE
+
+
 def test_csv_is_read_back_as_what_was_answered() -> None:
     file = io.StringIO()
     write_csv(ANSWERS, CLASSES, file)
     rows = list(csv.reader(io.StringIO(file.getvalue())))
     assert rows == [
-        ["file", "class", "probability", "P(dark)", "P(bright, or\nnot)"],
-        ["a, b.png", CLASSES[1], "0.75", "0.25", "0.75"],
+        ["file", "class", "probability", "P(dark)", r"P(bright, or\nnot)"],
+        ["a, b.png", r"bright, or\nnot", "0.75", "0.25", "0.75"],
         ["c.png", "dark", "0.5", "0.5", "0.5"],
     ]
 
