@@ -11,6 +11,7 @@ from project import Project
 
 pytestmark = pytest.mark.slow
 
+CLASSES = ("=a", "b")  # one that a spreadsheet would take for a formula
 LINKS = ("symlink", "hardlink", "reflink")
 # All stages that read what DVC has linked, in one process: one import of torch
 STAGES_AFTER_DOWNLOAD = """
@@ -33,7 +34,7 @@ def linked(tmp_path_factory: pytest.TempPathFactory) -> Project:
     photos = project.root / "data/own/photos"
     pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     for number, image in enumerate(pixels):
-        path = photos / "ab"[number % 2] / f"{number}.png"
+        path = photos / CLASSES[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     project.set_params(
@@ -42,7 +43,7 @@ def linked(tmp_path_factory: pytest.TempPathFactory) -> Project:
     use_links(project, "symlink")
     project.commit()
     project.dvc("add", "data/own/photos")
-    assert (photos / "a/0.png").is_symlink()
+    assert (photos / "=a/0.png").is_symlink()
     project.dvc("repro")
     project.commit()
     return project
@@ -71,13 +72,13 @@ def test_stages_read_what_dvc_has_linked(linked: Project, link: str) -> None:
         if probe.returncode != 0:
             pytest.skip("this file system makes no reflinks")
     before = results(linked)
-    assert "data/raw/a/0.png" in before
+    assert "data/raw/=a/0.png" in before
     use_links(linked, link)
     if link != "symlink":  # with which all stages have just run
         remove_outputs(linked)
         linked.dvc("checkout")
         linked.run("git", "restore", "metrics")
-        assert link_of(linked.root / "data/raw/a/0.png") == link
+        assert link_of(linked.root / "data/raw/=a/0.png") == link
         linked.run(sys.executable, "-c", STAGES_AFTER_DOWNLOAD)
         assert results(linked) == before
 
@@ -85,11 +86,20 @@ def test_stages_read_what_dvc_has_linked(linked: Project, link: str) -> None:
     remove_outputs(linked)
     (linked.root / "dvc.lock").unlink()
     assert linked.stages_run(linked.dvc("repro").stdout) == []
-    assert link_of(linked.root / "data/raw/a/0.png") == link
+    assert link_of(linked.root / "data/raw/=a/0.png") == link
     assert results(linked) == before
     assert linked.run("git", "status", "--porcelain").stdout == ""
 
 
 def test_linked_images_are_classified(linked: Project) -> None:
-    done = linked.run(sys.executable, "-m", "classifier", "predict", "data/own/photos/a", "data/raw/b/1.png")
+    done = linked.run(sys.executable, "-m", "classifier", "predict", "data/own/photos/=a", "data/raw/b/1.png")
     assert len(done.stdout.splitlines()) == 1 + 20 + 1
+
+
+def test_a_class_that_looks_like_a_formula_is_quoted_for_spreadsheets_alone(linked: Project) -> None:
+    for name in ("classes.csv", "plots/confusion.csv"):
+        lines = (linked.root / "metrics" / name).read_text().splitlines()
+        assert any(line.startswith("'=a,") for line in lines)
+        assert not any(line.startswith("=a,") for line in lines)
+    assert "| =a |" in (linked.root / "models/export/README.md").read_text()
+    assert "0,=a\n" in (linked.root / "data/annotations/classes.csv").read_text()
