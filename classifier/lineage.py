@@ -34,7 +34,7 @@ from classifier.registry import Version, find_versions
 from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, metrics_at, read_at
 from classifier.storage import YES, Storage
 from classifier.store import Run, StoreAway, artifact, find_runs
-from classifier.tracking import CHANGED_TAG, COMMIT_TAG, EXPERIMENT_TAG, MD5_TAGS, PATCH, WEIGHTS_TAG
+from classifier.tracking import CHANGED_TAG, COMMIT_TAG, EXPERIMENT_TAG, LEFT_OUT_TAG, MD5_TAGS, PATCH, WEIGHTS_TAG
 
 MANIFEST = "manifest.json"
 LISTED = 3  # runs and versions; --json gives all
@@ -313,6 +313,10 @@ def _add_commands_of_run(lineage: Lineage, run: Run) -> None:
             file = f"../{run.run_id[:8]}.patch"
             lineage.commands = [f"classifier lineage {run.run_id} --patch > {file}"]
             lineage.commands += [f"git switch --detach {base[:12]}", f"git apply {file}", "dvc repro"]
+            lineage.unknown += [
+                f"what else differed from the commit, and is not in the patch: {line}"
+                for line in run.tags.get(LEFT_OUT_TAG, "").splitlines()
+            ]
         elif changed:
             lineage.unknown.append(
                 f"the code: it differed from the commit in {changed}, and the run has no patch of it"

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from classifier.code_patch import CodePatch, code_patch
 from classifier.errors import masked
 from classifier.files import (
     ANNOTATIONS,
@@ -34,11 +35,13 @@ from classifier.files import (
 from classifier.interrupts import Interrupted
 from classifier.journal import Journal, home
 from classifier.params import Params
-from classifier.repository import changes, git
+from classifier.repository import git
 
 WEIGHTS_TAG = "md5.model_weights"
 COMMIT_TAG = "mlflow.source.git.commit"
 CHANGED_TAG = "git.changed_files"
+LEFT_OUT_TAG = "git.left_out_files"  # what differs from the commit and is not in the patch
+MOST_LEFT_OUT = 20  # files
 EXPERIMENT_TAG = "dvc.exp_name"
 TEST_SET_TAG = "md5.test_set"
 OPENER_TAG = "opened_by"  # a training, by a name that it keeps when it goes on after it was killed, or a journal
@@ -63,8 +66,7 @@ class Tracker:
         self._is_warned = self._has_run = False
         self._sender = _waiting.pop() if _waiting else _start_sender()
         self._parameters: dict[str, str] = {}
-        self._changed: list[str] = []
-        self._patch = b""
+        self._code = CodePatch([], b"", {})
         self.journal = Journal(home() / "none")  # to which nothing can be written
         with self._tolerated():
             self.journal = Journal.create()
@@ -73,9 +75,8 @@ class Tracker:
         # As the stage has read them: while it works, they may be edited
         with self._tolerated():
             self._parameters = _spelt_parameters()
-            self._changed, self._patch = changes(
-                ".", ":!dvc.lock", ":!metrics", ":!.dvc"
-            )  # DVC's; settings are no code
+            # Without DVC's files; settings are no code
+            self._code = code_patch(".", ":!dvc.lock", ":!metrics", ":!.dvc")
 
     @contextmanager
     def training(
@@ -158,10 +159,14 @@ class Tracker:
         weights: str | None = None,
         started: float | None = None,
     ) -> Iterator[None]:
-        if code := [name for name in self._changed if name != str(PARAMS)]:
+        if code := [name for name in self._code.names if name != str(PARAMS)]:
             tags = tags | {CHANGED_TAG: " ".join(code)}
+        if left_out := [f"{name}: {reason}" for name, reason in self._code.left_out.items()]:
+            more = [f"and {len(left_out) - MOST_LEFT_OUT} more"] * (len(left_out) > MOST_LEFT_OUT)
+            tags = tags | {LEFT_OUT_TAG: "\n".join(left_out[:MOST_LEFT_OUT] + more)}
 
         def content(journal: Journal) -> dict[str, Any]:
+            patch = self._code.patch
             return {
                 "store": masked(os.environ.get("MLFLOW_TRACKING_URI", "")),
                 "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or params.experiment,
@@ -171,7 +176,7 @@ class Tracker:
                 "tags": tags | {OPENER_TAG: opener},
                 "parameters": self._parameters,
                 "datasets": _datasets(params.source),
-                "patch": journal.keep_bytes(PATCH, self._patch) if 0 < len(self._patch) <= LARGEST_PATCH else None,
+                "patch": journal.keep_bytes(PATCH, patch) if 0 < len(patch) <= LARGEST_PATCH else None,
                 "started": started,
             }
 
