@@ -22,7 +22,7 @@ from classifier import store
 from classifier.errors import PipelineError, masked
 from classifier.journal import Journal, find_end, home, journals
 from classifier.registry import register
-from classifier.tracking import EXPERIMENT_TAG, OPENER_TAG, TEST_SET_TAG, UPLOAD_PATIENCE, WEIGHTS_TAG
+from classifier.tracking import EXPERIMENT_TAG, OPENER_TAG, SUPERSEDED_TAG, TEST_SET_TAG, UPLOAD_PATIENCE, WEIGHTS_TAG
 
 # isort: split
 # After classifier.store, which sets what is read when mlflow is imported
@@ -193,6 +193,10 @@ def _metrics(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
 
 def _tags(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
     MlflowClient().log_batch(run.run_id, tags=[RunTag(key, value) for key, value in record["tags"].items()])
+    if record.get("supersedes"):
+        for other in store.find_runs(f"tags.`{WEIGHTS_TAG}` = '{record['tags'][WEIGHTS_TAG]}'"):
+            if other.run_id != run.run_id and other.status == "FINISHED":
+                MlflowClient().set_tag(other.run_id, SUPERSEDED_TAG, run.run_id)
 
 
 def _files(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
@@ -206,8 +210,9 @@ def _evaluation(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
     logged = MlflowClient().get_run(run.run_id).data.tags.get(TEST_SET_TAG)
     if not record["if_missing"] or logged != record["tags"][TEST_SET_TAG]:
         timestamp = int(1000 * record["time"])  # without steps: the last evaluation counts
-        metrics = [Metric(key, value, timestamp, 0) for key, value in record["values"].items()]
-        MlflowClient().log_batch(run.run_id, metrics=metrics)
+        latest = MlflowClient().get_run(run.run_id).data.metrics  # also of an evaluation that was killed
+        new = {key: value for key, value in record["values"].items() if latest.get(key) != value}
+        MlflowClient().log_batch(run.run_id, metrics=[Metric(key, value, timestamp, 0) for key, value in new.items()])
         _files(journal, run, record)
         _tags(journal, run, record)
 

@@ -35,10 +35,11 @@ from classifier.files import (
 from classifier.interrupts import Interrupted
 from classifier.journal import Journal, home
 from classifier.params import Params
-from classifier.repository import git
+from classifier.repository import commits_holding, git
 
 WEIGHTS_TAG = "md5.model_weights"
 COMMIT_TAG = "mlflow.source.git.commit"
+SUPERSEDED_TAG = "superseded_by"  # of a run whose weights no dvc.lock has: the run that made them again
 CHANGED_TAG = "git.changed_files"
 LEFT_OUT_TAG = "git.left_out_files"  # what differs from the commit and is not in the patch
 MOST_LEFT_OUT = 20  # files
@@ -89,7 +90,10 @@ class Tracker:
         with self._run(params, name, _tags(environment), TRAINING_PATIENCE, started=started):
             yield
             with self._tolerated():
-                self.tag({WEIGHTS_TAG: hash_file(WEIGHTS)})
+                weights = hash_file(WEIGHTS)
+                # A training of the same weights that was killed before DVC took note of it has left a finished run
+                is_new = weights not in locked_md5s().values() and not commits_holding(weights)
+                self._write("tags", lambda _: {"tags": {WEIGHTS_TAG: weights}, "supersedes": is_new})
 
     @contextmanager
     def weights(self, params: Params, environment: Mapping[str, str | int]) -> Iterator[None]:

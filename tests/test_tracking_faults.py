@@ -35,7 +35,7 @@ def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_outputs(folder: Path) -> None:
     shutil.copy(ROOT / "params.yaml", folder)
     (folder / "metrics/plots").mkdir(parents=True)
-    (folder / "models").mkdir()
+    (folder / "models").mkdir(exist_ok=True)
     (folder / "metrics/test.json").write_text(json.dumps({"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6]}))
     (folder / "metrics/classes.csv").write_text("class\n")
     (folder / "metrics/plots/mistakes.png").write_bytes(bytes(10 * LARGEST))
