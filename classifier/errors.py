@@ -5,8 +5,9 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
-from classifier.interrupts import Interrupted, listen
+from classifier.interrupts import Interrupted, leave_at_once, listen
 
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "file too large"}
 NO_ACCESS = {
@@ -30,6 +31,7 @@ def run_main(main: Callable[[], None]) -> None:
     listen()
     try:
         _check_temporary_folder()
+        _check_place()
         main()
     except PipelineError as error:
         sys.exit("\n".join(map(printable, masked(str(error)).split("\n"))))  # prints to standard error and exits with 1
@@ -46,6 +48,9 @@ def run_main(main: Callable[[], None]) -> None:
         else:
             what = f"{name}: {NO_ACCESS[fault.errno]}; earlier files are as they were. Give yourself access"
         sys.exit(f"{what}, then run the same command again.")
+    finally:
+        sys.stdout.flush()
+        leave_at_once()
 
 
 def disk_fault(error: BaseException) -> OSError | None:
@@ -67,6 +72,16 @@ def _check_temporary_folder() -> None:
             f"{error.strerror}: their disks are full or they may not be written to; earlier files are as they were. "
             "Make room, or set TMPDIR to a folder with room, then run the same command again."
         ) from None
+
+
+def _check_place() -> None:
+    """Raise PipelineError if the path of this folder has a character with another meaning in MLflow's addresses."""
+    here = str(Path.cwd())
+    if found := sorted(set(here) & set("%#?")):
+        raise PipelineError(
+            f"{here}: MLflow takes {' and '.join(found)} in a path for a part of an address; move or clone the "
+            "repository to a folder without"
+        )
 
 
 # In an address: all up to its last @, whatever a password is made of; name:password@ without a scheme; and the value
