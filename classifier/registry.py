@@ -112,6 +112,21 @@ def find_version(name: str, number: str) -> Version | None:
             return None
 
 
+def version_called(name: str, versions: list[Version], target: str) -> Version:
+    """Return the newest of a target's versions that has the name which `registered_model` says.
+
+    Raises PipelineError if there is none, with the way to register one.
+    """
+    if found := [version for version in versions if version.name == name]:
+        return max(found, key=lambda version: version.number)
+    others = ", ".join(dict.fromkeys(version.name for version in versions))
+    known = f"{target}: registered as {others}, and not as registered_model in params.yaml says: {name}"
+    raise PipelineError(
+        f"{known if others else f'{target}: not registered as {name}'}; to register the model in models/ so:\n"
+        "dvc repro --force --single-item export"
+    )
+
+
 @contextmanager
 def exported_files(version: Version) -> Iterator[Path]:
     """A folder with local copies of model.onnx and manifest.json of a version, for as long as the block lasts.

@@ -448,9 +448,12 @@ def test_every_format_and_the_champion_answer_as_evaluation_does(
 @pytest.mark.slow
 def test_the_champion_is_answered_also_where_onnx_is_not_exported(project: Project, tmp_path: Path) -> None:
     other = project.copy(tmp_path / "other")
-    other.set_params(export_formats="[pth]")
+    # Under another name than that of the champion, which is not registered yet
+    other.set_params(export_formats="[pth]", registered_model="renamed")
+    refused = other.run(sys.executable, "-m", "classifier", "promote", check=False)
+    assert "registered as fashion-mnist, and not as registered_model in params.yaml says: renamed" in refused.stderr
     other.dvc("repro")
-    other.run(sys.executable, "-m", "classifier", "promote", "--force")
+    assert "renamed version 1" in other.run(sys.executable, "-m", "classifier", "promote").stdout
     images = str(other.root / "data/images.zip")
     answers = [
         command("predict", images, "--model", model, folder=tmp_path, code=other.root).stdout
