@@ -182,16 +182,15 @@ def promote(
 ) -> None:
     """Make a registered version the champion if it is more accurate than the present one on the same test data."""
     from classifier.lineage import trace
-    from classifier.registry import find_version, promote
+    from classifier.registry import find_version, promote, version_called
 
+    name = load_params().registered_model
     if target.isdecimal():
-        version = find_version(load_params().registered_model, target)
+        found = find_version(name, target)
+        versions = [found] if found else []
     else:
-        version = next(iter(trace(_from_caller(context, target)).versions), None)
-    if version is None:
-        raise PipelineError(
-            f"{target}: not registered here; to register the model in models/:\ndvc repro --force --single-item export"
-        )
+        versions = trace(_from_caller(context, target)).versions
+    version = version_called(name, versions, target)
     _print_lines(promote(version, force))
 
 
@@ -211,6 +210,14 @@ def seeds(
     for metric, row in table.iterrows():
         print(f"{metric:20} {row['mean']:.4f} ± {row['std']:.4f} ({row['min']:.4f} to {row['max']:.4f})")
     print(f"Each seed: {REPORTS / 'seeds.csv'}; picture: {REPORTS / 'seeds.png'}")
+
+
+@app.command()
+def upgrade_store() -> None:
+    """Bring mlflow.db to the schema of the installed MLflow, after a copy of it was made."""
+    from classifier.store import upgrade_store
+
+    print(f"Upgraded; the store as it was: {upgrade_store()}")
 
 
 @queue.command()

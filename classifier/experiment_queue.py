@@ -38,18 +38,18 @@ def recover() -> Recovered:
     worker is ended first. Raises PipelineError outside a Git repository, or if a worker does not say what it works on.
     """
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from dvc.scm import SCMError
+
+    from classifier.storage import open_repository
 
     try:
-        with Repo() as repo:
+        with open_repository() as repo:
             if not repo.tmp_dir or not Path(repo.tmp_dir, "exps").is_dir():
                 return Recovered([], [])
             with FileLock(Path(repo.tmp_dir, "exps", "recover.lock")):
                 queue = repo.experiments.celery_queue
                 names = [_queue_again(queue, message, entry) for message, entry in _dead_tasks(queue)]
                 return Recovered(names, _remove_copies(Path(repo.tmp_dir, "exps")))
-    except (DvcException, SCMError) as error:
+    except DvcException as error:
         raise PipelineError(f"DVC's queue cannot be read: {error}") from None
 
 
