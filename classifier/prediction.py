@@ -116,7 +116,8 @@ def predict(
             for image in images[start : start + BATCH]:
                 try:
                     content = image.place.read(image.member)
-                    pixels.append(decode_image(content, (size[0], size[1]), channels))
+                    with _silent_libraries():
+                        pixels.append(decode_image(content, (size[0], size[1]), channels))
                     names.append(image.name)
                 except PipelineError as error:
                     complain(printable(str(error)))
@@ -126,6 +127,20 @@ def predict(
             if names:
                 logits = model.logits(np.stack(pixels).astype(np.float32) / np.float32(255))
                 yield from map(Answer, names, softmax(logits.astype(np.float64), axis=1))
+
+
+@contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Keep what libraries in C print, as libtiff does about each broken strip, out of standard error."""
+    before = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def write_table(answers: Iterable[Answer], classes: Sequence[str], width: int, file: IO[str]) -> None:

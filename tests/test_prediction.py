@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,23 @@ def test_a_name_that_is_not_utf8_is_told_with_escapes(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(PNG)
     (answer,) = predict(MODEL, find_images([str(tmp_path)], tmp_path, refuse), refuse, True)
     assert answer.file == rf"{tmp_path}/\udcff.png"
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_what_libtiff_prints_does_not_mix_with_the_list(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], compression: str
+) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200), dtype=np.uint8))
+    picture.save(tmp_path / "a.tif", compression=compression)
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    (tmp_path / "a.tif").write_bytes(content)
+    with suppress(Exception), Image.open(tmp_path / "a.tif") as image:
+        image.load()
+    assert capfd.readouterr().err != ""  # libtiff's
+    told: list[str] = []
+    list(predict(MODEL, find_images([str(tmp_path)], tmp_path, told.append), told.append, True))
+    assert capfd.readouterr().err == ""
 
 
 def open_and_close(model: str | None, folder: Path) -> None:
