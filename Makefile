@@ -27,7 +27,7 @@ env: .venv/.synced  ## make .venv from requirements.lock
 
 .venv/.synced: requirements.lock classifier/command.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
-	test -x $(BIN)/uv || { $(PYTHON) -m venv --clear .venv && $(RUN) pip install --quiet --disable-pip-version-check "$$(grep -o '^uv==[0-9.]*' requirements.lock)"; }
+	test -x $(BIN)/uv || { $(PYTHON) -m venv --clear .venv && sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.lock && $(RUN) pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.lock; }
 	$(RUN) uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
 	install -m 755 classifier/command.sh $(BIN)/classifier
 	@touch $@
