@@ -87,9 +87,10 @@ bench: repro peers  ## run the benchmarks, for hours, into benchmarks/results.md
 	$(RUN) benchmarks.plan $(if $(QUICK),--sample 50 $(PAGE))
 	$(PEERS) -m benchmarks.time_to_accuracy $(if $(QUICK),--seeds 1 --recipe-epochs 1 --limit-seconds 1 $(PAGE))
 
-lock: env  ## write requirements.lock and benchmarks/requirements.lock anew from pyproject.toml
+lock: env  ## write requirements.lock and those of benchmarks/ and deploy/ anew from pyproject.toml
 	$(COMPILE) --extra dev --extra team pyproject.toml --output-file requirements.lock
 	$(COMPILE) --group pyproject.toml:peers --constraints requirements.lock pyproject.toml --output-file benchmarks/requirements.lock
+	$(COMPILE) --constraints requirements.lock deploy/requirements.in --output-file deploy/requirements.lock
 
 clean:  ## remove .venv, .venv-peers and the tools' caches, never data, models or runs
 	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .mypy_cache .coverage
