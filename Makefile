@@ -28,7 +28,7 @@ env: .venv/.synced  ## make .venv from requirements.lock
 
 .venv/.synced: requirements.lock classifier/command.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
-	test -x $(BIN)/uv || { $(PYTHON) -m venv --clear .venv && $(RUN) pip install --quiet --disable-pip-version-check "$$(grep -o '^uv==[0-9.]*' requirements.lock)"; }
+	test -x $(BIN)/uv || { $(PYTHON) -m venv --clear .venv && sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.lock && $(RUN) pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.lock; }
 	$(RUN) uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
 	install -m 755 classifier/command.sh $(BIN)/classifier
 	@touch $@
@@ -97,9 +97,10 @@ bench: repro peers  ## run the benchmarks, for hours, into benchmarks/results.md
 accelerator:  ## test and time training on this machine's GPU, with .venv if it is there, else with PYTHON
 	$(if $(wildcard .venv/.synced),$(RUN),$(PYTHON) -m) benchmarks.accelerator $(if $(QUICK),--quick)
 
-lock: env  ## write requirements.lock and benchmarks/requirements.lock anew from pyproject.toml
+lock: env  ## write requirements.lock and those of benchmarks/ and deploy/ anew from pyproject.toml
 	$(COMPILE) --extra dev --extra team pyproject.toml --output-file requirements.lock
 	$(COMPILE) --group pyproject.toml:peers --constraints requirements.lock pyproject.toml --output-file benchmarks/requirements.lock
+	$(COMPILE) --constraints requirements.lock deploy/requirements.in --output-file deploy/requirements.lock
 
 clean:  ## remove .venv, .venv-peers and the tools' caches, never data, models or runs
 	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .mypy_cache .coverage

@@ -19,6 +19,8 @@ from classifier.errors import PipelineError
 from classifier.files import existing
 
 LISTED_FAULTS = 20
+# What formulas begin with; and the apostrophe, so that what is quoted stays different from what is not
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠", "'")
 CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what the codec's surrogateescape makes of such bytes
 LONGEST_NAME = 1000
@@ -203,6 +205,20 @@ def write_csv(path: Path, columns: Mapping[str, Sequence[object] | np.ndarray]) 
         table = csv.writer(file, lineterminator="\n")
         table.writerow(columns)
         table.writerows(zip(*columns.values(), strict=True))
+
+
+def csv_cell(text: str) -> str:
+    """Return a text as a cell for people's spreadsheets: behind an apostrophe if it would be taken for a formula.
+
+    Numbers stay as they are. Source: OWASP, CSV Injection.
+    """
+    if not text.startswith(FORMULA):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, list[str] | str]]:

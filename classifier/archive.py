@@ -18,6 +18,7 @@ import numpy as np
 
 from classifier.annotations import Names
 from classifier.errors import PipelineError
+from classifier.files import hash_bytes
 from classifier.zip_format import Zip, check_size, write_zip
 
 IMAGE_SUFFIXES = frozenset(
@@ -28,6 +29,8 @@ CLUTTER = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini"))
 # Above it, images are written to several zips of about as much: it is what is sent or hashed anew for one image
 SHARD_BYTES = 2**30
 OPEN_FILES = 1000  # that a process may have besides the zips
+# The end of a file's path in DVC's cache: its MD5. A link to another file cannot look like this and have that MD5.
+CACHED = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{30})$")
 SHARD = re.compile(r"images-\d{5,}\.zip")
 
 
@@ -51,10 +54,11 @@ class Images:
             self._members = _Members(zips or [path])
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file of at most LARGEST_FILE bytes.
+        """Return the bytes of one file of at most LARGEST_FILE bytes.
 
-        In a folder it must be a regular file; symbolic links are followed as long as they do not lead out of it. In a
-        zip it must be there once, not encrypted, no symbolic link, and stored or deflated, with the right checksum.
+        In a folder it must be a regular file; symbolic links are followed if they stay in the folder, or lead to a file
+        that is named by its own MD5, as DVC names the files of its cache. In a zip it must be there once, not
+        encrypted, no symbolic link, and stored or deflated, with the right checksum.
         Raises PipelineError, naming the file, if not.
         """
         try:
@@ -89,14 +93,25 @@ class Images:
             yield from (os.path.join(inner, name).replace(os.sep, "/") for name in files)  # noqa: PTH118
 
     def _read_file(self, name: str) -> bytes:
-        path = Path(os.path.realpath(self.path / name))
-        if not f"{path}".startswith(self._root):
+        given = self.path / name
+        path = Path(os.path.realpath(given))
+        cached = None if self._holds(path) else CACHED.search(path.as_posix())
+        if not (self._holds(path) or (cached and self._holds(Path(os.path.realpath(given.parent))))):
             raise ValueError("it leads out of the image folder")
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
             raise ValueError("it is not a regular file")
         check_size(status.st_size)
-        return path.read_bytes()
+        content = path.read_bytes()
+        if cached and hash_bytes(content) != cached[1] + cached[2]:
+            raise ValueError(
+                f"it leads to {path}, whose content is not what its name says; remove it, then `dvc fetch`"
+            )
+        return content
+
+    def _holds(self, path: Path) -> bool:
+        """Whether a path without links is the folder or in it."""
+        return f"{path}{os.sep}".startswith(self._root)
 
     def __getstate__(self) -> dict[str, Path]:
         return {"path": self.path}  # open files do not travel to worker processes

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from classifier.distributed import Group
+from classifier.errors import disk_fault
 from classifier.files import PIPELINE, atomic, hash_bytes, hash_path, is_there, locked_md5s, read_yaml, repository_root
 from classifier.interrupts import held_back
 from classifier.training import TrainState
@@ -65,9 +66,9 @@ def checkpoints(made_of: Mapping[str, Any]) -> Iterator["Checkpoints"]:
     folder, lock = claimed
     try:
         yield Checkpoints(folder)
-        with FileLock(home / ".lock"):
-            shutil.rmtree(folder)
-            Path(lock.lock_file).unlink()
+        with suppress(OSError), FileLock(home / ".lock"):  # it may be gone already
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
     finally:
         lock.release()
 
@@ -126,8 +127,12 @@ def _ensure_record(folder: Path, made_of: Mapping[str, Any]) -> None:
     if not _read(record):
         if any(folder.iterdir()):
             print(f"{record}: damaged; the training goes on all the same, in another run of MLflow", file=sys.stderr)
-        content = {"name": uuid4().hex, "started": time.time(), "made_of": dict(made_of)}
-        _write_durably(record, json.dumps(content, indent=2).encode())
+        _write_record(record, uuid4().hex, time.time(), made_of)
+
+
+def _write_record(record: Path, name: str, started: float, made_of: Mapping[str, Any]) -> None:
+    content = {"name": name, "started": started, "made_of": dict(made_of)}
+    _write_durably(record, json.dumps(content, indent=2).encode())
 
 
 def _write_durably(path: Path, *parts: bytes | memoryview) -> None:
@@ -187,16 +192,30 @@ class Checkpoints:
         self.started: float = record["started"]  # seconds since 1970
         self.made_of: dict[str, Any] = record["made_of"]
         self.last = time.monotonic()  # when the last one was saved, or none yet
+        self._is_warned = False
 
     def save(self, epoch: int, batch: int, content: dict[str, Any]) -> None:
-        """Write a checkpoint to disk, and then remove all but the last KEPT."""
+        """Write a checkpoint to disk, and then remove all but the last KEPT.
+
+        If its folder was removed, it is made again. Raises OSError if there is no room or no access; where another
+        error prevents it, as a file in place of the folder, the training goes on without, with a warning.
+        """
         buffer = io.BytesIO()
         torch.save(content, buffer)
         path = self.folder / f"epoch-{epoch:06}-batch-{batch:09}.pt"
-        _write_durably(path, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
-        for old in self._files()[:-KEPT]:
-            old.unlink()
         self.last = time.monotonic()
+        try:
+            if not (self.folder / RECORD).exists():
+                _write_record(self.folder / RECORD, self.name, self.started, self.made_of)
+            _write_durably(path, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
+        except OSError as error:
+            if disk_fault(error):
+                raise
+            if not self._is_warned:
+                print(f"{path}: not written, so a killed training would not go on from here: {error}", file=sys.stderr)
+            self._is_warned = True
+        for old in self._files()[:-KEPT]:
+            old.unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint that is whole, with its tensors on the CPU; None if there is none."""

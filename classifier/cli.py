@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from classifier.errors import PipelineError, run_main
+from classifier.errors import PipelineError, printable, run_main
 from classifier.files import WEIGHTS, atomic, existing
 from classifier.journal import journals
 from classifier.params import load_params
@@ -19,6 +19,8 @@ from classifier.repository import git
 REPORTS = Path("reports")  # what is written about the outputs; Git ignores it
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+queue = typer.Typer(no_args_is_help=True, help="DVC's experiment queue.")
+app.add_typer(queue, name="queue")
 
 
 def _tell_version(is_asked: bool) -> None:
@@ -75,6 +77,9 @@ def predict(
             help="An exported file with its manifest.json beside it, or champion; by default models/export/model.onnx."
         ),
     ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Open a .pth or .pt2 file, which can hold code, that is not from here.")
+    ] = False,
     form: Annotated[
         Literal["table", "csv", "json"] | None,
         typer.Option("--format", help="By default a table on a terminal, and CSV elsewhere."),
@@ -99,7 +104,7 @@ def predict(
         raise PipelineError("No image is named: give image files, or folders or zips of them")
     on_terminal = output is None and sys.stdout.isatty()
     with ExitStack() as stack:
-        chosen = stack.enter_context(prediction.opened(model, caller, load_params().registered_model))
+        chosen = stack.enter_context(prediction.opened(model, caller, load_params().registered_model, trust))
         # A bar among the lines of a table would be in the way
         answers = prediction.predict(chosen, found, complain, hide_progress=True if on_terminal else None)
         file = sys.stdout
@@ -132,7 +137,10 @@ def lineage(
         sys.stdout.buffer.write(patch_of(target))
         return
     found = trace(_from_caller(context, target))
-    print(json.dumps(dataclasses.asdict(found), indent=2) if as_json else describe(found))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        _print_lines(describe(found))
 
 
 @app.command()
@@ -145,7 +153,7 @@ def verify(
     found = verify(revision)
     width = max(len(verdict.path) for verdict in found.verdicts)
     for verdict in found.verdicts:
-        print(f"{verdict.path:{width}}  {verdict.verdict}{verdict.reason and ': '}{verdict.reason}")
+        _print_lines(f"{verdict.path:{width}}  {verdict.verdict}{verdict.reason and ': '}{verdict.reason}")
     for key, (recorded, here) in found.environment.items():
         print(f"environment: {key}: recorded {recorded}, here {here}")
     if not found.environment:
@@ -174,17 +182,16 @@ def promote(
 ) -> None:
     """Make a registered version the champion if it is more accurate than the present one on the same test data."""
     from classifier.lineage import trace
-    from classifier.registry import find_version, promote
+    from classifier.registry import find_version, promote, version_called
 
+    name = load_params().registered_model
     if target.isdecimal():
-        version = find_version(load_params().registered_model, target)
+        found = find_version(name, target)
+        versions = [found] if found else []
     else:
-        version = next(iter(trace(_from_caller(context, target)).versions), None)
-    if version is None:
-        raise PipelineError(
-            f"{target}: not registered here; to register the model in models/:\ndvc repro --force --single-item export"
-        )
-    print(promote(version, force))
+        versions = trace(_from_caller(context, target)).versions
+    version = version_called(name, versions, target)
+    _print_lines(promote(version, force))
 
 
 @app.command()
@@ -203,6 +210,27 @@ def seeds(
     for metric, row in table.iterrows():
         print(f"{metric:20} {row['mean']:.4f} ± {row['std']:.4f} ({row['min']:.4f} to {row['max']:.4f})")
     print(f"Each seed: {REPORTS / 'seeds.csv'}; picture: {REPORTS / 'seeds.png'}")
+
+
+@app.command()
+def upgrade_store() -> None:
+    """Bring mlflow.db to the schema of the installed MLflow, after a copy of it was made."""
+    from classifier.store import upgrade_store
+
+    print(f"Upgraded; the store as it was: {upgrade_store()}")
+
+
+@queue.command()
+def resume(
+    workers: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Experiments at the same time.")] = 1,
+) -> None:
+    """Continue experiments whose workers were killed, and remove the copies of the repository that they left."""
+    from classifier.experiment_queue import dvc, recover
+
+    names, copies = recover()
+    print(f"Queued again: {', '.join(names) or 'nothing'}")
+    print(f"Abandoned copies removed: {len(copies)}")
+    print(dvc("queue", "start", "--jobs", str(workers)).strip())
 
 
 @app.command()
@@ -235,13 +263,19 @@ def samples() -> None:
     print(f"Written: {target}")
 
 
+def _print_lines(text: str) -> None:
+    """Print text that holds names from files, Git or MLflow: these must not reach the terminal raw."""
+    for line in text.split("\n"):
+        print(printable(line))
+
+
 def _send_journals() -> bool:
     """Send what stages had to tell MLflow while it was away; print what is in the way. True if nothing is left."""
     from classifier.sync import send_to_every_store
 
     faults = send_to_every_store()
     for folder, fault in faults.items():
-        print(f"{folder}: not sent: {fault}", file=sys.stderr)
+        print(f"{folder}: not sent: {printable(str(fault))}", file=sys.stderr)
     return not faults
 
 

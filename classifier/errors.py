@@ -5,8 +5,9 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
-from classifier.interrupts import Interrupted, listen
+from classifier.interrupts import Interrupted, leave_at_once, listen
 
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "file too large"}
 NO_ACCESS = {
@@ -30,9 +31,10 @@ def run_main(main: Callable[[], None]) -> None:
     listen()
     try:
         _check_temporary_folder()
+        _check_place()
         main()
     except PipelineError as error:
-        sys.exit(masked(str(error)))  # prints to standard error and exits with 1
+        sys.exit("\n".join(map(printable, masked(str(error)).split("\n"))))  # prints to standard error and exits with 1
     except Interrupted as interrupt:
         print("\n".join(["interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         sys.exit(128 + interrupt.number)
@@ -46,6 +48,9 @@ def run_main(main: Callable[[], None]) -> None:
         else:
             what = f"{name}: {NO_ACCESS[fault.errno]}; earlier files are as they were. Give yourself access"
         sys.exit(f"{what}, then run the same command again.")
+    finally:
+        sys.stdout.flush()
+        leave_at_once()
 
 
 def disk_fault(error: BaseException) -> OSError | None:
@@ -69,6 +74,16 @@ def _check_temporary_folder() -> None:
         ) from None
 
 
+def _check_place() -> None:
+    """Raise PipelineError if the path of this folder has a character with another meaning in MLflow's addresses."""
+    here = str(Path.cwd())
+    if found := sorted(set(here) & set("%#?")):
+        raise PipelineError(
+            f"{here}: MLflow takes {' and '.join(found)} in a path for a part of an address; move or clone the "
+            "repository to a folder without"
+        )
+
+
 # In an address: all up to its last @, whatever a password is made of; name:password@ without a scheme; and the value
 # of a key that says it is secret, percent-encoded too. Addresses of files have no passwords, but may have an @.
 _TELLING_KEY = (
@@ -88,3 +103,8 @@ def masked(text: str) -> str:
     http://me:secret@host?token=secret becomes http://***@host?token=***.
     """
     return _SECRET.sub(lambda found: f"{found['key'] or ''}***", text)
+
+
+def printable(text: str) -> str:
+    """Return a line of text with escapes in place of what would move a terminal's cursor, or is not Unicode."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

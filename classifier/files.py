@@ -128,7 +128,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file that an earlier stage wrote. Raises PipelineError if it is missing, or no JSON."""
     try:
         return json.loads(existing(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PipelineError(f"{path}: not as the pipeline writes it ({error}); `dvc repro` makes it anew") from None
 
 

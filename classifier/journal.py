@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from classifier.errors import PipelineError
 from classifier.files import repository_root, write_json
 
 FOLDER = ".journal"
@@ -72,13 +73,21 @@ class Journal:
         return file.relative_to(self.folder).as_posix()
 
     def _new_file(self, name: str) -> Path:
-        folder = self.folder / "files" / f"{time.time_ns()}"
-        folder.mkdir(parents=True)
+        files = self.folder / "files"
+        files.mkdir(exist_ok=True)  # and not its parents: a journal that was removed is not made again
+        folder = files / f"{time.time_ns()}"
+        folder.mkdir()
         return folder / name
 
     def records(self) -> list[dict[str, Any] | None]:
-        """All that was written to the end; None for a record that is torn, as by a disk without room."""
-        content = self._lines.read_bytes() if self._lines.exists() else b""
+        """Return all that was written to the end; None for a record that is torn, as by a disk without room.
+
+        Raises PipelineError if the journal may not be read, as another user's.
+        """
+        try:
+            content = self._lines.read_bytes() if self._lines.exists() else b""
+        except OSError as error:
+            raise PipelineError(f"{self.folder}: {error.strerror}; its owner can send it") from None
         return [_record(line) for line in content.split(b"\n")[:-1] if line]
 
     @property
@@ -95,7 +104,7 @@ class Journal:
         try:
             with self._lock.acquire(timeout=0):
                 return False
-        except Timeout:
+        except (Timeout, OSError):  # OSError: it is another user's, or being removed
             return True
 
     def wait_for_writer(self, seconds: float) -> None:

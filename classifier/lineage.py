@@ -9,6 +9,7 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -16,13 +17,24 @@ from typing import Any, get_args
 import yaml
 
 from classifier.errors import PipelineError
-from classifier.files import EXPORT, LOCK, PARAMS, WEIGHTS, exported_name, hash_bytes, hash_file, md5s_in, read_yaml
+from classifier.files import (
+    EXPORT,
+    LOCK,
+    PARAMS,
+    WEIGHTS,
+    exported_name,
+    hash_bytes,
+    hash_file,
+    locked_md5s,
+    md5s_in,
+    read_yaml,
+)
 from classifier.params import Params
 from classifier.registry import Version, find_versions
 from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, metrics_at, read_at
 from classifier.storage import YES, Storage
-from classifier.store import Run, artifact, find_runs
-from classifier.tracking import CHANGED_TAG, COMMIT_TAG, EXPERIMENT_TAG, MD5_TAGS, PATCH, WEIGHTS_TAG
+from classifier.store import Run, StoreAway, artifact, find_runs
+from classifier.tracking import CHANGED_TAG, COMMIT_TAG, EXPERIMENT_TAG, LEFT_OUT_TAG, MD5_TAGS, PATCH, WEIGHTS_TAG
 
 MANIFEST = "manifest.json"
 LISTED = 3  # runs and versions; --json gives all
@@ -82,6 +94,19 @@ def trace(target: str) -> Lineage:
         f"{target}: no model file, MLflow run, DVC experiment or Git commit here.\n"
         "`dvc exp list --all-commits` lists the experiments, `make ui` shows the runs."
     )
+
+
+def is_exported_here(path: Path) -> bool:
+    """Whether dvc.lock, here or in a commit, or the registry has a file with these bytes among the exported ones."""
+    md5, sha256 = hash_file(path), hash_file(path, "sha256")
+    with Storage() as storage:
+        if md5 in (storage.files(locked_md5s().get(str(EXPORT), "")) or {}).values():
+            return True
+        if any(md5 in _exported_md5s(commit, storage) for commit in commits_holding(str(EXPORT))):
+            return True
+    with suppress(StoreAway):
+        return any(find_versions(f"tags.`sha256.{exported_name(name)}` = '{sha256}'") for name in FORMATS)
+    return False
 
 
 def _run_called(run_id: str) -> Run | None:
@@ -288,6 +313,10 @@ def _add_commands_of_run(lineage: Lineage, run: Run) -> None:
             file = f"../{run.run_id[:8]}.patch"
             lineage.commands = [f"classifier lineage {run.run_id} --patch > {file}"]
             lineage.commands += [f"git switch --detach {base[:12]}", f"git apply {file}", "dvc repro"]
+            lineage.unknown += [
+                f"what else differed from the commit, and is not in the patch: {line}"
+                for line in run.tags.get(LEFT_OUT_TAG, "").splitlines()
+            ]
         elif changed:
             lineage.unknown.append(
                 f"the code: it differed from the commit in {changed}, and the run has no patch of it"

@@ -9,6 +9,7 @@ from scipy.special import softmax
 from torch import nn
 
 from classifier import plots
+from classifier.annotations import csv_cell
 from classifier.dataset import CustomImageDataset
 from classifier.inference import saliency
 from classifier.metrics import calibration_bins, most_confident_mistakes
@@ -28,7 +29,8 @@ def draw(
     probabilities = softmax(logits.astype(np.float64), axis=1)
     labels, answers = test_set.labels.numpy(), logits.argmax(1)
     truth, said = np.array(names)[labels], np.array(names)[answers]
-    pd.DataFrame({"actual": truth, "predicted": said}).to_csv(
+    cells = np.array([*map(csv_cell, names)])
+    pd.DataFrame({"actual": cells[labels], "predicted": cells[answers]}).to_csv(
         folder / "confusion.csv", index=False, lineterminator="\n"
     )
 

@@ -9,19 +9,19 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
 from tqdm import tqdm
 
+from classifier.annotations import csv_cell
 from classifier.archive import IMAGE_SUFFIXES, Images
 from classifier.decoding import decode_image
-from classifier.errors import PipelineError
-from classifier.files import EXPORT, hash_file, read_json
-from classifier.onnx_file import open_onnx
+from classifier.errors import PipelineError, printable
+from classifier.files import EXPORT, read_json
+from classifier.model_file import BATCH, Model, open_model_file
 
-BATCH = 256  # images that are in memory at once
 CHAMPION = "champion"
 
 
@@ -31,14 +31,6 @@ class ImageFile(NamedTuple):
     name: str
     place: Images
     member: str
-
-
-class Model(NamedTuple):
-    """An opened file: logits (N, classes) of pixels (N, C, H, W) float32 in [0, 1]; classes by label; (C, H, W)."""
-
-    logits: Callable[[np.ndarray], np.ndarray]
-    classes: list[str]
-    image_shape: tuple[int, int, int]
 
 
 class Answer(NamedTuple):
@@ -69,22 +61,23 @@ def find_images(arguments: Iterable[str], folder: Path, complain: Callable[[str]
                     raise PipelineError(
                         f"{argument}: no image in it; images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
                     )
-                found += [ImageFile(_printable(f"{argument.rstrip('/')}/{name}"), images, name) for name in members]
+                found += [ImageFile(printable(f"{argument.rstrip('/')}/{name}"), images, name) for name in members]
             else:
                 file = path.resolve()  # a link that a user names may lead anywhere
                 if file.parent not in folders:
                     folders[file.parent] = Images(file.parent)
-                found.append(ImageFile(_printable(argument), folders[file.parent], file.name))
+                found.append(ImageFile(printable(argument), folders[file.parent], file.name))
         except PipelineError as error:
-            complain(_printable(str(error)))
+            complain(printable(str(error)))
     return found
 
 
 @contextmanager
-def opened(model: str | None, folder: Path, registered_model: str) -> Iterator[Model]:
+def opened(model: str | None, folder: Path, registered_model: str, trust: bool = False) -> Iterator[Model]:
     """The model that a user names: an exported file, relative to `folder`, or `champion`, or by default our own.
 
-    Raises PipelineError if there is none, or its file is not what the manifest beside it says.
+    trust: also open a file that may hold code and that this repository does not know.
+    Raises PipelineError if there is none, or it is not to be opened, see classifier/model_file.py.
     """
     if model == CHAMPION:
         from classifier.registry import exported_files, find_champion
@@ -93,9 +86,9 @@ def opened(model: str | None, folder: Path, registered_model: str) -> Iterator[M
         if version is None:
             raise PipelineError(f"{registered_model}: no version is the champion; `classifier promote` makes one")
         with exported_files(version) as files:
-            yield _open(files / "model.onnx", may_be_missing=True)
+            yield open_model_file(files / "model.onnx", may_be_missing=True)
     else:
-        yield _open(folder / model if model else _own_model())
+        yield open_model_file(folder / model if model else _own_model(), trust=trust)
 
 
 def _own_model() -> Path:
@@ -107,47 +100,6 @@ def _own_model() -> Path:
     if path is None:
         raise PipelineError(f"{EXPORT}: no exported model; `dvc repro` makes it, `dvc checkout` brings it back")
     return path
-
-
-def _open(path: Path, may_be_missing: bool = False) -> Model:
-    """Open a file that is what its manifest says: formats of torch run the code that is in them.
-
-    may_be_missing: take an ONNX file of which the manifest does not speak, as in the registry, where it is also if it
-    is not among the formats that were exported.
-    """
-    source = path.with_name("manifest.json")
-    if not path.is_file():
-        raise PipelineError(f"{path}: no such model file")
-    if not source.is_file():
-        raise PipelineError(
-            f"{source}: missing; it tells the model's classes, so copy it from where {path.name} is from"
-        )
-    manifest = read_json(source)
-    try:
-        classes, recorded = list(manifest["classes"]), manifest["files"].get(path.name)
-        channels, height, width = manifest["input"]["shape"][1:]
-        sha256 = None if recorded is None else recorded["sha256"]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise PipelineError(
-            f"{source}: not a manifest that export wrote; take the one beside the exported file"
-        ) from None
-    if sha256 is None and not may_be_missing:
-        raise PipelineError(f"{path}: not among the files of {source}, which are {', '.join(manifest['files'])}")
-    if sha256 not in (None, hash_file(path, "sha256")):
-        raise PipelineError(
-            f"{path}: not the file that {source} speaks of: its SHA-256 is another. It is not opened, because a model "
-            f"file can hold code. `dvc checkout --force {EXPORT}` brings back both as they were exported; copy both "
-            "where they are copies."
-        )
-    return Model(_logits_of(path), classes, (channels, height, width))
-
-
-def _logits_of(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    if path.suffix == ".onnx":  # classifier/exchange.py imports torch
-        return open_onnx(path)
-    from classifier.exchange import open_model
-
-    return open_model(path)
 
 
 def predict(
@@ -164,10 +116,11 @@ def predict(
             for image in images[start : start + BATCH]:
                 try:
                     content = image.place.read(image.member)
-                    pixels.append(decode_image(content, (size[0], size[1]), channels))
+                    with _silent_libraries():
+                        pixels.append(decode_image(content, (size[0], size[1]), channels))
                     names.append(image.name)
                 except PipelineError as error:
-                    complain(_printable(str(error)))
+                    complain(printable(str(error)))
                 except ValueError as error:
                     complain(f"{image.name} is not a usable image: {error}")
                 bar.update()
@@ -176,8 +129,23 @@ def predict(
                 yield from map(Answer, names, softmax(logits.astype(np.float64), axis=1))
 
 
+@contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Keep what libraries in C print, as libtiff does about each broken strip, out of standard error."""
+    before = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+
 def write_table(answers: Iterable[Answer], classes: Sequence[str], width: int, file: IO[str]) -> None:
     """Write a line an image, for people: file (`width` characters), class, probability, and the runner-up's."""
+    classes = [*map(printable, classes)]
     class_width = max(map(len, ["class", *classes]))
     print(f"{'file':{width}}  {'class':{class_width}}  probability  runner-up", file=file)
     for answer in answers:
@@ -187,12 +155,17 @@ def write_table(answers: Iterable[Answer], classes: Sequence[str], width: int, f
 
 
 def write_csv(answers: Iterable[Answer], classes: Sequence[str], file: IO[str]) -> None:
-    """Write a row an image: file, class, probability, then the probability of each class as P(name)."""
+    """Write a row an image: file, class, probability, then the probability of each class as P(name).
+
+    What a spreadsheet would take for a formula is quoted, see `csv_cell`.
+    """
+    classes = [*map(printable, classes)]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["file", "class", "probability", *(f"P({name})" for name in classes)])
     for answer in answers:
         best = int(answer.probabilities.argmax())
-        writer.writerow([answer.file, classes[best], *map(float, (answer.probabilities[best], *answer.probabilities))])
+        numbers = map(float, (answer.probabilities[best], *answer.probabilities))
+        writer.writerow([csv_cell(answer.file), csv_cell(classes[best]), *numbers])
 
 
 def write_json(answers: Iterable[Answer], classes: Sequence[str], file: IO[str]) -> None:
@@ -206,11 +179,12 @@ def write_json(answers: Iterable[Answer], classes: Sequence[str], file: IO[str])
             "probability": float(answer.probabilities[best]),
             "probabilities": dict(zip(classes, answer.probabilities.tolist(), strict=True)),
         }
-        file.write(f"{separator}\n{json.dumps(content, ensure_ascii=False)}")
+        file.write(f"{separator}\n{_json(content)}")
         separator = ","
     file.write("\n]\n" if separator == "," else "[]\n")
 
 
-def _printable(text: str) -> str:
-    """The text with escapes in place of what would move a terminal's cursor, or is not Unicode."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+def _json(content: Any) -> str:
+    """JSON with other alphabets as they are, and escapes in place of what would move a terminal's cursor."""
+    text = json.dumps(content, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(content)

@@ -4,6 +4,8 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +14,13 @@ from tqdm import tqdm
 from classifier.annotations import LISTED_FAULTS, Names
 from classifier.cores import usable_cores
 from classifier.decoding import Header, decode_image, fit_pixels, read_header
-from classifier.errors import PipelineError
+from classifier.errors import PipelineError, printable
+from classifier.files import atomic, repository_root
 from classifier.png import encode_png
 from classifier.sources import LabelledImages
 
 AUTO_SIZE = 128  # pixels a side, where images have several sizes or a larger one and none is asked for
+UNUSABLE = Path("reports/unusable-images.txt")  # of the main checkout
 CHUNK = 16  # images that a thread takes at a time
 AHEAD = 4  # chunks for each thread that are read before they are needed
 
@@ -54,7 +58,9 @@ def common_shape(
                 headers[_header(data.images[index])] += 1
             except (PipelineError, ValueError) as error:
                 faults.append(_fault(data, index, names[index], error))
-    _check(faults)
+    if faults:  # told together with those that only decoding finds
+        deque(prepare(splits, (3, image_size or AUTO_SIZE, image_size or AUTO_SIZE)), maxlen=0)
+        _check(faults)
     sizes = {(header.height, header.width) for header in headers}
     size = next(iter(sizes)) if len(sizes) == 1 else (AUTO_SIZE, AUTO_SIZE)
     if image_size or max(size) > AUTO_SIZE:
@@ -128,7 +134,14 @@ def _fault(data: LabelledImages, index: int, name: str, error: Exception) -> str
 
 
 def _check(faults: list[str]) -> None:
+    """Raise PipelineError if there are faults; where they are many, all of them are in a file too."""
     if faults:
-        which = f", the first {LISTED_FAULTS}" if len(faults) > LISTED_FAULTS else ""
+        which = ""
+        if len(faults) > LISTED_FAULTS:
+            which = f", the first {LISTED_FAULTS}"
+            path = repository_root() / UNUSABLE
+            with suppress(OSError), atomic(path) as temporary:
+                temporary.write_text("".join(f"{printable(fault)}\n" for fault in faults), encoding="utf-8")
+                which = f", all of which are listed in {path}; the first {LISTED_FAULTS}"
         listed = "".join(f"\n  {fault}" for fault in faults[:LISTED_FAULTS])
         raise PipelineError(f"{len(faults)} images cannot be used{which}:{listed}\nMend them, or take them away.")

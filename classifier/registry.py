@@ -17,7 +17,15 @@ from mlflow.tracking import MlflowClient
 from classifier.errors import PipelineError
 from classifier.files import read_json
 from classifier.metrics import mcnemar
-from classifier.store import artifact, find_runs, open_store, store_errors
+from classifier.store import (
+    EXCHANGE_SECONDS,
+    SEARCH_SECONDS,
+    artifact,
+    find_runs,
+    open_store,
+    store_errors,
+    time_limit,
+)
 from classifier.tracking import TEST_SET_TAG
 
 CHAMPION = "champion"
@@ -70,7 +78,7 @@ def find_versions(filter_string: str) -> list[Version]:
     """The versions that MLflow's filter lets through, the newest first; none where there is no store."""
     if not open_store():
         return []
-    with store_errors():
+    with store_errors(), time_limit(SEARCH_SECONDS):
         client = MlflowClient()
         found = client.search_model_versions(filter_string, order_by=["version_number DESC"])
         # A search does not give the aliases.
@@ -81,7 +89,7 @@ def find_champion(name: str) -> Version | None:
     """The version of a registered model that has the alias, if one has."""
     if not open_store():
         return None
-    with store_errors():
+    with store_errors(), time_limit(EXCHANGE_SECONDS):
         try:
             number = MlflowClient().get_registered_model(name).aliases.get(CHAMPION)
         except MlflowException as error:
@@ -95,13 +103,28 @@ def find_version(name: str, number: str) -> Version | None:
     """A version by its number, if there is one."""
     if not open_store():
         return None
-    with store_errors():
+    with store_errors(), time_limit(EXCHANGE_SECONDS):
         try:
             return _version(MlflowClient().get_model_version(name, number))
         except MlflowException as error:
             if error.error_code != ABSENT:
                 raise
             return None
+
+
+def version_called(name: str, versions: list[Version], target: str) -> Version:
+    """Return the newest of a target's versions that has the name which `registered_model` says.
+
+    Raises PipelineError if there is none, with the way to register one.
+    """
+    if found := [version for version in versions if version.name == name]:
+        return max(found, key=lambda version: version.number)
+    others = ", ".join(dict.fromkeys(version.name for version in versions))
+    known = f"{target}: registered as {others}, and not as registered_model in params.yaml says: {name}"
+    raise PipelineError(
+        f"{known if others else f'{target}: not registered as {name}'}; to register the model in models/ so:\n"
+        "dvc repro --force --single-item export"
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ def git(*arguments: str) -> str:
 def git_bytes(*arguments: str, env: dict[str, str] | None = None) -> bytes:
     """As `git`, as the bytes that it printed."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, env=env)
+        # Of the user's settings, one that adds lines to what `git log` is asked for
+        done = subprocess.run(["git", "-c", "log.showSignature=false", *arguments], capture_output=True, env=env)
     except OSError:
         return b""
     return done.stdout if done.returncode == 0 else b""
@@ -41,14 +43,14 @@ def read_at(commit: str, path: Path) -> bytes | None:
     return content if content or git("cat-file", "-t", name) == "blob" else None
 
 
-def changes(*paths: str) -> tuple[list[str], bytes]:
+def changes(*paths: str, takes: Callable[[str], bool] = lambda name: True) -> tuple[list[str], bytes]:
     """What differs between the commit and the files here, new ones included: their names, and a patch for `git apply`.
 
-    paths: Git's pathspecs, which limit it. Names are relative to this folder, and files that Git ignores, new ones
-    of more than LARGEST_CODE bytes, and repositories within this one are left out. Nothing differs where there is
-    no commit. An index and an object store of its own are used: the user's stay as they are, and an index may take
-    a file that changed within a second, as in DVC's copies, for unchanged. Raises PipelineError if git cannot read
-    a file.
+    paths: Git's pathspecs, which limit it. takes: whether a new file is included, by its name. Names are relative to
+    this folder, and files that Git ignores, new ones of more than LARGEST_CODE bytes, and repositories within this one
+    are left out. Nothing differs where there is no commit. An index and an object store of its own are used: the user's
+    stay as they are, and an index may take a file that changed within a second, as in DVC's copies, for unchanged.
+    Raises PipelineError if git cannot read a file.
     """
     if not commit_of("HEAD"):
         return [], b""
@@ -59,8 +61,7 @@ def changes(*paths: str) -> tuple[list[str], bytes]:
             "GIT_OBJECT_DIRECTORY": folder,
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(objects),
         }
-        new = git_bytes("ls-files", "--others", "--exclude-standard", "-z").split(b"\0")
-        files = b"\0".join(name for name in new if name and not name.endswith(b"/") and _may_be_code(name))
+        files = b"\0".join(name for name in _new_files() if takes(os.fsdecode(name)) and _may_be_code(name))
         for arguments, given in (
             (["read-tree", "HEAD"], b""),
             (["add", "--update", "."], b""),
@@ -75,9 +76,22 @@ def changes(*paths: str) -> tuple[list[str], bytes]:
                     f"Earlier files are as they were. Mend that, or make room in {tempfile.gettempdir()}, then run the "
                     "same command again."
                 )
-        diff = ("diff", "--cached", "--relative", "--no-renames", "--no-ext-diff", "--binary", "HEAD")
+        # Unlike `diff`, it heeds no setting of the user, such as diff.noprefix, with which `git apply` would fail
+        diff = ("diff-index", "--cached", "--relative", "--no-renames", "--no-ext-diff", "--binary", "HEAD")
         names = git_bytes(*diff, "--name-only", "-z", "--", *paths, env=environment)
-        return names.decode(errors="replace").split("\0")[:-1], git_bytes(*diff, "--", *paths, env=environment)
+        return names.decode(errors="replace").split("\0")[:-1], git_bytes(
+            *diff, "--patch", "--", *paths, env=environment
+        )
+
+
+def new_files() -> list[str]:
+    """The files here that Git neither has nor ignores."""
+    return [os.fsdecode(name) for name in _new_files()]
+
+
+def _new_files() -> list[bytes]:
+    found = git_bytes("ls-files", "--others", "--exclude-standard", "-z").split(b"\0")
+    return [name for name in found if name and not name.endswith(b"/")]  # a repository within this one ends like this
 
 
 def _may_be_code(name: bytes) -> bool:

@@ -5,9 +5,6 @@ queue, so it is kept, tracked and can be compared like any other.
 """
 
 import re
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from tqdm import tqdm
 
 from classifier.charts import save_spread
 from classifier.errors import PipelineError
+from classifier.experiment_queue import dvc, recover
 from classifier.files import PARAMS, atomic
 from classifier.params import load_params
 from classifier.repository import experiments, metrics_at
@@ -27,6 +25,7 @@ ONE_VALUE = re.compile(r"[\w.]+=(\[.*\]|[^,()]*)")
 NO_WORKER = "Worker status: 0 active"
 POLL_SECONDS = 10  # asking costs DVC more than a second of a core
 TOLERATED = 2  # answers in a row that nobody works, or that DVC cannot tell
+RESTARTS = 3  # of workers that were killed, as for want of memory
 
 
 def run_seeds(count: int, settings: list[str], workers: int, folder: Path) -> pd.DataFrame:
@@ -38,9 +37,10 @@ def run_seeds(count: int, settings: list[str], workers: int, folder: Path) -> pd
     """
     first = load_params().seed
     seeds = range(first, first + count)
+    recover()  # what an earlier call that was killed had begun
     names = _queue(list(seeds), settings)
-    _dvc("queue", "start", "--jobs", str(workers))
-    failed = _wait(names)
+    _start(workers)
+    failed = _wait(names, workers)
     commits = {experiment.name: experiment.commit for experiment in experiments()}
     rows = [
         {"seed": seed, "experiment": name}
@@ -70,7 +70,7 @@ def _queue(seeds: list[int], settings: list[str]) -> list[str]:
         if setting.startswith("seed="):
             raise PipelineError(f"{setting}: the first seed is that of {PARAMS}; set it there")
         command += ["--set-param", setting]
-    names = re.findall(r"Queued experiment '([^']+)'", _dvc(*command))
+    names = re.findall(r"Queued experiment '([^']+)'", dvc(*command))
     if len(names) != len(seeds):
         raise PipelineError(
             f"DVC queued {len(names)} experiments for {len(seeds)} seeds; `dvc queue status` lists them"
@@ -78,19 +78,26 @@ def _queue(seeds: list[int], settings: list[str]) -> list[str]:
     return names
 
 
-def _wait(names: list[str]) -> list[str]:
-    """Wait until none of the experiments is queued or running; the names of those that failed.
+def _start(workers: int) -> None:
+    dvc("queue", "start", "--jobs", str(workers))
 
-    Raises PipelineError if nobody works at them any more.
+
+def _wait(names: list[str], workers: int) -> list[str]:
+    """Wait until none of the experiments is queued or running; return the names of those that failed.
+
+    Workers that were killed are started again, and continue what they had begun. Raises PipelineError if nobody works
+    at the experiments any more for another reason.
     """
     amiss = 0  # times in a row that something is, which may be as DVC's workers write what it reads
+    restarts = 0
     with tqdm(total=len(names), desc="seeds", unit="seed", disable=None) as progress:
         while True:
             fault = PipelineError(
-                "the queue was stopped or emptied; `dvc queue status` lists what is left, `dvc queue start` goes on"
+                "the queue was stopped or emptied; `dvc queue status` lists what is left, "
+                "`classifier queue resume` continues it"
             )
             try:
-                status = _dvc("queue", "status")
+                status = dvc("queue", "status")
             except PipelineError as error:
                 status, fault = "", error
             states = dict(TASK.findall(status))
@@ -100,17 +107,8 @@ def _wait(names: list[str]) -> list[str]:
                 return [name for name in names if states[name] == "Failed"]
             amiss = amiss + 1 if NO_WORKER in status or not set(names) <= states.keys() else 0
             if amiss > TOLERATED:
-                raise fault
+                if restarts == RESTARTS or not recover().names:
+                    raise fault
+                _start(workers)
+                restarts, amiss = restarts + 1, 0
             time.sleep(POLL_SECONDS)
-
-
-def _dvc(*arguments: str) -> str:
-    """What DVC prints. Raises PipelineError with its message if it fails."""
-    with tempfile.TemporaryFile("w+") as output:  # no pipe: the queue's workers would keep it open to their end
-        command = [sys.executable, "-m", "dvc", *arguments]
-        failed = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode != 0
-        output.seek(0)
-        printed = output.read()
-    if failed:
-        raise PipelineError(f"dvc {' '.join(arguments)}:\n{printed.strip()}")
-    return printed

@@ -1,4 +1,7 @@
-"""What DVC's cache and remote hold, and sending from one to the other; no other module uses DVC's Python interface."""
+"""What DVC's cache and remote hold, and sending from one to the other.
+
+This module and experiment_queue.py are the only ones that use DVC's Python interface.
+"""
 
 import json
 from collections.abc import Iterable
@@ -7,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dvc.exceptions import DvcException
+from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
+from dvc.scm import SCMError
 
 from classifier.errors import PipelineError, masked
 
@@ -19,7 +23,7 @@ class Storage:
     """The cache of this checkout and its default remote, if it has one, asked by md5."""
 
     def __init__(self) -> None:
-        self._repo = Repo()
+        self._repo = open_repository()
         self._remote_fault = "none"
         self._trees: dict[str, dict[str, str] | None] = {}
 
@@ -84,6 +88,16 @@ class Storage:
         return YES
 
 
+def open_repository() -> Repo:
+    """Open the repository that this folder is in. Raises PipelineError where there is none of Git and DVC."""
+    try:
+        return Repo()
+    except (NotDvcRepoError, SCMError) as error:
+        raise PipelineError(
+            f"{Path.cwd()}: no repository of Git and DVC ({_first_line(error)}); `git init`, or use a clone"
+        ) from None
+
+
 def push_results() -> int:
     """Send the run cache to the default remote, and all that it speaks of and the cache has; return how many files.
 
@@ -92,7 +106,7 @@ def push_results() -> int:
     send. Outputs that neither the cache nor the remote has, as after `dvc gc`, are told by DVC in a warning.
     Raises PipelineError if something cannot be sent; what has been sent by then is not sent again.
     """
-    with Repo() as repo:
+    with open_repository() as repo:
         try:
             sent = int(repo.push(run_cache=True))
             records = Path(repo.stage_cache.cache_dir)

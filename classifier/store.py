@@ -6,13 +6,18 @@ MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME win when they are set.
 
 import logging
 import os
+import signal
 import sqlite3
+import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 # Read when mlflow is imported
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -31,14 +36,18 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
 
 from classifier.errors import PipelineError, masked
-from classifier.files import repository_root, temporary_folder
+from classifier.files import atomic, repository_root, temporary_folder
 
 database_utils.MAX_RETRY_COUNT = 1  # ten attempts to reach a database take 100 seconds
 logging.getLogger(database_utils.__name__).setLevel(logging.CRITICAL)  # tracebacks of what `store_errors` tells
 
 AWAY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}  # MLflow's codes of what passes
 ADDRESS_VARIABLE = "MLFLOW_TRACKING_URI"
+OLD_SCHEMA = "out-of-date database schema"  # MLflow's message begins so
 SQLITE_SECONDS = 2  # to wait for a store that another process has locked
+# MLFLOW_HTTP_REQUEST_TIMEOUT is for each read, so a server that sends a byte now and then would be waited for for ever
+EXCHANGE_SECONDS = 10  # for a few small requests
+SEARCH_SECONDS = 60  # for all pages of a search
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def find_runs(filter_string: str = "") -> list[Run]:
     """
     if not open_store():
         return []
-    with store_errors():
+    with store_errors(), time_limit(SEARCH_SECONDS):
         runs = mlflow.search_runs(
             experiment_ids=[experiment.experiment_id for experiment in mlflow.search_experiments()],
             filter_string=filter_string,
@@ -147,7 +156,7 @@ def connect(experiment: str) -> str:
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     artifacts = (repository_root() / "mlruns").as_uri()
-    with store_errors():
+    with store_errors(), time_limit(EXCHANGE_SECONDS if _database() is None else SEARCH_SECONDS):  # making one is slow
         if database := _database():
             with FileLock(_lock_file()):  # two processes that create the database at the same time break it
                 if not database.exists():
@@ -186,6 +195,33 @@ def _has_server() -> bool:
     return mlflow.get_tracking_uri().startswith(("http://", "https://", "databricks"))
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds, also out of a request; in the main thread alone."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"no complete answer within {seconds:g} seconds")
+
+    started = time.monotonic()
+    handler = signal.getsignal(signal.SIGALRM)
+    before, _ = signal.getitimer(signal.ITIMER_REAL)
+    if 0 < before < seconds:  # an outer limit is nearer
+        yield
+        return
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if before:
+            signal.setitimer(signal.ITIMER_REAL, max(before - (time.monotonic() - started), 0.001))
+
+
 class StoreAway(PipelineError):
     """The store cannot be reached, or is locked or full: it may be there again later."""
 
@@ -196,6 +232,8 @@ def store_errors() -> Iterator[None]:
     try:
         yield
     except (MlflowException, sqlite3.Error, OSError, ImportError) as error:  # OSError: requests' errors too
+        if OLD_SCHEMA in str(error):
+            raise PipelineError(_way_to_upgrade()) from None
         reason = masked(" ".join(str(error).split()))[:300]
         text = f"the MLflow store {masked(mlflow.get_tracking_uri())} cannot be used: {reason}"
         if isinstance(error, FileNotFoundError) or getattr(error, "error_code", "INTERNAL_ERROR") not in AWAY:
@@ -205,6 +243,54 @@ def store_errors() -> Iterator[None]:
         else:
             way_on = "Another program may have locked it, or its disk be full or read-only."
         raise StoreAway(f"{text}\n{way_on}") from None
+    except Exception as error:
+        if not type(error).__module__.startswith("alembic"):  # which upgrades databases
+            raise
+        raise PipelineError(
+            f"{masked(_address())}: made by a newer version of MLflow than the one here ({masked(str(error))}); "
+            "`make env` installs the one that requirements.lock names"
+        ) from None
+
+
+def _way_to_upgrade() -> str:
+    if os.environ.get(ADDRESS_VARIABLE):
+        return (
+            f"the MLflow store {masked(_address())} has the schema of another version of MLflow; whoever runs it "
+            "upgrades it: mlflow db upgrade <its database>"
+        )
+    return (
+        f"{_database()}: made by another version of MLflow; `classifier upgrade-store` copies it, then runs "
+        "`mlflow db upgrade sqlite:///mlflow.db`"
+    )
+
+
+def upgrade_store() -> Path:
+    """Upgrade the schema of mlflow.db; return the copy that was made of it before.
+
+    Raises PipelineError if there is no such file, or MLflow cannot upgrade it; then it is as it was.
+    """
+    database = _database()
+    if database is None or not database.exists():
+        raise PipelineError(
+            f"{masked(_address())}: no file to upgrade; of a server, whoever runs it upgrades the store"
+        )
+    copy = database.with_name(f"{database.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    with FileLock(_lock_file()), store_errors(), atomic(copy) as temporary:
+        _copy(database, temporary)
+    with FileLock(_lock_file()), atomic(database) as temporary:
+        _copy(copy, temporary)
+        command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{temporary}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+            raise PipelineError(f"{database}: not upgraded, and as it was: {said}")
+    return copy
+
+
+def _copy(database: Path, target: Path) -> None:
+    """Copy a database as it is between two transactions."""
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)
 
 
 def _follow_move(database: Path) -> None:

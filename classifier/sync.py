@@ -22,7 +22,7 @@ from classifier import store
 from classifier.errors import PipelineError, masked
 from classifier.journal import Journal, find_end, home, journals
 from classifier.registry import register
-from classifier.tracking import EXPERIMENT_TAG, OPENER_TAG, TEST_SET_TAG, WEIGHTS_TAG
+from classifier.tracking import EXPERIMENT_TAG, OPENER_TAG, SUPERSEDED_TAG, TEST_SET_TAG, UPLOAD_PATIENCE, WEIGHTS_TAG
 
 # isort: split
 # After classifier.store, which sets what is read when mlflow is imported
@@ -63,12 +63,15 @@ class Sender:
         Journals that have ended are then removed, and those whose process has: such a run becomes KILLED.
         """
         faults: dict[Path, PipelineError] = {}
-        home().mkdir(exist_ok=True)
         try:
+            home().mkdir(exist_ok=True)
             turn = FileLock(home() / ".lock", timeout=TURN_SECONDS).acquire()
         except Timeout:
             busy = PipelineError("another process is sending, and has not come to an end yet")
             return {journal.folder: busy for journal in journals()}
+        except OSError as error:
+            closed = PipelineError(f"{home()}: {error.strerror}; make it writable, or make room")
+            return {journal.folder: closed for journal in journals()}
         with turn:
             for journal in journals():
                 try:
@@ -99,15 +102,20 @@ class Sender:
             store.check_writable()
             run = known
         else:
-            run = self._open_run(journal, first)
+            with store.time_limit(store.EXCHANGE_SECONDS):
+                run = self._open_run(journal, first)
         # A training that was killed and has gone on can have ended the run after all that this journal tells
         last_time = max(record["time"] for record in records if record)
         is_open = run.end_time <= 1000 * last_time
         if is_open and run is not known:
-            MlflowClient().update_run(run.run_id, status="RUNNING")
+            with store.time_limit(store.EXCHANGE_SECONDS):
+                MlflowClient().update_run(run.run_id, status="RUNNING")
         for number, record in enumerate(records[run.sent :], run.sent + 1):
             if record and record["kind"] != "end":
-                APPLY[record["kind"]](journal, run, record)
+                # Pictures and models may take long to send
+                seconds = store.EXCHANGE_SECONDS if record["kind"] in ("metrics", "tags") else UPLOAD_PATIENCE
+                with store.time_limit(seconds):
+                    APPLY[record["kind"]](journal, run, record)
             journal.sent = run.sent = number
         end = find_end(records)  # in these: more may be there by now
         if end or not alive:
@@ -185,6 +193,10 @@ def _metrics(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
 
 def _tags(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
     MlflowClient().log_batch(run.run_id, tags=[RunTag(key, value) for key, value in record["tags"].items()])
+    if record.get("supersedes"):
+        for other in store.find_runs(f"tags.`{WEIGHTS_TAG}` = '{record['tags'][WEIGHTS_TAG]}'"):
+            if other.run_id != run.run_id and other.status == "FINISHED":
+                MlflowClient().set_tag(other.run_id, SUPERSEDED_TAG, run.run_id)
 
 
 def _files(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
@@ -198,8 +210,9 @@ def _evaluation(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
     logged = MlflowClient().get_run(run.run_id).data.tags.get(TEST_SET_TAG)
     if not record["if_missing"] or logged != record["tags"][TEST_SET_TAG]:
         timestamp = int(1000 * record["time"])  # without steps: the last evaluation counts
-        metrics = [Metric(key, value, timestamp, 0) for key, value in record["values"].items()]
-        MlflowClient().log_batch(run.run_id, metrics=metrics)
+        latest = MlflowClient().get_run(run.run_id).data.metrics  # also of an evaluation that was killed
+        new = {key: value for key, value in record["values"].items() if latest.get(key) != value}
+        MlflowClient().log_batch(run.run_id, metrics=[Metric(key, value, timestamp, 0) for key, value in new.items()])
         _files(journal, run, record)
         _tags(journal, run, record)
 
@@ -210,7 +223,8 @@ def _model(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
 
 
 def _end(run: OpenRun, record: dict[str, Any]) -> None:
-    MlflowClient().set_terminated(run.run_id, record["status"], int(1000 * record["time"]))
+    with store.time_limit(store.EXCHANGE_SECONDS):
+        MlflowClient().set_terminated(run.run_id, record["status"], int(1000 * record["time"]))
 
 
 APPLY: dict[str, Callable[[Journal, OpenRun, dict[str, Any]], None]] = {
@@ -254,8 +268,11 @@ def send_to_every_store() -> dict[Path, PipelineError]:
     """Send all journals, each to the store that it was written for; return what went wrong, by journal."""
     faults: dict[Path, PipelineError] = {}
     here = os.environ.get(store.ADDRESS_VARIABLE, "")
-    written = {journal.folder: (journal.records() or [None])[0] for journal in journals()}
-    wanted = {folder: str(first["store"]) for folder, first in written.items() if first}
+    wanted = {}
+    for journal in journals():
+        with suppress(PipelineError):  # one that cannot be read: whoever sends says so
+            if (records := journal.records()) and records[0]:
+                wanted[journal.folder] = str(records[0]["store"])
     for address in sorted({masked(here), *wanted.values()}):
         if "***" in address and address != masked(here):  # a journal holds no password
             fault = PipelineError(f"set {store.ADDRESS_VARIABLE} to {address}, with name and password for the stars")

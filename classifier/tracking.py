@@ -1,7 +1,8 @@
 """What the stages tell MLflow of a model: written to a journal, and sent by a process beside the stage.
 
 A trained model has one run: `train` opens it and tags it with the md5 of its weights, by which `evaluate` and `export`
-find it again. No stage waits for MLflow while it works, or fails because of it.
+find it again. No stage waits for MLflow while it works, or fails because of it: what cannot be told is left out, with a
+warning.
 """
 
 import getpass
@@ -10,12 +11,14 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from classifier.code_patch import CodePatch, code_patch
 from classifier.errors import masked
 from classifier.files import (
     ANNOTATIONS,
@@ -30,13 +33,16 @@ from classifier.files import (
     read_json,
 )
 from classifier.interrupts import Interrupted
-from classifier.journal import Journal
+from classifier.journal import Journal, home
 from classifier.params import Params
-from classifier.repository import changes, git
+from classifier.repository import commits_holding, git
 
 WEIGHTS_TAG = "md5.model_weights"
 COMMIT_TAG = "mlflow.source.git.commit"
+SUPERSEDED_TAG = "superseded_by"  # of a run whose weights no dvc.lock has: the run that made them again
 CHANGED_TAG = "git.changed_files"
+LEFT_OUT_TAG = "git.left_out_files"  # what differs from the commit and is not in the patch
+MOST_LEFT_OUT = 20  # files
 EXPERIMENT_TAG = "dvc.exp_name"
 TEST_SET_TAG = "md5.test_set"
 OPENER_TAG = "opened_by"  # a training, by a name that it keeps when it goes on after it was killed, or a journal
@@ -52,16 +58,26 @@ SIGNAL_PATIENCE = 1.5  # a signal is answered within five
 
 
 class Tracker:
-    """The journal of this stage and the process that sends it."""
+    """The journal of this stage and the process that sends it.
+
+    Whatever goes wrong here is a warning: the stage goes on, and MLflow does not get what could not be written.
+    """
 
     def __init__(self) -> None:
-        self.journal = Journal.create()
+        self._is_warned = self._has_run = False
         self._sender = _waiting.pop() if _waiting else _start_sender()
-        self._tell(os.fsencode(self.journal.folder) + b"\0")
+        self._parameters: dict[str, str] = {}
+        self._code = CodePatch([], b"", {})
+        self.journal = Journal(home() / "none")  # to which nothing can be written
+        with self._tolerated():
+            self.journal = Journal.create()
+            self._tell(os.fsencode(self.journal.folder) + b"\0")
         self._unused = weakref.finalize(self, _abandon, self.journal, self._sender)
         # As the stage has read them: while it works, they may be edited
-        self._parameters = _spelt_parameters()
-        self._changed, self._patch = changes(".", ":!dvc.lock", ":!metrics", ":!.dvc")  # DVC's; settings are no code
+        with self._tolerated():
+            self._parameters = _spelt_parameters()
+            # Without DVC's files; settings are no code
+            self._code = code_patch(".", ":!dvc.lock", ":!metrics", ":!.dvc")
 
     @contextmanager
     def training(
@@ -73,7 +89,11 @@ class Tracker:
         """
         with self._run(params, name, _tags(environment), TRAINING_PATIENCE, started=started):
             yield
-            self.tag({WEIGHTS_TAG: hash_file(WEIGHTS)})
+            with self._tolerated():
+                weights = hash_file(WEIGHTS)
+                # A training of the same weights that was killed before DVC took note of it has left a finished run
+                is_new = weights not in locked_md5s().values() and not commits_holding(weights)
+                self._write("tags", lambda _: {"tags": {WEIGHTS_TAG: weights}, "supersedes": is_new})
 
     @contextmanager
     def weights(self, params: Params, environment: Mapping[str, str | int]) -> Iterator[None]:
@@ -88,15 +108,15 @@ class Tracker:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log numbers to the open run; those that it has for this step, from before it was killed, stay."""
-        self._write("metrics", values=dict(metrics), step=step)
+        self._write("metrics", lambda _: {"values": dict(metrics), "step": step})
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags of the open run."""
-        self._write("tags", tags=dict(tags))
+        self._write("tags", lambda _: {"tags": dict(tags)})
 
     def log_files(self, path: Path) -> None:
         """Log a file, or the files of a folder, to the open run."""
-        self._write("files", files=[[self.journal.keep(path), None]])
+        self._write("files", lambda journal: {"files": [[journal.keep(path), None]]})
 
     def log_evaluation(self, test_set: str, *, if_missing: bool = False) -> None:
         """Log what `evaluate` has written, and the md5 of the images and labels that it tested on.
@@ -105,22 +125,32 @@ class Tracker:
         """
         test = read_json(TEST_METRICS)
         low, high = test["accuracy_ci95"]
-        self._write(
-            "evaluation",
-            values={f"test_{name}": value for name, value in test.items() if name != "accuracy_ci95"}
-            | {"test_accuracy_ci95_low": low, "test_accuracy_ci95_high": high},
-            files=[
-                [self.journal.keep(path), folder]
-                for path, folder in ((CLASS_METRICS, None), (PLOTS, "plots"))
-                if path.exists()  # no stage after evaluate needs the pictures
-            ],
-            tags={TEST_SET_TAG: test_set},
-            if_missing=if_missing,
-        )
+
+        def content(journal: Journal) -> dict[str, Any]:
+            return {
+                "values": {f"test_{name}": value for name, value in test.items() if name != "accuracy_ci95"}
+                | {"test_accuracy_ci95_low": low, "test_accuracy_ci95_high": high},
+                "files": [
+                    [journal.keep(path), folder]
+                    for path, folder in ((CLASS_METRICS, None), (PLOTS, "plots"))
+                    if path.exists()  # no stage after evaluate needs the pictures
+                ],
+                "tags": {TEST_SET_TAG: test_set},
+                "if_missing": if_missing,
+            }
+
+        self._write("evaluation", content)
 
     def register(self, registered_model: str, onnx: Path, manifest: Path) -> None:
         """Make the exported network a new version of `registered_model`, see classifier/registry.py."""
-        self._write("model", name=registered_model, onnx=self.journal.keep(onnx), manifest=self.journal.keep(manifest))
+        self._write(
+            "model",
+            lambda journal: {
+                "name": registered_model,
+                "onnx": journal.keep(onnx),
+                "manifest": journal.keep(manifest),
+            },
+        )
 
     @contextmanager
     def _run(
@@ -133,21 +163,28 @@ class Tracker:
         weights: str | None = None,
         started: float | None = None,
     ) -> Iterator[None]:
-        if code := [name for name in self._changed if name != str(PARAMS)]:
+        if code := [name for name in self._code.names if name != str(PARAMS)]:
             tags = tags | {CHANGED_TAG: " ".join(code)}
-        self._write(
-            "run",
-            store=masked(os.environ.get("MLFLOW_TRACKING_URI", "")),
-            experiment=os.environ.get("MLFLOW_EXPERIMENT_NAME") or params.experiment,
-            name=_run_name(),
-            opener=opener,
-            weights=weights,
-            tags=tags | {OPENER_TAG: opener},
-            parameters=self._parameters,
-            datasets=_datasets(params.source),
-            patch=self.journal.keep_bytes(PATCH, self._patch) if 0 < len(self._patch) <= LARGEST_PATCH else None,
-            started=started,
-        )
+        if left_out := [f"{name}: {reason}" for name, reason in self._code.left_out.items()]:
+            more = [f"and {len(left_out) - MOST_LEFT_OUT} more"] * (len(left_out) > MOST_LEFT_OUT)
+            tags = tags | {LEFT_OUT_TAG: "\n".join(left_out[:MOST_LEFT_OUT] + more)}
+
+        def content(journal: Journal) -> dict[str, Any]:
+            patch = self._code.patch
+            return {
+                "store": masked(os.environ.get("MLFLOW_TRACKING_URI", "")),
+                "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or params.experiment,
+                "name": _run_name(),
+                "opener": opener,
+                "weights": weights,
+                "tags": tags | {OPENER_TAG: opener},
+                "parameters": self._parameters,
+                "datasets": _datasets(params.source),
+                "patch": journal.keep_bytes(PATCH, patch) if 0 < len(patch) <= LARGEST_PATCH else None,
+                "started": started,
+            }
+
+        self._write("run", content)
         try:
             yield
         except Interrupted:
@@ -158,11 +195,30 @@ class Tracker:
             raise
         self._end("FINISHED", patience)
 
-    def _write(self, kind: str, **content: object) -> None:
-        self._unused.detach()
-        self.journal.write(kind, **content)
-        self._tell(b"\n")
+    def _write(self, kind: str, content: Callable[[Journal], dict[str, Any]]) -> None:
+        """Add a record to the journal; none without the first, which opens the run."""
+        with self._tolerated():
+            if self._has_run or kind == "run":
+                self.journal.write(kind, **content(self.journal))
+                self._has_run = True
+                self._unused.detach()
+                self._tell(b"\n")
         self._pass_on()
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        """Warn, once, of what goes wrong in the block."""
+        try:
+            yield
+        except Exception as error:
+            if not self._is_warned:
+                reason = masked(" ".join(str(error).split()) or type(error).__name__)[:300]
+                print(
+                    f"MLflow will not have all of this run, whose results are not affected: {reason}\n"
+                    f"Records for it are kept in {home()}, which needs to be writable and have room.",
+                    file=sys.stderr,
+                )
+            self._is_warned = True
 
     def _tell(self, content: bytes) -> None:
         """First which journal the sender has, then that there is more in it."""
@@ -177,8 +233,10 @@ class Tracker:
             print(said.decode(errors="replace"), end="", file=sys.stderr, flush=True)
 
     def _end(self, status: str, patience: float) -> None:
-        with suppress(OSError):  # where there is no room for this, the run is taken as killed
-            self._write("end", status=status)
+        if not self._has_run:
+            self._unused()  # there is nothing to send
+            return
+        self._write("end", lambda _: {"status": status})  # without it, the run is taken as killed
         assert self._sender.stdin is not None  # noqa: S101
         self._sender.stdin.close()
         try:
@@ -228,7 +286,8 @@ def _abandon(journal: Journal, sender: "subprocess.Popen[bytes]") -> None:
     """End the sender of a stage that failed before it had anything to tell."""
     sender.kill()
     sender.wait()
-    journal.remove()
+    with suppress(OSError):  # what is left of it is removed when it would be sent
+        journal.remove()
 
 
 def _run_name() -> str:

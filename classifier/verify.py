@@ -197,13 +197,35 @@ def _make_clone(folder: Path, revision: str | None) -> Path:
         raise PipelineError(f"{revision}: no such commit" if revision else "there is no commit here to verify")
     clone = folder.joinpath(*"12345678", "clone")  # so deep that `..` in params.yaml does not lead out of the folder
     project = clone / git("rev-parse", "--show-prefix")
-    # Shared objects: also commits that no branch holds, as those of DVC's experiments, are there.
-    _git("clone", "--quiet", "--shared", "--no-checkout", git("rev-parse", "--show-toplevel"), str(clone))
-    _git("-C", str(clone), "checkout", "--quiet", "--detach", commit)
+    env = _clean_environment(folder)
+    # A repository of its own that borrows the objects of this one, and so has commits that no branch holds, as those of
+    # DVC's experiments. `git clone` would not give them of a shallow clone, and takes hooks from the user's templates.
+    _git("init", "--quiet", "--template=", str(clone), env=env)
+    (clone / ".git/info").mkdir(exist_ok=True)
+    (clone / ".git/objects/info/alternates").write_text(
+        f"{Path(git('rev-parse', '--git-path', 'objects')).resolve()}\n"
+    )
+    if (shallow := Path(git("rev-parse", "--git-path", "shallow"))).is_file():
+        shutil.copyfile(shallow, clone / ".git/shallow")
+    _git("-C", str(clone), "checkout", "--quiet", "--detach", commit, env=env)
     if revision is None and (patch := changes(".")[1]):
-        _git("-C", str(project), "apply", "--whitespace=nowarn", "-", given=patch)
+        _git("-C", str(project), "apply", "--whitespace=nowarn", "-", given=patch, env=env)
     _link_own_files(project, folder)
     return project
+
+
+def _clean_environment(folder: Path) -> dict[str, str]:
+    """The environment without variables such as GIT_DIR, which a hook has, and without the user's settings of Git.
+
+    As with `core.autocrlf`, files would have other bytes, or with a filter or a hook, anything. The settings used
+    instead lie in `folder`; they allow a repository that belongs to another user, which Git was asked about by now.
+    """
+    settings = folder / "gitconfig"
+    settings.write_text(
+        f"[safe]\n\tdirectory = *\n[core]\n\tattributesFile = {os.devnull}\n\texcludesFile = {os.devnull}\n"
+    )
+    own = {"GIT_CONFIG_GLOBAL": str(settings), "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1"}
+    return _without("GIT_") | own
 
 
 def _link_own_files(project: Path, folder: Path) -> None:
@@ -231,21 +253,22 @@ def _link_own_files(project: Path, folder: Path) -> None:
         link.symlink_to(path.absolute(), target_is_directory=path.is_dir())
 
 
-def _git(*arguments: str, given: bytes = b"") -> None:
+def _git(*arguments: str, env: dict[str, str], given: bytes = b"") -> None:
     """Run git. Raises PipelineError with what it says if it fails."""
-    done = subprocess.run(["git", *arguments], input=given, env=_without("GIT_"), capture_output=True)
+    done = subprocess.run(["git", *arguments], input=given, env=env, capture_output=True)
     if done.returncode != 0:
         raise PipelineError(f"the clone cannot be made: {done.stderr.decode(errors='replace').strip()}")
 
 
 def _without(*prefixes: str) -> dict[str, str]:
-    """The environment without variables such as GIT_DIR, which a hook has and which names the user's repository."""
+    """The environment without variables that begin like this."""
     return {key: value for key, value in os.environ.items() if not key.startswith(prefixes)}
 
 
 def _rebuild(clone: Path, folder: Path, threads: int) -> None:
     """Run all stages in the clone; what they print goes to standard error, as progress. Settings lie in `folder`."""
-    env = _without("GIT_", "DVC_", "MLFLOW_", "PYTHONPATH", "CLASSIFIER_")
+    env = _clean_environment(folder)
+    env = {k: value for k, value in env.items() if not k.startswith(("DVC_", "MLFLOW_", "PYTHONPATH", "CLASSIFIER_"))}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env["CLASSIFIER_THREADS"] = str(threads)
     for kind in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DVC_SITE_CACHE_DIR"):

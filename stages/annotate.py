@@ -11,7 +11,7 @@ import numpy as np
 
 from classifier.annotations import Names, write_csv
 from classifier.archive import write_images
-from classifier.errors import run_main
+from classifier.errors import printable, run_main
 from classifier.files import ANNOTATIONS, IMAGES, RAW, atomic, verified
 from classifier.params import load_params
 from classifier.preprocessing import common_shape, file_names, prepare
@@ -66,7 +66,7 @@ def report(found: Duplicates) -> None:
     print(f"same pixels: {found.within} pairs within a split, {found.across} across splits", flush=True)
     for what, groups in [("splits", found.in_several_splits), ("labels", found.with_several_labels)]:
         for group in groups[:SHOWN_GROUPS]:
-            print(f"  in several {what}: {' = '.join(group)}")
+            print(f"  in several {what}: {printable(' = '.join(group))}")
         if len(groups) > SHOWN_GROUPS:
             print(f"  in several {what}: {len(groups) - SHOWN_GROUPS} more")
 

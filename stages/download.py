@@ -6,7 +6,7 @@ Writes  data/raw/
 
 from pathlib import Path
 
-from classifier.errors import PipelineError, run_main
+from classifier.errors import PipelineError, printable, run_main
 from classifier.files import RAW
 from classifier.interrupts import Interrupted
 from classifier.params import load_params
@@ -28,7 +28,7 @@ def main() -> None:
         raise
     sizes = {file: file.stat().st_size for file in sorted(RAW.rglob("*")) if file.is_file()}
     for file in list(sizes)[:SHOWN_FILES]:
-        print(f"{file}  {sizes[file]:,} bytes")
+        print(f"{printable(str(file))}  {sizes[file]:,} bytes")
     print(f"files: {len(sizes):,}, {sum(sizes.values()):,} bytes")
 
 

@@ -5,11 +5,11 @@ Writes  metrics/test.json, metrics/classes.csv, metrics/plots/
 """
 
 from classifier import files
-from classifier.annotations import class_names
+from classifier.annotations import class_names, csv_cell
 from classifier.batches import batches_of
 from classifier.dataset import annotated
 from classifier.device import choose_kernels, environment, seed_everything, select_device, set_threads
-from classifier.errors import run_main
+from classifier.errors import printable, run_main
 from classifier.inference import predict, score, trained_network
 from classifier.metrics import class_scores, overall_scores, wilson_interval
 from classifier.params import load_params
@@ -36,10 +36,10 @@ def main() -> None:
     overall = overall_scores(logits.numpy(), test_set.labels.numpy())
     print(f"Accuracy: {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}), Avg loss: {loss:.6f}")
     print(", ".join(f"{name}: {value:.3f}" for name, value in overall.items()))
-    print(scores.to_string(index=False, float_format="%.3f"))
+    print(scores.assign(**{"class": [*map(printable, names)]}).to_string(index=False, float_format="%.3f"))
 
     with files.atomic(files.CLASS_METRICS) as path:
-        scores.to_csv(path, index=False, lineterminator="\n")
+        scores.assign(**{"class": [*map(csv_cell, names)]}).to_csv(path, index=False, lineterminator="\n")
     with files.atomic(files.PLOTS) as folder:
         folder.mkdir()
         draw(folder, network, test_set, logits.numpy(), names, params.seed)

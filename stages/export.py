@@ -40,6 +40,7 @@ def main() -> None:
     names = class_names(files.verified(files.ANNOTATIONS))
     splits = dict(zip(SPLITS, annotated(SPLITS, len(names)), strict=True))
     scores = pd.read_csv(files.verified(files.CLASS_METRICS), dtype={"class": str}, keep_default_na=False)
+    scores["class"] = names  # which are quoted there, for spreadsheets
     shape = splits["test"].image_shape()
     network = trained_network(params.network, shape, len(names), device, test_flip=params.test_flip)
     facts: dict[str, Any] = {}  # that only some exports have

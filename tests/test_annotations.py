@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from classifier.annotations import Annotations, Names, class_names, read_annotations, repeated, write_csv
+from classifier.annotations import Annotations, Names, class_names, csv_cell, read_annotations, repeated, write_csv
 from classifier.errors import PipelineError
 
 
@@ -279,3 +279,13 @@ def test_missing_class_names(tmp_path: Path) -> None:
 def test_csv_has_a_header_unix_line_ends_and_quotes(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", {"file": ["a.png", 'b, "c".png'], "label": np.array([3, 4])})
     assert (tmp_path / "train.csv").read_bytes() == b'file,label\na.png,3\n"b, ""c"".png",4\n'
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+x", "-x", "@x", "\tx", "\rx", "＝x", "'x"])
+def test_what_a_spreadsheet_would_take_for_a_formula_is_quoted(text: str) -> None:
+    assert csv_cell(text) == f"'{text}"
+
+
+@pytest.mark.parametrize("text", ["", "x=1", "-1", "+1.5e3", "-inf", "T-shirt/top", "é"])
+def test_other_cells_stay_as_they_are(text: str) -> None:
+    assert csv_cell(text) == text

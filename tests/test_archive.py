@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from classifier.archive import Images
 from classifier.errors import PipelineError
+from classifier.files import hash_bytes
 from classifier.zip_format import LARGEST_FILE, write_zip
 
 FILES = {f"train/{index:03d}.png": bytes([index]) * (100 + index) for index in range(40)} | {"grün/ä.png": b"\0" * 9}
@@ -217,6 +218,43 @@ def test_nothing_outside_the_folder_is_read(folder: Path) -> None:
     (folder.parent / "images-too/a.png").write_bytes(b"b")
     absolute = str(folder.parent / "outside/secret.png")
     for name in ("link.png", "linked/secret.png", "../outside/secret.png", absolute, "../images-too/a.png"):
+        refused(Images(folder), name, "it leads out of the image folder")
+
+
+def cached(cache: Path, content: bytes) -> Path:
+    """A file where DVC's cache has this content."""
+    md5 = hash_bytes(content)
+    path = cache / "files/md5" / md5[:2] / md5[2:]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("way", ["absolute", "relative", "through a link to the cache"])
+def test_links_into_the_cache_of_dvc_are_followed(folder: Path, way: str) -> None:
+    target = cached(folder.parent / "cache", b"b")
+    (folder.parent / "moved").symlink_to("cache")
+    link = folder / "sub/b.png"
+    if way == "through a link to the cache":
+        target = folder.parent / "moved" / target.relative_to(folder.parent / "cache")
+    link.symlink_to(os.path.relpath(target, link.parent) if way == "relative" else target)
+    assert Images(folder).read("sub/b.png") == b"b"
+    assert list(Images(folder).names()) == ["sub/a.png", "sub/b.png"]
+
+
+def test_a_link_to_a_file_that_is_not_named_by_its_content_is_not_followed(folder: Path) -> None:
+    target = cached(folder.parent / "cache", b"b")
+    (folder / "link.png").symlink_to(target)
+    target.write_bytes(b"another secret")
+    refused(Images(folder), "link.png", "it leads to .*, whose content is not what its name says")
+    target.unlink()
+    os.mkfifo(target)
+    refused(Images(folder), "link.png", "it is not a regular file")
+
+
+def test_a_name_that_leads_into_the_cache_is_no_link_of_dvc(folder: Path) -> None:
+    target = cached(folder.parent / "cache", b"b")
+    for name in (f"../{target.relative_to(folder.parent)}", str(target)):
         refused(Images(folder), name, "it leads out of the image folder")
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -357,6 +358,41 @@ def test_a_training_that_succeeds_leaves_nothing(home: Path) -> None:
     with checkpoints(MAKINGS) as saved:
         saved.save(0, 1, {})
     assert [path.name for path in home.iterdir() if path.name != ".lock"] == []
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def replace_by_a_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("")
+
+
+@pytest.mark.parametrize("take_away", [remove, replace_by_a_file])
+@pytest.mark.parametrize("of_all_trainings", [True, False])
+def test_a_training_whose_checkpoints_are_taken_away_goes_on(
+    home: Path, take_away: Callable[[Path], None], of_all_trainings: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with checkpoints(MAKINGS) as saved:
+        saved.save(0, 1, {"batch": 1})
+        take_away(home if of_all_trainings else saved.folder)
+    assert not saved.folder.exists() or take_away is replace_by_a_file
+
+    home.unlink() if home.is_file() else shutil.rmtree(home)
+    with suppress(Stopped), checkpoints(MAKINGS) as saved:
+        take_away(home if of_all_trainings else saved.folder)
+        saved.save(0, 2, {"batch": 2})
+        saved.save(0, 3, {"batch": 3})
+        raise Stopped
+    if take_away is remove:  # what is saved after that counts, in the same run
+        name = saved.name
+        with checkpoints(MAKINGS) as saved:
+            assert saved.load() == {"batch": 3}
+            assert saved.name == name
+    else:
+        warning = "not written, so a killed training would not go on from here"
+        assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_the_oldest_given_up_trainings_go_but_none_under_way(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

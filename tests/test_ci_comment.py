@@ -167,9 +167,9 @@ def test_what_others_name_reaches_a_shell_as_environment_only() -> None:
     assert not [step["run"] for name in WORKFLOWS for step in steps(name) if "${{" in step.get("run", "")]
 
 
-def test_actions_are_official_and_of_a_stated_version_and_the_comment_uses_none() -> None:
+def test_actions_are_official_and_of_a_stated_commit_and_the_comment_uses_none() -> None:
     used = {step["uses"] for name in WORKFLOWS for step in steps(name) if "uses" in step}
-    assert all(re.fullmatch(r"actions/(checkout|setup-python|upload-artifact)@v\d+", action) for action in used)
+    assert all(re.fullmatch(r"actions/(checkout|setup-python|upload-artifact)@[0-9a-f]{40}", action) for action in used)
     assert not [step for step in steps("comment") if "uses" in step]
 
 

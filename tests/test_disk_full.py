@@ -323,19 +323,18 @@ def test_a_full_disk_leaves_all_as_it_was(copied: Project, kind: str) -> None:
 @pytest.mark.slow
 @needs_mount
 @pytest.mark.parametrize("stage", ["train", "evaluate", "export"])
-def test_a_stage_without_room_for_its_journal_ends_and_leaves_none(copied: Project, stage: str) -> None:
+def test_a_stage_without_room_for_its_journal_succeeds_and_leaves_none(copied: Project, stage: str) -> None:
     copied.set_params(export_formats="[onnx]")
+    before = copied.outputs()
     (copied.root / ".journal/.filler").write_text("a disk of no bytes would have no limit")
     with small_disk(copied.root / ".journal") as disk:
         disk.leave(0)
         done = run_stage(copied.root, stage)
-        assert done.returncode == 1
+        assert done.returncode == 0, done.stderr
+        assert "MLflow will not have all of this run" in done.stderr
         assert "Traceback" not in done.stderr
-        assert "the disk is full" in done.stderr
-        assert "run the same command again" in done.stderr
-        disk.leave(PLENTY)
-        assert run_stage(copied.root, stage).returncode == 0
         assert not list((copied.root / ".journal").glob("*-*"))
+    assert copied.outputs().keys() <= before.keys()
 
 
 # Folders that are closed to writing

@@ -195,3 +195,16 @@ def test_a_process_ends_without_a_look_for_garbage_among_all_that_it_has_loaded(
     code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); import classifier"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 1000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", ["print('done')", "raise PipelineError('failed')"])
+def test_a_signal_while_a_command_exits_gives_no_traceback(number: signal.Signals, how: str) -> None:
+    code = (
+        "import atexit, os\nfrom classifier.errors import *\n"
+        f"atexit.register(os.kill, os.getpid(), {int(number)})\ndef main(): {how}\nrun_main(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + number
+    assert done.stdout == ("done\n" if "done" in how else "")
+    assert done.stderr == ("" if "done" in how else "failed\n") + "interrupted\n"

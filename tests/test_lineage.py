@@ -49,9 +49,11 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     project.commit()
     network = project.root / "classifier/networks/mlp.py"
     network.write_text(network.read_text().replace("512", "64"))
-    (project.root / "new_file.txt").write_text("not added\n")
+    (project.root / "classifier/new_file.py").write_text("# not added\n")
+    (project.root / "new_file.txt").write_text("no code\n")
     reproduce("uncommitted", "repro")
     project.run("git", "restore", ".")
+    (project.root / "classifier/new_file.py").unlink()
     (project.root / "new_file.txt").unlink()
     project.run("git", "switch", "--quiet", "main")
     project.dvc("checkout")
@@ -187,9 +189,12 @@ def test_of_an_experiment_that_was_removed_the_run_is_left(history: History, cop
 def test_a_run_of_uncommitted_code_comes_back_by_its_patch(history: History, copied: Project) -> None:
     found = lineage(copied, run_id(copied, history.weights["uncommitted"]))
     assert found.commit is None
-    assert found.runs[0].tags["git.changed_files"] == "classifier/networks/mlp.py new_file.txt"
+    assert found.runs[0].tags["git.changed_files"] == "classifier/networks/mlp.py classifier/new_file.py"
+    assert "what else differed from the commit, and is not in the patch: new_file.txt: no code of the pipeline" in (
+        found.unknown
+    )
     follow(copied, found.commands)
-    assert (copied.root / "new_file.txt").read_text() == "not added\n"
+    assert (copied.root / "classifier/new_file.py").read_text() == "# not added\n"
     assert hash_file(copied.root / WEIGHTS) == history.weights["uncommitted"]
 
 

@@ -65,6 +65,7 @@ ELSEWHERE = {
     # docs/reliability.md
     "git restore dvc.lock": "test_kill.py::test_a_few_kills_at_random_moments_leave_no_difference",
     "git checkout --force main": "test_resume.py::test_an_experiment_killed_in_the_workspace_goes_on_after_the_way_back",
+    "classifier queue resume": "test_queue.py::test_experiments_whose_workers_are_killed_are_continued",
     "classifier sync": "test_sync.py::test_a_store_that_is_locked_in_the_middle_gets_all_by_the_same_process_when_it_is_free",
     # docs/remotes.md
     "dvc remote": "test_remotes.py::test_a_clone_pulls_data_and_model_and_has_nothing_left_to_do",

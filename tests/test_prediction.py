@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,15 @@ from scipy.special import softmax
 
 from classifier.batches import Batches
 from classifier.dataset import CustomImageDataset
-from classifier.errors import PipelineError
+from classifier.errors import PipelineError, printable
 from classifier.exchange import write
 from classifier.inference import load_weights
 from classifier.inference import predict as logits_of
+from classifier.model_file import BATCH, Model
 from classifier.networks import build_network
 from classifier.png import encode_png
 from classifier.prediction import (
-    BATCH,
     Answer,
-    Model,
     find_images,
     opened,
     predict,
@@ -152,13 +152,42 @@ def test_no_more_images_are_read_than_go_through_the_network_at_once(tmp_path: P
 ANSWERS = [Answer("a, b.png", np.array([0.25, 0.75])), Answer("c.png", np.array([0.5, 0.5]))]
 
 
+STRANGE = ["=cmd|' /C calc'!A0", "\x1b]0;title\x07\x1b[2Jcat", "-1", "@SUM(A1)", "\x9b31mC1", "'quoted"]
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_names_do_not_reach_terminals_and_spreadsheets_raw(form: str) -> None:
+    answers = [
+        Answer(printable(f"{name}.png"), np.eye(len(STRANGE))[label] * 0.9) for label, name in enumerate(STRANGE)
+    ]
+    file = io.StringIO()
+    if form == "table":
+        write_table(answers, STRANGE, 40, file)
+    else:
+        (write_csv if form == "csv" else write_json)(answers, STRANGE, file)
+    text = file.getvalue()
+    assert all(line.isprintable() for line in text.split("\n"))
+    if form == "csv":
+        cells = [row[:2] for row in csv.reader(text.splitlines())][1:]
+        assert cells == [
+            ["'=cmd|' /C calc'!A0.png", "'=cmd|' /C calc'!A0"],
+            [r"\x1b]0;title\x07\x1b[2Jcat.png", r"\x1b]0;title\x07\x1b[2Jcat"],
+            ["'-1.png", "-1"],
+            ["'@SUM(A1).png", "'@SUM(A1)"],
+            [r"\x9b31mC1.png", r"\x9b31mC1"],
+            ["''quoted.png", "''quoted"],
+        ]
+    if form == "json":
+        assert [answer["class"] for answer in json.loads(text)] == STRANGE
+
+
 def test_csv_is_read_back_as_what_was_answered() -> None:
     file = io.StringIO()
     write_csv(ANSWERS, CLASSES, file)
     rows = list(csv.reader(io.StringIO(file.getvalue())))
     assert rows == [
-        ["file", "class", "probability", "P(dark)", "P(bright, or\nnot)"],
-        ["a, b.png", CLASSES[1], "0.75", "0.25", "0.75"],
+        ["file", "class", "probability", "P(dark)", r"P(bright, or\nnot)"],
+        ["a, b.png", r"bright, or\nnot", "0.75", "0.25", "0.75"],
         ["c.png", "dark", "0.5", "0.5", "0.5"],
     ]
 
@@ -205,6 +234,23 @@ def test_a_name_that_is_not_utf8_is_told_with_escapes(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(PNG)
     (answer,) = predict(MODEL, find_images([str(tmp_path)], tmp_path, refuse), refuse, True)
     assert answer.file == rf"{tmp_path}/\udcff.png"
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_what_libtiff_prints_does_not_mix_with_the_list(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], compression: str
+) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200), dtype=np.uint8))
+    picture.save(tmp_path / "a.tif", compression=compression)
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    (tmp_path / "a.tif").write_bytes(content)
+    with suppress(Exception), Image.open(tmp_path / "a.tif") as image:
+        image.load()
+    assert capfd.readouterr().err != ""  # libtiff's
+    told: list[str] = []
+    list(predict(MODEL, find_images([str(tmp_path)], tmp_path, told.append), told.append, True))
+    assert capfd.readouterr().err == ""
 
 
 def open_and_close(model: str | None, folder: Path) -> None:
@@ -420,9 +466,12 @@ def test_every_format_and_the_champion_answer_as_evaluation_does(
 @pytest.mark.slow
 def test_the_champion_is_answered_also_where_onnx_is_not_exported(project: Project, tmp_path: Path) -> None:
     other = project.copy(tmp_path / "other")
-    other.set_params(export_formats="[pth]")
+    # Under another name than that of the champion, which is not registered yet
+    other.set_params(export_formats="[pth]", registered_model="renamed")
+    refused = other.run(sys.executable, "-m", "classifier", "promote", check=False)
+    assert "registered as fashion-mnist, and not as registered_model in params.yaml says: renamed" in refused.stderr
     other.dvc("repro")
-    other.run(sys.executable, "-m", "classifier", "promote", "--force")
+    assert "renamed version 1" in other.run(sys.executable, "-m", "classifier", "promote").stdout
     images = str(other.root / "data/images.zip")
     answers = [
         command("predict", images, "--model", model, folder=tmp_path, code=other.root).stdout

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,8 +108,9 @@ def test_all_images_that_cannot_be_used_are_told_by_their_names() -> None:
         assert last == "Mend them, or take them away."
 
 
-def test_of_many_faults_twenty_are_listed() -> None:
-    with pytest.raises(PipelineError, match="50 images cannot be used, the first 20:") as caught:
+def test_of_many_faults_twenty_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    with pytest.raises(PipelineError, match=r"50 images cannot be used, .*; the first 20:") as caught:
         list(prepare({"train": images(*[b""] * 50)}, (1, 8, 8)))
     assert len(str(caught.value).splitlines()) == 22
 
@@ -126,3 +128,25 @@ def test_only_a_few_images_are_read_ahead() -> None:
     next(made)
     assert contents.read < 1000
     made.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("bad", [3, 30])
+def test_images_without_a_header_and_those_that_cannot_be_decoded_are_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    kinds = [b"no image\x1b", COLOUR[: len(COLOUR) // 2], b"", GREY]
+    contents = [kinds[number % 4] for number in range(bad // 3 * 4)]
+    with pytest.raises(PipelineError) as told:
+        common_shape({"train": images(*contents), "test": images(GREY)}, None, None)
+    lines = str(told.value).splitlines()
+    assert lines[0].startswith(f"{bad} images cannot be used")
+    assert len(lines) == 2 + min(bad, 20)
+    expected = [f"train/{number:05d}.png" for number in range(len(contents)) if number % 4 != 3]
+    assert [line.split(":")[0].strip() for line in lines[1:-1]] == expected[:20]
+    everything = tmp_path / "reports/unusable-images.txt"
+    assert everything.exists() == (bad > 20)
+    if bad > 20:
+        assert f"all of which are listed in {everything}; the first 20:" in lines[0]
+        assert [line.split(":")[0] for line in everything.read_text().splitlines()] == expected
+        assert everything.read_text().replace("\n", "").isprintable()

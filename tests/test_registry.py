@@ -28,7 +28,7 @@ from classifier.decoding import decode_image
 from classifier.errors import PipelineError
 from classifier.exchange import write
 from classifier.params import Params, load_params
-from classifier.registry import Version, find_champion, find_versions, promote
+from classifier.registry import Version, find_champion, find_versions, promote, version_called
 from classifier.store import find_runs
 from classifier.sync import Sender
 from classifier.tracking import Tracker
@@ -401,3 +401,24 @@ assert model.predict([sys.argv[3]])["class"].tolist() == ["square"]
     command = [sys.executable, "-I", "-c", code, store, model, str(tmp_path / "white.jpg")]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("name", "number"), [("new", 2), ("old", 7)])
+def test_a_version_is_looked_up_by_name(name: str, number: int) -> None:
+    versions = [Version("old", 7, "run", []), Version("new", 1, "run", []), Version("new", 2, "run", [])]
+    assert version_called(name, versions, "HEAD").number == number
+
+
+@pytest.mark.parametrize(
+    ("versions", "complaint"),
+    [
+        ([], "HEAD: not registered as new; to register"),
+        (
+            [Version("old", 7, "run", [])],
+            "registered as old, and not as registered_model in params.yaml says: new;",
+        ),
+    ],
+)
+def test_a_model_that_has_no_version_of_the_name_is_told(versions: list[Version], complaint: str) -> None:
+    with pytest.raises(PipelineError, match=complaint):
+        version_called("new", versions, "HEAD")

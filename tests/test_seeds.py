@@ -12,6 +12,7 @@ from project import Project, reproduced_project
 
 from classifier import seeds
 from classifier.errors import PipelineError
+from classifier.experiment_queue import Recovered
 from classifier.seeds import _wait
 
 pytestmark = pytest.mark.slow
@@ -85,14 +86,27 @@ def answers_of_dvc(monkeypatch: pytest.MonkeyPatch, *answers: str | None) -> Non
             raise PipelineError("dvc queue status: unexpected error")
         return answer
 
-    monkeypatch.setattr(seeds, "_dvc", dvc)
+    monkeypatch.setattr(seeds, "dvc", dvc)
+    monkeypatch.setattr(seeds, "recover", lambda: Recovered([], []))
     monkeypatch.setattr(seeds, "POLL_SECONDS", 0)
 
 
 def test_a_queue_of_which_dvc_cannot_tell_for_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     running, half = LISTED.format("Running", 1), "7654321  two  10:00 AM  Success\nWorker status: 1 active, 0 idle\n"
     answers_of_dvc(monkeypatch, running, None, None, running, half, None, LISTED.format("Failed", 0))
-    assert _wait(["one", "two"]) == ["one"]
+    assert _wait(["one", "two"], 1) == ["one"]
+
+
+def test_workers_that_were_killed_are_started_again_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = [LISTED.format("Running", 0)] * 3
+    answers_of_dvc(monkeypatch, *killed, "Started", *killed, "Started", LISTED.format("Success", 0))
+    monkeypatch.setattr(seeds, "recover", lambda: Recovered(["one"], []))
+    assert _wait(["one", "two"], 1) == []
+
+    answers_of_dvc(monkeypatch, *[*killed, "Started"] * seeds.RESTARTS, *killed)
+    monkeypatch.setattr(seeds, "recover", lambda: Recovered(["one"], []))
+    with pytest.raises(PipelineError, match="`classifier queue resume` continues it"):
+        _wait(["one", "two"], 1)
 
 
 @pytest.mark.parametrize(
@@ -108,4 +122,4 @@ def test_a_queue_that_nobody_works_at_is_told(
 ) -> None:
     answers_of_dvc(monkeypatch, LISTED.format("Running", 1), answer, answer, answer)
     with pytest.raises(PipelineError, match=complaint):
-        _wait(["one", "two"])
+        _wait(["one", "two"], 1)

@@ -1,6 +1,7 @@
 """Whatever becomes of the tracker, a training is not delayed by it, and all it has to tell arrives, once."""
 
 import itertools
+import json
 import os
 import shutil
 import sqlite3
@@ -20,9 +21,11 @@ from filelock import FileLock
 from imports import ROOT
 from mlflow import MlflowClient
 from project import Project, clean_environment, python, small_project
+from test_tracking_faults import track, write_outputs
 from tracker import (
     Server,
     contents,
+    dripping_server,
     finish,
     impostor,
     paced,
@@ -38,6 +41,7 @@ from tracker import (
 )
 
 from classifier import store, sync
+from classifier.files import hash_file
 from classifier.journal import Journal, home, journals
 from classifier.params import load_params
 from classifier.sync import Sender, send_to_every_store
@@ -287,6 +291,32 @@ def test_for_a_store_with_a_password_the_variable_to_set_is_named(
         "set MLFLOW_TRACKING_URI to http://***@127.0.0.1:9/mlflow, with name and password for the stars"
     )
     assert steps(repository / "mlflow.db", "loss") == [7]
+
+
+def test_figures_of_an_evaluation_are_logged_once_also_if_it_was_killed(repository: Path) -> None:
+    write_outputs(repository)
+    for accuracy, expected in ((0.5, [0.5]), (0.5, [0.5]), (0.75, [0.5, 0.75]), (0.5, [0.5, 0.75, 0.5])):
+        (repository / "metrics/test.json").write_text(json.dumps({"accuracy": accuracy, "accuracy_ci95": [0.4, 0.8]}))
+        killed(track(), records=2)
+        assert send_to_every_store() == {}
+        (run,) = store.find_runs()
+        history = MlflowClient().get_metric_history(run.run_id, "test_accuracy")
+        assert [metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)] == expected
+        assert len(MlflowClient().get_metric_history(run.run_id, "test_accuracy_ci95_low")) == 1
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_run_whose_weights_no_lock_has_is_marked_when_they_are_made_again(repository: Path, known: bool) -> None:
+    for _ in range(2):
+        train(name=uuid4().hex)
+        if known:
+            md5 = hash_file(Path("models/model_weights.pth"))
+            out = {"path": "models/model_weights.pth", "md5": md5}
+            Path("dvc.lock").write_text(json.dumps({"stages": {"train": {"outs": [out]}}}))
+    assert send_to_every_store() == {}
+    second, first = store.find_runs()
+    assert "superseded_by" not in second.tags
+    assert first.tags.get("superseded_by") == (None if known else second.run_id)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,7 +641,7 @@ def test_a_server_that_never_answers_does_not_delay_the_stages_after_training(
 ) -> None:
     project = away.project.copy(tmp_path / "project")
     shutil.rmtree(project.root / ".journal")
-    with silent_server() as address:
+    with silent_server() if name == "evaluate" else dripping_server("body") as address:
         disturbed = run_stage(project, name, MLFLOW_TRACKING_URI=address)
     assert disturbed.seconds < away.stages[name].seconds + DELAY
     assert "the rest is in" in disturbed.complaint

@@ -171,8 +171,17 @@ def test_images_outside_of_the_repository_are_linked_and_no_others_are_touched(
 
 
 @pytest.mark.slow
-def test_a_clean_clone_is_verified_and_stays_as_it_is(clone: Project) -> None:
-    done = run_verify(clone)
+def test_a_clean_clone_is_verified_and_stays_as_it_is(clone: Project, tmp_path: Path) -> None:
+    """Whatever the user's settings: of Git, of threads, of language, of time zone, and of new files' permissions."""
+    (tmp_path / "gitconfig").write_text("[core]\n\tautocrlf = true\n")
+    settings = {
+        "GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig"),
+        "OMP_NUM_THREADS": "3",
+        "LC_ALL": "C",
+        "TZ": "Asia/Kathmandu",
+    }
+    command = ("sh", "-c", 'umask 077; exec "$@"', "sh", sys.executable, "-m", "classifier", "verify")
+    done = clone.run(*command, check=False, **settings)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(maxsplit=1)[1] for line in lines[:-1]] == [IDENTICAL] * 11

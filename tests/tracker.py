@@ -5,13 +5,14 @@ import io
 import os
 import signal
 import socket
+import socketserver
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,31 @@ def silent_server() -> Iterator[str]:
     """The address of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextmanager
+def dripping_server(part: str) -> Iterator[str]:
+    """The address of a server that sends an answer's "header" or "body" byte by byte, without an end."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.request.sendall(head + (b"X: " if part == "header" else b"Content-Length: 100000\r\n\r\n"))
+            with suppress(OSError):  # whoever asked has gone
+                while not is_over.wait(0.3):
+                    self.request.sendall(b" ")
+
+    is_over = threading.Event()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            is_over.set()
+            server.shutdown()
+            thread.join()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from classifier.annotations import CONTROL, LISTED_FAULTS, Names, faulty_rows, name_fault, parse_rows, repeated, shown
 from classifier.archive import IMAGE_SUFFIXES, Images
-from classifier.errors import PipelineError
+from classifier.errors import PipelineError, printable
 from classifier.files import atomic
 from classifier.sources import LabelledImages
 
@@ -103,7 +103,7 @@ def fetch(raw: Path, data_path: Path) -> None:
     images = Images(data_path)
     layout = find_layout(images)
     for text in layout.unused:
-        print(f"not used: {text}", flush=True)
+        print(f"not used: {printable(text)}", flush=True)
     with atomic(raw) as folder:
         folder.mkdir()
         if data_path.is_file():

@@ -1,0 +1,26 @@
+"""DVC's cache and remote, asked where there is no repository."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from classifier.errors import PipelineError
+from classifier.experiment_queue import recover
+from classifier.storage import Storage, push_results
+
+
+@pytest.mark.parametrize("ask", [Storage, push_results, recover])
+@pytest.mark.parametrize("kind", ["no Git", "no DVC"])
+def test_outside_of_a_repository_the_way_on_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[], object], kind: str
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    if kind == "no Git":  # as of a downloaded archive
+        (tmp_path / ".dvc").mkdir()
+        (tmp_path / ".dvc/config").write_text("")
+    with pytest.raises(PipelineError) as told:
+        ask()
+    assert str(told.value).endswith("`git init`, or use a clone")
+    assert str(tmp_path) in str(told.value)
