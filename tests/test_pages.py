@@ -56,6 +56,8 @@ ELSEWHERE = {
     "mlflow models serve": "test_serving.py::test_every_form_of_a_request_gets_the_answers_of_predict",
     "printf": "test_serving.py::test_every_form_of_a_request_gets_the_answers_of_predict",
     "curl http://127.0.0.1:5001": "test_serving.py::test_a_bad_request_is_answered_with_its_reason_and_the_image_at_fault",
+    # docs/accelerators.md
+    "make accelerator": "test_benchmarks.py::test_the_script_of_accelerators_runs_on_a_cpu",
     # docs/processes.md
     "dvc exp run -S 'launcher=\"torchrun --nproc-per-node=2\"'": "test_distributed.py::test_two_processes_write_what_one_does_once",
     "dvc exp run -S 'launcher=\"torchrun --nproc-per-node=2 --max-restarts=3\"'": "test_distributed.py::test_torchrun_starts_a_killed_process_again_and_training_goes_on_to_the_same_bytes",
