@@ -46,7 +46,7 @@ def test_the_script_of_accelerators_runs_on_a_cpu(fashion_mnist_dir: Path, tmp_p
     assert found["environment"]["device"] == "cpu"
     assert " passed" in found["tests"]["pytest"]
     assert "pipeline / plain torch" in found["tutorial"]
-    assert "| recipe | cnn, test accuracy |" in done.stdout
+    assert "| recipe | mlp, test accuracy |" in done.stdout
 
 
 def test_a_section_takes_the_place_of_the_one_before_and_of_no_other(tmp_path: Path) -> None:
