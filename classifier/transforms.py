@@ -184,9 +184,9 @@ def _noise(images: Tensor, start: Tensor) -> Tensor:
     start: (N,) int64 below NOISE_NUMBERS. Drawn anew for each pixel on the CPU, as numbers that every device agrees on
     must be, noise would take longer than a training step of an accelerator.
     """
-    size, device = images[0].numel(), images.device
+    size, device = images.shape[1:].numel(), images.device
     table = _noise_table(size, device)
-    if device.type == "cpu":  # copies of whole stretches, several times as quick there
+    if device.type == "cpu" and len(images):  # copies of whole stretches, several times as quick there
         return torch.stack([table[first : first + size] for first in start.tolist()]).view(images.shape)
     return table[to_device(start, device)[:, None] + torch.arange(size, device=device)].view(images.shape)
 

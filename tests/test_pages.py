@@ -151,6 +151,8 @@ def test_the_commands_of_the_readme_run_one_after_the_other(
         if command.startswith("dvc queue start"):
             run_queue(project)
         else:
+            # One epoch of the recipe: bfloat16 takes minutes on a processor that has none
+            command = command.replace("epochs=16", "epochs=1")
             # The command `classifier` is of the checkout that it was installed in
             project.run("sh", "-c", re.sub(r"^classifier ", "python -m classifier ", command))
     assert shlex.split(walked[-1])[-1] == "sync"

@@ -117,6 +117,13 @@ def test_augment_is_a_function_of_the_generator(names: list[str]) -> None:
     assert 0 <= first.min() <= first.max() <= 1
 
 
+@pytest.mark.parametrize("names", AUGMENTATIONS, ids="+".join)
+def test_no_images_are_augmented_to_no_images(names: list[str]) -> None:
+    """As in a process that has no part of a small batch."""
+    part = augment(pictures(2)[:0], names, seeded(), (2, slice(2, 2)))
+    assert part.shape == (0, 1, 28, 28)
+
+
 def test_augment_order_is_fixed_and_nothing_is_nothing() -> None:
     images = pictures(16)
     assert torch.equal(
