@@ -38,16 +38,16 @@ repro: env  ## run what is out of date of the five stages
 	$(RUN) dvc repro
 
 test: env  ## the fast tests (in a random order: make test SHUFFLE=7)
-	$(RUN) pytest -m "$(FAST)" --record reports/durations-test.json $(OPTIONS)
+	$(RUN) pytest -m "$(FAST)" --record=reports/durations-test.json $(OPTIONS)
 
 coverage: env  ## the fast tests, and which lines and branches they do not reach
 	$(RUN) pytest -m "$(FAST)" --cov --cov-report=term-missing:skip-covered
 
 slow: env  ## what CI adds: whole pipelines, and the committed metrics from a fresh clone (SHUFFLE=7; REAL=1: no copies)
-	$(RUN) pytest -m "slow and not nightly" --record reports/durations-slow.json $(OPTIONS)
+	$(RUN) pytest -m "slow and not nightly" --record=reports/durations-slow.json $(OPTIONS)
 
 nightly: env  ## repetitions and long trainings, which a schedule runs
-	$(RUN) pytest -m nightly --record reports/durations-nightly.json $(OPTIONS)
+	$(RUN) pytest -m nightly --record=reports/durations-nightly.json $(OPTIONS)
 
 durations: env  ## print cases, processes and seconds by test file, of the last runs of these
 	@$(RUN) tests.durations $(wildcard reports/durations-*.json)

@@ -1,4 +1,4 @@
-"""Write how long each test took, and each process that it started: `pytest --record FILE`, as `make test` does.
+"""Write how long each test took, and each process that it started: `pytest --record=FILE`, as `make test` does.
 
 The file is JSON: `tests` by their names, and `processes` by the test that was running when they started. A process
 that was killed has no seconds. `python tests/durations.py FILE...` prints the sums by test file.
