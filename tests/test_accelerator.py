@@ -37,7 +37,6 @@ from classifier.transforms import to_float
 NAME = os.environ.get("ACCELERATOR", usable_devices()[0])
 CPU = torch.device("cpu")
 GOLDEN = json.loads((ROOT / "tests/golden/tutorial_seed42.json").read_text())
-PRECISIONS = ["float32", "tf32", "bfloat16", "float16"]
 ACCURACY_DISTANCE = 0.02  # of a precision's accuracy after one epoch from float32's: some five standard errors
 SMALL = {"network": "mlp", "batch_size": 16, "shuffle": True, "lr": 0.05, "momentum": 0.9, "epochs": 2}
 NAMES = [str(label) for label in range(4)]
