@@ -33,13 +33,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the process that is copied in place of a new Python, one for all that run tests."""
+    """Start the process that is copied in place of a new Python, one for all that run tests, and these copies too."""
     # On macOS, what its libraries have started does not survive a fork
     copies = sys.platform == "linux" and not (config.option.real_processes or config.option.collectonly)
     if copies and "PYTEST_XDIST_WORKER" not in os.environ:
         server, shim = fork_server.start()
-        os.environ["FORKING_PYTHON"] = str(shim)
+        os.environ |= {"FORKING_PYTHON": str(shim), "REAL_PYTHON": sys.executable}
+        config.option.tx = [f"popen//python={shim}" for _ in config.option.tx or []]
         config.add_cleanup(lambda: fork_server.stop(server, shim))
+    sys.executable = os.environ.get("REAL_PYTHON", sys.executable)
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,15 @@ QUEUE_SECONDS = 1000  # less than a test may take: what the experiments printed 
 def run_queue(project: Project, workers: int = 2) -> None:
     """Run all queued experiments, `workers` at a time; raises with DVC's logs if one fails or time is up.
 
-    A worker on a busy machine may take the queue for empty and end: when none is left, they are started again.
+    A worker on a busy machine may take the queue for empty and end: when none is left, they are started again. DVC
+    does not list a task at the moment when a worker takes it, so all that were there at first are waited for.
     """
+    tasks = states_in(queue_status(project)).keys()
     try:
         start(project, workers)
         deadline = time.monotonic() + QUEUE_SECONDS
         seen = time.monotonic()  # when a worker was last there
-        while {"Queued", "Running"} & set(states_in(status := queue_status(project)).values()):
+        while not tasks <= ended_in(status := queue_status(project)):
             assert time.monotonic() < deadline, queue_logs(project, states_in(status))
             if NO_WORKER not in status:
                 seen = time.monotonic()
@@ -63,6 +65,10 @@ def queue_status(project: Project) -> str:
 def states_in(status: str) -> dict[str, str]:
     """State by task: Queued, Running, Success or Failed."""
     return dict(TASK.findall(status))
+
+
+def ended_in(status: str) -> set[str]:
+    return {task for task, state in states_in(status).items() if state in ("Success", "Failed")}
 
 
 def queue_logs(project: Project, states: dict[str, str]) -> str:

@@ -5,12 +5,13 @@ them at once. The server imports no module of this project, so a copy of the pro
 
 `start` makes a folder with the programs `python` and `dvc` (tests/fork/python). Such a program sends its arguments,
 environment and open files to the server, passes signals on to the fork, and exits as the fork exits. When it is killed,
-the fork is killed too, with what that has started. A real Python runs for other options than -m, -c and -P, for
+the fork is killed too, with what that has started. A real Python runs for other options than -m, -c, -P and -u, for
 variables that libraries read when they are loaded, and under `make coverage`.
 """
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import marshal
@@ -82,6 +83,16 @@ def import_packages() -> None:
                 importlib.import_module(name)
 
 
+def keep_operators() -> None:
+    """Make torch read the source of its ONNX operators here once. It takes a second in each export."""
+    from torch.onnx._constants import ONNX_DEFAULT_OPSET
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = functools.cache(ONNXRegistry.from_torchlib)
+    read(opset_version=ONNX_DEFAULT_OPSET)
+    ONNXRegistry.from_torchlib = staticmethod(read)  # type: ignore[method-assign, assignment]
+
+
 def copy_new_stores(folder: Path) -> None:
     """Make MLflow copy its new SQLite databases from one that is made here. Making one takes seconds."""
     import sqlalchemy
@@ -140,6 +151,7 @@ class Server:
         connection, _ = self.listening.accept()
         if not self.ready:
             import_packages()
+            keep_operators()
             copy_new_stores(Path(self.shim).parent)
             gc.collect()
             gc.freeze()

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +20,7 @@ import torch
 from hostile import RunsCodeWhenUnpickled
 from imports import ROOT
 from limits import no_file_above
+from project import python
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
@@ -417,7 +417,7 @@ def test_a_process_with_the_same_makings_waits_and_gets_its_own_set_and_a_killed
         "with checkpoints({'lr': 0.1}) as saved:\n"
         "    saved.save(0, 5, {'batch': 5}); print(saved.name, flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", holder], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([python(), "-c", holder], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         name = process.stdout.readline().strip()
         with checkpoints({"lr": 0.1}) as second:

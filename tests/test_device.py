@@ -198,6 +198,7 @@ def test_auto_threads_are_the_cores_of_this_process() -> None:
         os.sched_setaffinity(0, cores)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_freed_memory_is_kept() -> None:
     """The next tensor takes the pages of the one before: in a process of its own, for malloc stays as it is set."""

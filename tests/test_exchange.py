@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -76,6 +77,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     write_all(mlp(), folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that checks exported files is a copy of one that has imported torch."""
+    monkeypatch.setattr(sys, "executable", python())
 
 
 def test_every_format_gives_the_logits_at_every_batch_size(exported: Path) -> None:

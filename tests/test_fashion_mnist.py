@@ -207,7 +207,7 @@ BAD_MIRRORS = {  # what it does: why it is left
 
 @pytest.fixture(scope="module")
 def left_mirrors(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Download]:
-    """A download from each bad mirror, several at a time: the first three take five seconds each."""
+    """A download from each bad mirror, all at a time: the first three take five seconds each."""
     content = (packed / f"{FIRST}.gz").read_bytes()
     page = b"<html><body>Please log in</body></html>"
     answers: dict[str, Answer] = {
@@ -232,7 +232,7 @@ def left_mirrors(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         with server(answers[name]) as way:
             return download(folder, **way)
 
-    with ThreadPoolExecutor(5) as pool:
+    with ThreadPoolExecutor(len(BAD_MIRRORS)) as pool:
         return dict(zip(BAD_MIRRORS, pool.map(run, BAD_MIRRORS), strict=True))
 
 

@@ -15,6 +15,8 @@ from project import Project, reproduced_project
 
 from classifier.dataset import CustomImageDataset
 
+pytestmark = pytest.mark.slow
+
 STAGES = ["download", "annotate", "train", "evaluate", "export"]
 
 

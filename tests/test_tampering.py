@@ -217,6 +217,7 @@ def test_weights_that_are_code_are_refused_and_not_run(copied: Project, tmp_path
 
 
 # Where the code may read pickles: exchange.read_logits, of what the export has just written, in a process of its own
+SAFE_LOADERS = ("yaml.SafeLoader", "_FastLoader if is_flat else _Loader")
 READS_PICKLES = {("classifier/exchange.py", "torch.load"), ("classifier/exchange.py", "torch.export.load")}
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
@@ -239,7 +240,7 @@ def unsafe_reads(path: str, source: str) -> set[tuple[str, str]]:
             or called in ("torch.export.load", "torch.jit.load", "torch.package.PackageImporter", "eval", "exec")
             or (called in ("np.load", "numpy.load") and options.get("allow_pickle", "False") != "False")
             or called in ("pd.read_pickle", "yaml.unsafe_load", "yaml.full_load")
-            or (called == "yaml.load" and options.get("Loader") not in ("_Loader", "yaml.SafeLoader"))
+            or (called == "yaml.load" and options.get("Loader") not in SAFE_LOADERS)
         ):
             found.add((path, called))
     return found

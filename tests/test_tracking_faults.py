@@ -141,6 +141,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root may give files away")
 @pytest.mark.parametrize(("owner", "mode"), [(0, 0o555), (12345, 0o700)], ids=["read-only", "foreign"])
 def test_a_journal_folder_that_is_closed(tmp_path: Path, owner: int, mode: int) -> None:
