@@ -40,8 +40,8 @@ repro: env  ## run what is out of date of the five stages
 test: env  ## the fast tests (in a random order: make test SHUFFLE=7)
 	$(RUN) pytest -m "$(FAST)" --record=reports/durations-test.json $(OPTIONS)
 
-coverage: env  ## the fast tests, and which lines and branches they do not reach
-	$(RUN) pytest -m "$(FAST)" --cov --cov-report=term-missing:skip-covered
+coverage: env  ## the tests that CI runs, and which lines and branches they do not reach
+	$(RUN) pytest -m "not nightly" --cov --cov-report=term-missing:skip-covered
 
 slow: env  ## what CI adds: whole pipelines, and the committed metrics from a fresh clone (SHUFFLE=7; REAL=1: no copies)
 	$(RUN) pytest -m "slow and not nightly" --record=reports/durations-slow.json $(OPTIONS)

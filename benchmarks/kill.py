@@ -1,15 +1,23 @@
-"""Kill the pipeline at random moments, and see that `dvc repro` then ends where an uninterrupted one does.
+"""Kill the pipeline at random moments, and see that it then ends where an uninterrupted run does.
 
-python -m benchmarks.kill [--times N] [--seed S] [--real]
+python -m benchmarks.kill [--times N] [--seed S] [--ways repro torchrun temp queue] [--real]
 
 In a copy of the project of its own: one whole `dvc repro`, then each stage once more alone, which gives its duration.
-For each kill, all is set back to that state, a stage drawn at random is made to run again (its entry in dvc.lock, its
-outputs, their bytes in DVC's cache and the run cache go), and at a moment drawn from its duration, start-up and writing
-included, SIGKILL ends the stage, or dvc, or all processes at once. `dvc repro` follows immediately; if DVC was killed
-while it wrote a file of its own and refuses that now, the file is brought back first (REFUSALS). Then
+For each kill, all is set back to that state, and a way to run is drawn:
+
+- repro: a stage drawn at random is made to run again (its entry in dvc.lock, its outputs, their bytes in DVC's cache
+  and the run cache go), and at a moment drawn from its duration, start-up and writing included, SIGKILL ends the stage,
+  or dvc, or all processes at once. `dvc repro` follows immediately; if DVC was killed while it wrote a file of its own
+  and refuses that now, the file is brought back first (REFUSALS).
+- torchrun: the same, of a training by two processes; or one of these is killed, which torchrun starts again.
+- temp: `dvc exp run --temp` with another learning rate. Its stage, dvc, or all processes are killed. The same command
+  follows, and `classifier queue resume` for the copy that the first one left.
+- queue: the same experiment in DVC's queue. The worker or all processes are killed; `classifier queue resume` follows.
+
+Then
 
 - every file below data, models and metrics must be as an uninterrupted run left it, byte for byte, and dvc.lock must
-  say the same;
+  say the same; of an experiment, its commit must hold the same dvc.lock and metrics;
 - the repository must hold no other file than after that run, but for lock files;
 - MLflow's runs must be as they were, and of a new training there must be one more, FINISHED, with each epoch once;
 - no process may be left.
@@ -20,6 +28,7 @@ The data is small; with --real it is Fashion-MNIST at the default parameters, fr
 import argparse
 import json
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -34,17 +43,23 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.measuring import DVC, ROOT, isolated_environment, machine
+from benchmarks.measuring import ROOT, machine
 from classifier.errors import PipelineError, run_main
 from classifier.files import WEIGHTS, hash_bytes, hash_file
 from classifier.tracking import WEIGHTS_TAG
 
 sys.path.insert(0, str(ROOT / "tests"))
-from dvc_queue import processes_in
-from project import Project, small_project
+from dvc_queue import processes_in, stop_queue, wait_for_queue
+from project import Project, clean_environment, python, small_project
 
 STAGES = ("download", "annotate", "train", "evaluate", "export")
-TARGETS = ("stage", "dvc", "everything")
+TARGETS = {
+    "repro": ("stage", "dvc", "everything"),
+    "torchrun": ("stage", "dvc", "everything", "process"),
+    "temp": ("stage", "dvc", "everything"),
+    "queue": ("worker", "everything"),
+}  # by way
+EXPERIMENT = ["-S", "lr=0.05"]
 OUTPUTS = ("data", "models", "metrics")
 # So that training takes seconds, on 160 images of which a checkpoint is written after every 7th batch; and of the
 # formats two that are soon written
@@ -72,26 +87,25 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=30, help="kills (default 30)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     parser.add_argument("--real", action="store_true", help="Fashion-MNIST at the default parameters")
+    parser.add_argument("--ways", nargs="+", choices=TARGETS, default=list(TARGETS), help="to run (default: all)")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), arguments.real)
-        print(machine(("torch", "dvc", "mlflow")))
-        started = time.perf_counter()
-        bench.repro()
-        print(f"dvc repro from nothing, n=1: {time.perf_counter() - started:.1f} s; seed {arguments.seed}")
-        bench.remember()
+        print(f"{machine(('torch', 'dvc', 'mlflow'))}; seed {arguments.seed}")
         draw = random.Random(arguments.seed)  # noqa: S311
-        expected: dict[str, Expected] = {}
+        benches: dict[str, Bench] = {}
         kills, late, faults = 0, 0, 0
         while kills < arguments.times:
-            stage, target = draw.choice(STAGES), draw.choice(TARGETS)
-            if stage not in expected:
-                expected[stage] = bench.measure(stage)
-            killed, what, differences = bench.kill(stage, target, draw.random(), expected[stage])
+            way = draw.choice(arguments.ways)
+            if way not in benches:
+                kind = Experiments if way in ("temp", "queue") else Bench
+                benches[way] = kind(Path(folder) / way, way, arguments.real)
+            stage = draw.choice(STAGES) if way == "repro" else "train"
+            target = draw.choice(TARGETS[way])
+            killed, what, differences = benches[way].kill(stage, target, draw.random())
             verdict = "; ".join(differences) or "identical"
             kills, late, faults = kills + killed, late + (not killed), faults + bool(differences)
-            print(f"{kills if killed else '':3} {stage:9} {target:10} {what}: {verdict}", flush=True)
+            print(f"{kills if killed else '':3} {way:8} {stage:9} {target:10} {what}: {verdict}", flush=True)
     print(f"{kills} kills, {late} more came too late; {faults} left a difference")
     if faults:
         raise PipelineError("a kill left a difference; the lines above name it")
@@ -100,20 +114,30 @@ def main() -> None:
 class Bench:
     """A project, and a copy of it as it was after a whole run."""
 
-    def __init__(self, folder: Path, real: bool) -> None:
-        self.env = isolated_environment(folder)
+    def __init__(self, folder: Path, way: str, real: bool) -> None:
+        folder.mkdir()
+        self.env = clean_environment(folder)
         if real:
             raw = ROOT / "data/raw"
             if not raw.is_dir():
                 raise PipelineError(f"{raw}: missing; run `make repro` first, so that the data is local")
             self.env["FASHION_MNIST_DIR"] = str(raw)
             self.project = Project.create(folder / "project")
-            self.project.commit()
         else:
             self.project = small_project(folder, **SMALL)
+        if way == "torchrun":
+            self.project.set_params(launcher="torchrun --nproc-per-node=2 --max-restarts=1")
+        self.project.commit()
+        self.way = way
         self.root = self.project.root
         self.kept = folder / "kept"
         self.log = folder / "log"
+        self.expected: dict[str, Expected] = {}  # by stage
+        started = time.perf_counter()
+        self.repro()
+        print(f"{way}: dvc repro from nothing, n=1: {time.perf_counter() - started:.1f} s")
+        self.project.commit()
+        shutil.copytree(self.root, self.kept, symlinks=True)  # which each kill starts from
 
     def repro(self) -> str:
         """Run `dvc repro` to its end; return what it prints. Raises PipelineError if it fails."""
@@ -126,13 +150,13 @@ class Bench:
     def start(self) -> "subprocess.Popen[bytes]":
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                [*DVC, "repro"], cwd=self.root, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [python(), "-m", "dvc", "repro"],
+                cwd=self.root,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
-
-    def remember(self) -> None:
-        """Commit the results and keep the project as it is now, for each kill to start from."""
-        self.project.commit()
-        shutil.copytree(self.root, self.kept, symlinks=True)
 
     def set_back(self, stage: str) -> None:
         """Make the project what it was, but for one stage, which must run again."""
@@ -180,11 +204,14 @@ class Bench:
             time.sleep(0.005)
         raise PipelineError(f"dvc repro has not run {stage}:\n{self.log.read_text()}")
 
-    def kill(self, stage: str, target: str, moment: float, expected: Expected) -> tuple[bool, str, list[str]]:
+    def kill(self, stage: str, target: str, moment: float) -> tuple[bool, str, list[str]]:
         """Kill once and go on; return whether it was in time, what happened, and what differs in the end.
 
         moment: from 0, the start of the stage, to 1, its end, or that of dvc.
         """
+        if stage not in self.expected:
+            self.expected[stage] = self.measure(stage)
+        expected = self.expected[stage]
         self.set_back(stage)
         second = moment * (expected.stage_seconds if target == "stage" else expected.seconds)
         with self.start() as dvc:
@@ -192,10 +219,10 @@ class Bench:
             time.sleep(max(0.0, started + second - time.perf_counter()))
             there = processes_in(self.root)
             one = {"stage": process.pid, "dvc": dvc.pid}.get(target)
+            if target == "process":  # which torchrun has started
+                one = next((child.pid for child in there if "-u" in words(child)), 0)
             victims = [victim for victim in there if one in (None, victim.pid)]
-            for victim in victims:
-                with suppress(psutil.NoSuchProcess):
-                    victim.kill()
+            kill_all(victims)
             dvc.wait()
         has_weights = (self.root / WEIGHTS).exists()
         what = f"{'killed' if victims else 'over before the kill'} at {second:5.2f} s"
@@ -250,6 +277,119 @@ class Bench:
         if not min(most, 1) <= len(new) <= most:
             lines.append(f"{len(new)} new runs")
         return lines
+
+
+class Experiments(Bench):
+    """The same for an experiment that runs outside the work tree."""
+
+    def run(self) -> "subprocess.Popen[bytes]":
+        """Start the experiment; a queued one runs in processes that are not below this one."""
+        options = ["--temp", *EXPERIMENT] if self.way == "temp" else ["--queue", *EXPERIMENT]
+        command = ["exp", "run", *options]
+        if self.way == "queue":
+            self.project.dvc(*command)
+            command = ["queue", "start"]
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                [python(), "-m", "dvc", *command], cwd=self.root, env=self.env, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=log,
+            )  # fmt: skip
+
+    def wait(self, dvc: "subprocess.Popen[bytes]") -> None:
+        """Wait until the experiment has ended. Raises PipelineError if it failed."""
+        failed = dvc.wait() != 0
+        if self.way == "queue":
+            states = wait_for_queue(self.project)
+            failed |= set(states.values()) != {"Success"}
+        if failed:
+            raise PipelineError(f"the experiment failed:\n{self.log.read_text()}")
+
+    def set_back(self, stage: str) -> None:
+        shutil.rmtree(self.root)
+        shutil.copytree(self.kept, self.root, symlinks=True)
+
+    def measure(self, stage: str) -> Expected:
+        """Run the experiment without a kill."""
+        self.set_back(stage)
+        started = time.perf_counter()
+        with self.run() as dvc:
+            self.wait(dvc)
+        seconds = time.perf_counter() - started
+        self.end_workers()
+        print(f"  {self.way} {seconds:5.1f} s")
+        (outputs,) = self.commits()
+        return Expected(seconds, seconds, outputs, files(self.root))
+
+    def kill(self, stage: str, target: str, moment: float) -> tuple[bool, str, list[str]]:
+        if not self.expected:
+            self.expected[stage] = self.measure(stage)
+        expected = self.expected[stage]
+        self.set_back(stage)
+        with self.run() as dvc:
+            started = time.perf_counter()
+            time.sleep(moment * expected.seconds)
+            second = time.perf_counter() - started
+            there = processes_in(self.root)
+            chosen = {
+                "stage": lambda process: any(word.startswith("stages.") for word in words(process)),
+                "dvc": lambda process: process.pid == dvc.pid,
+                "worker": lambda process: "queue-worker" in words(process),
+                "everything": lambda process: True,
+            }[target]
+            victims = [process for process in there if chosen(process)]
+            kill_all(victims)
+            dvc.wait()
+        what = f"{'killed' if victims else 'over before the kill'} at {second:5.2f} s"
+        try:
+            if self.way == "temp" and self.root.exists():
+                psutil.wait_procs(processes_in(self.root), timeout=ENDING_SECONDS)
+                self.wait(self.run())
+            self.project.run(sys.executable, "-m", "classifier", "queue", "resume")
+            if self.way == "queue":
+                wait_for_queue(self.project)
+        except (PipelineError, AssertionError) as error:
+            return bool(victims), what, [str(error)]
+        self.end_workers()
+        differences = self.left_running()
+        self.project.run(sys.executable, "-m", "classifier", "sync")
+        commits = self.commits()
+        if not commits or any(commit != expected.outputs for commit in commits):
+            differences.append(f"{len(commits)} experiments, not all with the outputs of an uninterrupted one")
+        differences += [f"{path} is left" for path in self.root.glob(".dvc/tmp/exps/**/tmp*") if path.is_dir()]
+        differences += self.different_files(Expected(0, 0, digests(self.kept), expected.files))
+        return bool(victims), what, differences + self.different_runs(2)
+
+    def end_workers(self) -> None:
+        """A worker waits ten seconds for another task."""
+        if self.way == "queue":
+            stop_queue(self.project)
+
+    def commits(self) -> list[dict[str, str]]:
+        """Of each experiment that has ended: the hashes of its metrics, and what its dvc.lock says."""
+        refs = self.project.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").stdout.split()
+        found = []
+        for ref in refs:
+            if re.match(r"refs/exps/[0-9a-f]{2}/", ref):
+                tree = self.project.run("git", "ls-tree", "-r", ref, "metrics").stdout.splitlines()
+                lock = yaml.safe_load(self.project.run("git", "show", f"{ref}:dvc.lock").stdout)
+                found.append(
+                    {line.split("\t")[1]: line.split()[2] for line in tree}
+                    | {"dvc.lock": hash_bytes(json.dumps(lock, sort_keys=True).encode())}
+                )
+        return found
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def words(process: psutil.Process) -> list[str]:
+    """Those of a process's command; none if it has ended."""
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 def went_on(printed: str, stage: str) -> str:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -25,19 +26,28 @@ def run_queue(project: Project, workers: int = 2) -> None:
     tasks = states_in(queue_status(project)).keys()
     try:
         start(project, workers)
-        deadline = time.monotonic() + QUEUE_SECONDS
-        seen = time.monotonic()  # when a worker was last there
-        while not tasks <= ended_in(status := queue_status(project)):
-            assert time.monotonic() < deadline, queue_logs(project, states_in(status))
-            if NO_WORKER not in status:
-                seen = time.monotonic()
-            elif time.monotonic() - seen > DESERTED_SECONDS:
-                start(project, workers)
-                seen = time.monotonic()
-            time.sleep(1)
-        assert set(states_in(status).values()) == {"Success"}, queue_logs(project, states_in(status))
+        states = wait_for_queue(project, tasks, workers)
+        assert set(states.values()) == {"Success"}, queue_logs(project, states)
     finally:
         stop_queue(project)
+
+
+def wait_for_queue(project: Project, tasks: Iterable[str] = (), workers: int = 1) -> dict[str, str]:
+    """Wait until these tasks have ended, and all that are listed; return state by task."""
+    deadline = time.monotonic() + QUEUE_SECONDS
+    seen = time.monotonic()  # when a worker was last there
+    while True:
+        status = queue_status(project)
+        states = states_in(status)
+        if {*tasks, *states} <= {task for task, state in states.items() if state in ("Success", "Failed")}:
+            return states
+        assert time.monotonic() < deadline, queue_logs(project, states)
+        if NO_WORKER not in status:
+            seen = time.monotonic()
+        elif time.monotonic() - seen > DESERTED_SECONDS:
+            start(project, workers)
+            seen = time.monotonic()
+        time.sleep(1)
 
 
 def start(project: Project, workers: int) -> None:
@@ -65,10 +75,6 @@ def queue_status(project: Project) -> str:
 def states_in(status: str) -> dict[str, str]:
     """State by task: Queued, Running, Success or Failed."""
     return dict(TASK.findall(status))
-
-
-def ended_in(status: str) -> set[str]:
-    return {task for task, state in states_in(status).items() if state in ("Success", "Failed")}
 
 
 def queue_logs(project: Project, states: dict[str, str]) -> str:

@@ -5,8 +5,8 @@ them at once. The server imports no module of this project, so a copy of the pro
 
 `start` makes a folder with the programs `python` and `dvc` (tests/fork/python). Such a program sends its arguments,
 environment and open files to the server, passes signals on to the fork, and exits as the fork exits. When it is killed,
-the fork is killed too, with what that has started. A real Python runs for other options than -m, -c, -P and -u, for
-variables that libraries read when they are loaded, and under `make coverage`.
+the fork is killed too, with what that has started. A real Python runs for other options than -m, -c, -P and -u, and
+for variables that libraries read when they are loaded.
 """
 
 import atexit
@@ -54,6 +54,7 @@ def start() -> "tuple[subprocess.Popen[bytes], Path]":
         server = subprocess.Popen(
             [sys.executable, str(Path(__file__)), str(listening.fileno()), str(shim)], stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, pass_fds=[listening.fileno()], start_new_session=True, cwd=folder,
+            env={key: value for key, value in os.environ.items() if not key.startswith("COVERAGE_")},
         )  # fmt: skip
     return server, shim
 
@@ -269,6 +270,8 @@ def run(arguments: list[str], shim: str, path: list[str]) -> None:
     if os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    if os.environ.get("COVERAGE_PROCESS_CONFIG"):
+        importlib.import_module("coverage").process_startup()
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     if "PROCESS_RECORD" in os.environ and "sitecustomize" in sys.modules:

@@ -15,7 +15,7 @@ import pytest
 import tracker
 from dvc_queue import processes_in
 from imports import ROOT
-from project import TRAINED, Project, clean_environment, python, small_project
+from project import TRAINED, Project, clean_environment, python, real_environment, small_project
 from small_images import make_images
 from tracker import free_port, send_the_rest, wait_for
 
@@ -47,7 +47,7 @@ class Float64(nn.Module):
         return self.network(pixels.double())
 
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-set_threads(2)
+set_threads(1)
 with joined() as group:
     device = torch.device("cpu")
     dataset = CustomImageDataset(folder / "images.csv", folder / "images.zip", classes=4)
@@ -127,13 +127,13 @@ def test_losses_and_weights_are_those_of_one_process(images: Path, processes: in
 def test_two_machines_train_as_one(images: Path) -> None:
     """Each with a torchrun of its own, which meet at an address; here both are on this one."""
     settings = {"network": "cnn", "augment": ["flip", "cutmix"]}
-    meeting = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
+    meeting = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     agents = [
         subprocess.Popen(
-            [*torchrun(*meeting, "--nproc-per-node=1"), *training(images, settings)],
+            [*torchrun(*meeting, f"--node-rank={node}"), *training(images, settings)],
             cwd=ROOT, stdout=subprocess.PIPE, text=True,
         )
-        for _ in range(2)
+        for node in range(2)
     ]  # fmt: skip
     printed = [agent.communicate()[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0]
@@ -249,6 +249,8 @@ def test_torchrun_starts_a_killed_process_again_and_training_goes_on_to_the_same
 
 @pytest.mark.slow
 def test_an_ended_torchrun_leaves_a_checkpoint_and_no_process(untrained: Project, reference: Project) -> None:
+    # A copy's parent is not who started it
+    untrained.env = real_environment(untrained.root.parent)
     done = untrained.dvc("repro", "train", check=False, RANK_AT="0", AT=str(2 * BATCHES + 9), END="torchrun")
     assert done.returncode != 0
     wait_for(lambda: processes_in(untrained.root) == [])

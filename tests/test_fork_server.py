@@ -11,9 +11,7 @@ import pytest
 from project import clean_environment, python
 from tracker import wait_for
 
-pytestmark = pytest.mark.skipif(
-    "COVERAGE_PROCESS_CONFIG" in os.environ or "FORKING_PYTHON" not in os.environ, reason="there are no copies"
-)
+pytestmark = pytest.mark.skipif("FORKING_PYTHON" not in os.environ, reason="there are no copies")
 
 
 def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import tracker
 from dvc_queue import processes_in
-from project import TRAINED, Project, real_environment, small_project
+from project import TRAINED, Project, clean_environment, python, real_environment, small_project
 from tracker import send_the_rest, wait_for
 
 pytestmark = pytest.mark.slow
@@ -46,8 +46,8 @@ def build(image_shape, classes):
         network.register_forward_pre_hook(hold)
     return network
 """
-DVC = [sys.executable, "-m", "dvc"]
-STAGE = [sys.executable, "-m", "stages.train"]
+DVC = ["-m", "dvc"]
+STAGE = ["-m", "stages.train"]
 
 
 class Reference(NamedTuple):
@@ -79,15 +79,18 @@ def project(reference: Reference, tmp_path: Path) -> Project:
 # Killing
 
 
-def start(project: Project, command: list[str], epoch: int, batch: int) -> "subprocess.Popen[str]":
-    """Start a command in a process group of its own, as in a terminal; its training stops before this batch.
+def start(
+    project: Project, command: list[str], epoch: int, batch: int, *, real: bool = True
+) -> "subprocess.Popen[str]":
+    """Start Python in a process group of its own, as in a terminal; its training stops before this batch.
 
     epoch, batch: counted from 0, from where this training begins.
     """
+    environment = real_environment if real else clean_environment
     with (project.root.parent / "errors").open("w") as errors:
         return subprocess.Popen(
-            command, cwd=project.root, stdin=subprocess.DEVNULL,
-            env=real_environment(project.root.parent, HOLD=str(epoch * BATCHES + batch)),
+            [sys.executable if real else python(), *command], cwd=project.root, stdin=subprocess.DEVNULL,
+            env=environment(project.root.parent, HOLD=str(epoch * BATCHES + batch)),
             stdout=subprocess.DEVNULL, stderr=errors, text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -116,7 +119,7 @@ def kill_everything(project: Project) -> None:
 
 def kill_in(project: Project, command: list[str], epoch: int, batch: int) -> None:
     """Start a command and kill all its processes before this batch of its training."""
-    with start(project, command, epoch, batch):
+    with start(project, command, epoch, batch, real=False):
         wait_until_held(project)
         kill_everything(project)
 
@@ -197,7 +200,7 @@ def test_a_training_killed_twice_leads_to_the_same_metrics_and_model(project: Pr
 def test_a_training_killed_before_its_first_checkpoint_begins_anew_in_the_same_run(
     project: Project, reference: Reference
 ) -> None:
-    with start(project, [*DVC, "repro", "train"], epoch=0, batch=5):
+    with start(project, [*DVC, "repro", "train"], epoch=0, batch=5, real=False):
         wait_until_held(project)
         wait_for(lambda: statuses(project) == ["RUNNING"])
         kill_everything(project)
@@ -239,7 +242,7 @@ train.training_batches = edit_and_load
 def kill_changed(project: Project, change: str) -> list[str]:
     """Start a changed stage, kill it before its sixth batch; the names of its checkpoints."""
     project.set_params(checkpoint_steps="4" if change == EDITING_WHILE_DECODING else "1000")
-    kill_in(project, [sys.executable, "-c", CHANGED_STAGE.format(change=change)], epoch=0, batch=5)
+    kill_in(project, ["-c", CHANGED_STAGE.format(change=change)], epoch=0, batch=5)
     return sorted(path.name for path in project.root.glob(".checkpoints/*/*.pt"))
 
 
@@ -339,7 +342,7 @@ def test_ctrl_c_of_dvc_ends_training_with_a_checkpoint(project: Project, referen
 
 def test_a_training_that_diverges_fails_with_one_message_and_writes_no_weights(project: Project) -> None:
     project.set_params(lr="1e20")
-    failed = project.run(*STAGE, check=False)
+    failed = project.run(sys.executable, *STAGE, check=False)
     assert failed.returncode == 1
     message = failed.stderr.splitlines()
     assert message[-2].startswith("epoch 1, batch ")
