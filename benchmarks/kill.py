@@ -117,17 +117,17 @@ class Bench:
     def __init__(self, folder: Path, way: str, real: bool) -> None:
         folder.mkdir()
         self.env = clean_environment(folder)
+        launcher = {"launcher": "torchrun --nproc-per-node=2 --max-restarts=1"} if way == "torchrun" else {}
         if real:
             raw = ROOT / "data/raw"
             if not raw.is_dir():
                 raise PipelineError(f"{raw}: missing; run `make repro` first, so that the data is local")
             self.env["FASHION_MNIST_DIR"] = str(raw)
             self.project = Project.create(folder / "project")
+            self.project.set_params(**launcher)
+            self.project.commit()
         else:
-            self.project = small_project(folder, **SMALL)
-        if way == "torchrun":
-            self.project.set_params(launcher="torchrun --nproc-per-node=2 --max-restarts=1")
-        self.project.commit()
+            self.project = small_project(folder, **SMALL | launcher)
         self.way = way
         self.root = self.project.root
         self.kept = folder / "kept"
@@ -197,10 +197,9 @@ class Bench:
     def wait_for(self, stage: str, dvc: "subprocess.Popen[bytes]") -> tuple[psutil.Process, float]:
         """The process of a stage that dvc starts now, and when it was there; a shell that stays between is none."""
         while dvc.poll() is None:
-            with suppress(psutil.NoSuchProcess):
-                for process in psutil.Process(dvc.pid).children(recursive=True):
-                    if process.cmdline()[-2:] == ["-m", f"stages.{stage}"]:
-                        return process, time.perf_counter()
+            for process in processes_in(self.root):
+                if words(process)[-2:] == ["-m", f"stages.{stage}"]:
+                    return process, time.perf_counter()
             time.sleep(0.005)
         raise PipelineError(f"dvc repro has not run {stage}:\n{self.log.read_text()}")
 
@@ -330,13 +329,7 @@ class Experiments(Bench):
             time.sleep(moment * expected.seconds)
             second = time.perf_counter() - started
             there = processes_in(self.root)
-            chosen = {
-                "stage": lambda process: any(word.startswith("stages.") for word in words(process)),
-                "dvc": lambda process: process.pid == dvc.pid,
-                "worker": lambda process: "queue-worker" in words(process),
-                "everything": lambda process: True,
-            }[target]
-            victims = [process for process in there if chosen(process)]
+            victims = [process for process in there if self.is_target(process, target, dvc.pid)]
             kill_all(victims)
             dvc.wait()
         what = f"{'killed' if victims else 'over before the kill'} at {second:5.2f} s"
@@ -358,6 +351,13 @@ class Experiments(Bench):
         differences += [f"{path} is left" for path in self.root.glob(".dvc/tmp/exps/**/tmp*") if path.is_dir()]
         differences += self.different_files(Expected(0, 0, digests(self.kept), expected.files))
         return bool(victims), what, differences + self.different_runs(2)
+
+    def is_target(self, process: psutil.Process, target: str, dvc: int) -> bool:
+        if target == "stage":
+            return any(word.startswith("stages.") for word in words(process))
+        if target == "worker":
+            return "queue-worker" in words(process)
+        return target == "everything" or process.pid == dvc
 
     def end_workers(self) -> None:
         """A worker waits ten seconds for another task."""
@@ -388,7 +388,7 @@ def kill_all(processes: list[psutil.Process]) -> None:
 def words(process: psutil.Process) -> list[str]:
     """Those of a process's command; none if it has ended."""
     with suppress(psutil.Error):
-        return process.cmdline()
+        return list(process.cmdline())
     return []
 
 
