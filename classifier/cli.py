@@ -178,9 +178,11 @@ def promote(
     target: Annotated[
         str, typer.Argument(help="A model file, MLflow run id, DVC experiment or Git commit, or a version number.")
     ] = str(WEIGHTS),
-    force: Annotated[bool, typer.Option("--force", help="Also if it is not better, or not comparable.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also if it is not clearly better, or not comparable.")
+    ] = False,
 ) -> None:
-    """Make a registered version the champion if it is more accurate than the present one on the same test data."""
+    """Make a registered version the champion if it is clearly more accurate than the present one on the same images."""
     from classifier.lineage import trace
     from classifier.registry import find_version, promote, version_called
 

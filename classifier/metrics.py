@@ -23,6 +23,12 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def largest_class(labels: np.ndarray) -> tuple[int, float]:
+    """The label that (N,) labels have most often, and its share of them: the accuracy of always giving it. N >= 1."""
+    counts = np.bincount(labels)
+    return int(counts.argmax()), float(counts.max() / len(labels))
+
+
 def class_scores(logits: np.ndarray, labels: np.ndarray, names: list[str]) -> pd.DataFrame:
     """Precision, recall, F1 and the number of images of each class, one row a class, by label.
 

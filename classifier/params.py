@@ -71,6 +71,7 @@ class Params(BaseModel):
     test_size: Annotated[int | float, AfterValidator(_count_or_fraction)] = Field(
         description="a count of images (0 or more), or a fraction below 1"
     )
+    split_seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         description="a whole number of pixels from 1 to 4096, or empty"
     )

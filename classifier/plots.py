@@ -4,12 +4,16 @@ pixels: (N, C, H, W) float in [0, 1] with one or three channels, a NumPy array.
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+# Pixels: a place with its title, and the longer side of the image in it
+WIDTH, HEIGHT = 160, 180
+SIDE = 142
 
 # A user's matplotlibrc must not change the pictures.
 _default_style = matplotlib.rc_context(
@@ -20,11 +24,10 @@ _default_style = matplotlib.rc_context(
 @_default_style
 def save_grid(path: Path, pixels: np.ndarray, titles: list[str], rows: int, columns: int) -> None:
     """Images with their titles, row by row; places without an image stay empty, and too many images are an error."""
-    figure, axes = _grid(rows, columns)
-    for axis, image, title in zip(axes[: len(pixels)], pixels, titles, strict=True):
-        _show(axis, image)
-        axis.set_title(title, fontsize=8, parse_math=False)
-    _save(figure, path)
+    grid = _Grid(rows, columns)
+    for place, image, title in zip(range(rows * columns)[: len(pixels)], pixels, titles, strict=True):
+        grid.show_pixels(place, image, title)
+    _save(grid.figure, path)
 
 
 @_default_style
@@ -34,12 +37,11 @@ def save_saliency(path: Path, pixels: np.ndarray, saliency: np.ndarray, titles: 
     saliency: (N, H, W), 0 or more; each image is scaled to its own largest value.
     """
     count = len(pixels)
-    figure, axes = _grid(2, count)
+    grid = _Grid(2, count)
     for column in range(count):
-        _show(axes[column], pixels[column])
-        axes[column].set_title(titles[column], fontsize=8, parse_math=False)
-        axes[count + column].imshow(saliency[column], cmap="inferno")
-    _save(figure, path)
+        grid.show_pixels(column, pixels[column], titles[column])
+        grid.show(count + column, saliency[column], cmap="inferno")
+    _save(grid.figure, path)
 
 
 @_default_style
@@ -61,18 +63,29 @@ def save_reliability(path: Path, bins: pd.DataFrame) -> None:
     _save(figure, path)
 
 
-def _grid(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(1.6 * columns, 1.8 * rows), dpi=100)
-    # Room for two lines of title over each image; a layout that measures them takes longer than the drawing
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=1 - 0.2 / rows, wspace=0.1, hspace=0.25)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.axis("off")
-    return figure, axes
+class _Grid:
+    """Places for images, row by row, on one axis: an axis for each of them takes several times as long."""
 
+    def __init__(self, rows: int, columns: int) -> None:
+        self.figure = Figure(figsize=(WIDTH * columns / 100, HEIGHT * rows / 100), dpi=100)
+        self.columns = columns
+        self.axis = self.figure.add_axes((0, 0, 1, 1))
+        self.axis.set(xlim=(0, WIDTH * columns), ylim=(HEIGHT * rows, 0))  # from the top left
+        self.axis.axis("off")
 
-def _show(axis: Axes, image: np.ndarray) -> None:
-    axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+    def show(self, place: int, image: np.ndarray, title: str = "", **style: Any) -> None:
+        """image: (H, W) or (H, W, channels), drawn as large as there is room below two lines of title."""
+        row, column = divmod(place, self.columns)
+        scale = SIDE / max(image.shape[:2])
+        height, width = scale * image.shape[0], scale * image.shape[1]
+        middle, bottom = WIDTH * (column + 0.5), HEIGHT * (row + 1) - 4
+        extent = (middle - width / 2, middle + width / 2, bottom, bottom - height)
+        self.axis.imshow(image, extent=extent, aspect="auto", **style)
+        self.axis.text(middle, bottom - height - 5, title, ha="center", va="bottom", fontsize=8, parse_math=False)
+
+    def show_pixels(self, place: int, image: np.ndarray, title: str) -> None:
+        """image: (C, H, W) in [0, 1]."""
+        self.show(place, image.transpose(1, 2, 0), title, cmap="gray", vmin=0, vmax=1)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -145,7 +145,7 @@ def promote(candidate: Version, force: bool = False) -> str:
 
     Both must have been evaluated on the same test data. The difference is tested on the images that only one of the
     two classifies rightly (McNemar's exact test). Raises PipelineError, and leaves the alias, if the candidate is not
-    better or not comparable; `force` moves it all the same.
+    better, is better by what may be noise, or is not comparable; `force` moves it all the same.
     """
     champion = find_champion(candidate.name)
     new = Evaluation.of(candidate)
@@ -205,17 +205,20 @@ def _compared(candidate: Version, new: Evaluation, champion: Version, old: Evalu
     gained = int((new.correct & ~old.correct).sum())
     lost = int((old.correct & ~new.correct).sum())
     p_value = mcnemar(gained, lost)
-    verdict = "more than noise" if p_value < NOISE else "may be noise"
+    is_told_apart = p_value < NOISE
+    verdict = "more than noise" if is_told_apart else "may be noise"
     text = (
         f"{candidate}: accuracy {new.accuracy:.4f}; champion, version {champion.number}: {old.accuracy:.4f}\n"
         f"Of {len(new.correct)} test images, only the candidate is right on {gained} and only the champion on {lost}: "
         f"{verdict} (McNemar's exact test, p = {p_value:.2g})"
     )
-    if new.accuracy > old.accuracy:
+    is_better = new.accuracy > old.accuracy
+    if is_better and is_told_apart:
         return f"{text}\nVersion {candidate.number} is the champion now."
+    reason = "Better, by what may be noise" if is_better else "Not better"
     if force:
-        return f"{text}\nNot better, but champion by force now."
-    raise PipelineError(f"{text}\nNot better: version {champion.number} stays champion.")
+        return f"{text}\n{reason}, but champion by force now."
+    raise PipelineError(f"{text}\n{reason}: version {champion.number} stays champion. --force moves it all the same.")
 
 
 def _version(found: ModelVersion) -> Version:

@@ -1,7 +1,7 @@
 """One recipe, many seeds: how much of a result is the recipe, and how much is luck.
 
-The seed draws the validation split, the first weights and the order of the images. Each run is an experiment of DVC's
-queue, so it is kept, tracked and can be compared like any other.
+The seed draws the first weights, the order of the images and their augmentation, and split_seed which images are held
+out. Each run is an experiment of DVC's queue, so it is kept, tracked and can be compared like any other.
 """
 
 import re

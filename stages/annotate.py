@@ -19,6 +19,7 @@ from classifier.sources import LabelledImages, load_source
 from classifier.splits import Duplicates, assign_splits, check_classes, check_labels, find_duplicates
 
 SHOWN_GROUPS = 5
+RARE_FACTOR = 3  # by which the largest class is larger than the smallest before that is told
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     for split, data in splits.items():
         check_labels(split, data, len(names))
     given = {split: data.labels for split, data in splits.items()}
-    shares = assign_splits(given, names, params.val_size, params.test_size, params.seed)
+    shares = assign_splits(given, names, params.val_size, params.test_size, params.split_seed)
     labels = {split: splits[share.origin].labels[share.indices] for split, share in shares.items()}
     check_classes(labels["train"], names)
 
@@ -57,8 +58,19 @@ def main() -> None:
 
     counts = ", ".join(f"{len(files_of_split):,} {split}" for split, files_of_split in chosen.items())
     print(f"{counts} images in {len(names)} classes, each {' x '.join(map(str, shape))} (channels x height x width)")
+    print(of_classes(np.bincount(labels["train"], minlength=len(names)), names))
     of_split = {split: digests[starts[share.origin] + share.indices] for split, share in shares.items()}
     report(find_duplicates(of_split, labels, chosen))
+
+
+def of_classes(counts: np.ndarray, names: list[str]) -> str:
+    """What is said of the training images of each class."""
+    least, most = int(counts.argmin()), int(counts.argmax())
+    if counts[least] == counts[most]:
+        return f"training images of each class: {counts[most]:,}"
+    told = f"training images by class: {counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
+    unlike = counts[most] > RARE_FACTOR * counts[least]
+    return printable(told + ("; balance in params.yaml can make up for it" if unlike else ""))
 
 
 def report(found: Duplicates) -> None:

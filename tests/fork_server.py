@@ -67,7 +67,11 @@ def stop(server: "subprocess.Popen[bytes]", shim: Path) -> None:
     shutil.rmtree(shim.parent)
 
 
-def import_packages() -> None:
+def names_of_packages() -> list[str]:
+    return PACKAGES.read_text(encoding="utf-8").split()
+
+
+def import_packages(names: list[str]) -> None:
     """Import what stages, senders and DVC import."""
     # What classifier/store.py and stages/__init__.py set before their imports
     os.environ |= {
@@ -79,7 +83,7 @@ def import_packages() -> None:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in PACKAGES.read_text(encoding="utf-8").split():
+        for name in names:
             with contextlib.suppress(ImportError):  # of another version
                 importlib.import_module(name)
 
@@ -151,7 +155,7 @@ class Server:
     def accept(self) -> None:
         connection, _ = self.listening.accept()
         if not self.ready:
-            import_packages()
+            import_packages(names_of_packages())
             keep_operators()
             copy_new_stores(Path(self.shim).parent)
             gc.collect()
@@ -298,4 +302,11 @@ def end_process(code: int) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "compile":
+        import_packages(names_of_packages()[::-1])
+        sys.exit()
+    # In a new environment each package is compiled by its first import: another core begins at the end of the list
+    helper = subprocess.Popen(
+        [sys.executable, __file__, "compile"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     Server(socket.socket(fileno=int(sys.argv[1])), sys.argv[2]).serve()

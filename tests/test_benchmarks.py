@@ -35,7 +35,7 @@ def test_without_an_accelerator_nothing_is_claimed(
     assert not (tmp_path / "figures.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_script_of_accelerators_runs_on_a_cpu(fashion_mnist_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.accelerator", "--quick", "--data", str(fashion_mnist_dir)]
     command += ["--json", str(tmp_path / "figures.json"), "--only", "tests", "tutorial", "recipe"]

@@ -33,7 +33,7 @@ NIGHTLY_FUZZER_SECONDS = 600
 
 # The same inputs at every run; no database of failures, and Hypothesis' caches beside pytest's, which git ignores
 configuration.set_hypothesis_home_dir(ROOT / ".pytest_cache/hypothesis")
-quick = settings(derandomize=True, database=None, deadline=None, max_examples=150)
+quick = settings(derandomize=True, database=None, deadline=None, max_examples=100)
 
 
 @pytest.fixture(scope="module")

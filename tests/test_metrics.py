@@ -9,6 +9,7 @@ from classifier.metrics import (
     calibration_bins,
     class_scores,
     expected_calibration_error,
+    largest_class,
     mcnemar,
     most_confident_mistakes,
     negative_log_likelihood,
@@ -186,3 +187,7 @@ def test_no_mistakes() -> None:
 def test_mcnemar_is_the_two_sided_binomial_test(only_first: int, only_second: int, p_value: float) -> None:
     assert mcnemar(only_first, only_second) == pytest.approx(p_value, rel=1e-4)
     assert mcnemar(only_second, only_first) == mcnemar(only_first, only_second)
+
+
+def test_the_accuracy_of_an_answer_that_never_changes_is_the_share_of_the_largest_class() -> None:
+    assert largest_class(np.array([2, 0, 2, 1])) == (2, 0.5)

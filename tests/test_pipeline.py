@@ -282,3 +282,11 @@ def test_weights_without_a_run_in_the_store_get_one(copied: Project) -> None:
     copied.run(sys.executable, "-m", "stages.evaluate")
     with sqlite3.connect(copied.root / "mlflow.db") as store:
         assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
+
+
+def test_a_network_that_has_learnt_nothing_is_told(reproduced: Project, tmp_path: Path) -> None:
+    project = reproduced.copy(tmp_path / "project")
+    project.set_params(lr="1e-6", epochs="1")
+    printed = project.dvc("repro", "evaluate").stdout
+    assert "every time would be right on 10.0%\nThe network is not clearly better than that: " in printed
+    assert "not clearly better" not in (reproduced.root.parent / "printed.txt").read_text()

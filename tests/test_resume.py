@@ -168,7 +168,10 @@ def kill_dvc(project: Project, dvc: int, stage: psutil.Process) -> None:
 
 
 # DVC starts a stage through $SHELL: bash becomes the stage, dash stays between the two.
-@pytest.mark.parametrize(("kill", "shell"), [(kill_stage, "bash"), (kill_dvc, "bash"), (kill_dvc, "dash")])
+@pytest.mark.parametrize(
+    ("kill", "shell"),
+    [(kill_stage, "bash"), (kill_dvc, "dash"), pytest.param(kill_dvc, "bash", marks=pytest.mark.nightly)],
+)
 def test_a_killed_training_goes_on_to_the_same_bytes(
     project: Project,
     reference: Reference,
@@ -298,7 +301,7 @@ def test_an_experiment_killed_in_the_workspace_goes_on_after_the_way_back(
     [
         (signal.SIGTERM, 143, {}),
         (signal.SIGINT, 130, {"memory_limit_gib": "0.00001", "workers": "2"}),
-        (signal.SIGTERM, 143, {"memory_limit_gib": "0.00001", "workers": "2"}),
+        pytest.param(signal.SIGTERM, 143, {"memory_limit_gib": "0.00001", "workers": "2"}, marks=pytest.mark.nightly),
     ],
     ids=["SIGTERM", "Ctrl-C, streaming", "SIGTERM, streaming"],
 )

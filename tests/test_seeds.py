@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 import pytest
+import yaml
 from dvc_queue import stop_queue
 from PIL import Image
 from project import Project, reproduced_project
@@ -13,6 +14,7 @@ from project import Project, reproduced_project
 from classifier import seeds
 from classifier.errors import PipelineError
 from classifier.experiment_queue import Recovered
+from classifier.files import md5s_in
 from classifier.seeds import _wait
 
 pytestmark = pytest.mark.slow
@@ -35,14 +37,17 @@ def test_two_seeds_are_run_kept_and_summed_up(project: Project) -> None:
     _, printed, _ = run_seeds(project, "-n", "2", "-S", "lr=0.2", "-j", "2")
     table = pd.read_csv(project.root / "reports/seeds.csv").set_index("seed")
     assert list(table.index) == [42, 43]
+    splits = set()
     for seed, row in table.to_dict("index").items():
         name = f"refs/exps/**/{row['experiment']}"
         ref = project.run("git", "for-each-ref", "--format=%(refname)", name).stdout.strip()
         metrics = json.loads(project.run("git", "show", f"{ref}:metrics/test.json").stdout)
         assert metrics["loss"] == row["test loss"]
-        params = project.run("git", "show", f"{ref}:params.yaml").stdout
-        assert f"seed: {seed}\n" in params
-        assert "lr: 0.2\n" in params
+        params = yaml.safe_load(project.run("git", "show", f"{ref}:params.yaml").stdout)
+        assert (params["seed"], params["lr"]) == (seed, 0.2)
+        lock = yaml.safe_load(project.run("git", "show", f"{ref}:dvc.lock").stdout)
+        splits.add(md5s_in(lock)["data/annotations"])
+    assert len(splits) == 1
     losses = table["test loss"]
     assert losses.nunique() == 2
     assert f"{losses.mean():.4f} ± {losses.std():.4f} ({losses.min():.4f} to {losses.max():.4f})" in printed

@@ -8,6 +8,7 @@ import pytest
 from classifier.errors import PipelineError
 from classifier.sources import LabelledImages, fashion_mnist
 from classifier.splits import Duplicates, assign_splits, check_classes, check_labels, find_duplicates, hold_out
+from stages.annotate import of_classes
 
 NAMES = [f"class {label}" for label in range(10)]
 BALANCED = np.repeat(np.arange(10), 30)
@@ -197,3 +198,15 @@ def test_counts_of_fashion_mnist(fashion_mnist_dir: Path) -> None:
     digests = {split: [image.tobytes() for image in np.asarray(data.images)] for split, data in splits.items()}
     labels = {split: data.labels for split, data in splits.items()}
     assert find_duplicates(digests, labels, dict.fromkeys(splits, [""] * 60_000)) == (0, 0, [], [])
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        ([40, 40], "training images of each class: 40"),
+        ([3000, 1500], "training images by class: 1,500 (dog) to 3,000 (cat)"),
+        ([3, 10], "training images by class: 3 (cat) to 10 (dog); balance in params.yaml can make up for it"),
+    ],
+)
+def test_the_sizes_of_the_classes_are_told(counts: list[int], told: str) -> None:
+    assert of_classes(np.array(counts), ["cat", "dog"]) == told
