@@ -177,7 +177,7 @@ def test_an_annotate_that_is_killed_again_and_again_leaves_whole_files(annotatin
     root = annotating.root
     whole: dict[str, set[str]] = {}
     for seed in ("1", "2"):  # which give other splits
-        annotating.set_params(seed=seed)
+        annotating.set_params(split_seed=seed)
         begin = time.monotonic()
         run_annotate(annotating)
         seconds = time.monotonic() - begin
@@ -189,7 +189,7 @@ def test_an_annotate_that_is_killed_again_and_again_leaves_whole_files(annotatin
     half = 0
     with watched(root, whole) as met:
         for attempt in range(12):
-            annotating.set_params(seed="12"[attempt % 2])
+            annotating.set_params(split_seed="12"[attempt % 2])
             process = start(annotating, "stages.annotate", real=True)
             if attempt % 3:
                 time.sleep(chance.uniform(0.1, seconds))
