@@ -51,7 +51,8 @@ def clean_environment(folder: Path, **extra: str) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     env["GIT_CONFIG_GLOBAL"] = os.devnull
     env.pop("PYTHONDONTWRITEBYTECODE", None)
-    folders = dict.fromkeys(str(Path(program).parent) for program in (python(), sys.executable))
+    programs = (python(), os.environ.get("REAL_PYTHON", sys.executable))
+    folders = dict.fromkeys(str(Path(program).parent) for program in programs)
     env["PATH"] = os.pathsep.join([*folders, env["PATH"]])
     for kind in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DVC_SITE_CACHE_DIR"):
         env[kind] = str(folder / f".{kind.lower()}")

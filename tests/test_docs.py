@@ -99,7 +99,7 @@ def test_the_commands_of_own_images_do_what_the_page_says(tmp_path: Path, epochs
     assert epochs == 1 or json.loads((project.root / "metrics/test.json").read_text())["accuracy"] >= 0.97
     assert (project.root / "reports/samples.png").stat().st_size > 1000
     shown = "".join(content for language, content in blocks if language == "").splitlines()
-    assert len(shown) == 11
+    assert len(shown) == 13
     # Numbers may differ in their last digits on other processors, and the runner-up with them
     kinds = {re.sub(r"[\d.]+", "#", line) for line in printed.splitlines()}
     assert [line for line in shown if line != "..." and re.sub(r"[\d.]+", "#", line) not in kinds] == []

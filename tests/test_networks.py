@@ -110,9 +110,14 @@ def test_the_seed_decides_the_weights(name: str) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+# Half a gigabyte of vgg16 takes a quarter of a minute each time
+TIERS = {"resnet18": pytest.mark.slow, "vgg16": pytest.mark.nightly}
+EXPORTED = [pytest.param(name, marks=TIERS.get(name, ())) for name in NETWORKS]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", marked(NETWORKS, SLOW | {"resnet18"}))
+@pytest.mark.parametrize("name", EXPORTED)
 def test_exported_files_give_the_logits_at_other_batch_sizes(
     name: str, suffix: str, channels: int, tmp_path: Path
 ) -> None:
