@@ -10,6 +10,7 @@ from classifier.annotations import LISTED_FAULTS, repeated
 from classifier.errors import PipelineError
 from classifier.sources import LabelledImages
 
+RARE_FACTOR = 3  # by which the largest class is larger than the smallest before that is told
 LARGEST_SHARE = 5  # a count of images to hold out takes at most one in so many: the default is made for 60,000
 
 
@@ -44,6 +45,17 @@ def check_labels(split: str, data: LabelledImages, classes: int) -> None:
     if wrong.size:
         rows = ", ".join(f"{row} (label {data.labels[row]})" for row in wrong[:LISTED_FAULTS])
         raise PipelineError(f"{split}: {wrong.size} labels are not in 0..{classes - 1}: images {rows}")
+
+
+def class_sizes(labels: np.ndarray, names: Sequence[str]) -> str:
+    """What is said of the (N,) labels of the training images: how many each class has, and if some have few."""
+    counts = np.bincount(labels, minlength=len(names))
+    least, most = int(counts.argmin()), int(counts.argmax())
+    if counts[least] == counts[most]:
+        return f"training images of each class: {counts[most]:,}"
+    told = f"training images by class: {counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
+    unlike = counts[most] > RARE_FACTOR * counts[least]
+    return told + ("; balance in params.yaml can make up for it" if unlike else "")
 
 
 def check_classes(labels: np.ndarray, names: list[str]) -> None:

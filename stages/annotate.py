@@ -16,10 +16,9 @@ from classifier.files import ANNOTATIONS, IMAGES, RAW, atomic, verified
 from classifier.params import load_params
 from classifier.preprocessing import common_shape, file_names, prepare
 from classifier.sources import LabelledImages, load_source
-from classifier.splits import Duplicates, assign_splits, check_classes, check_labels, find_duplicates
+from classifier.splits import Duplicates, assign_splits, check_classes, check_labels, class_sizes, find_duplicates
 
 SHOWN_GROUPS = 5
-RARE_FACTOR = 3  # by which the largest class is larger than the smallest before that is told
 
 
 def main() -> None:
@@ -58,19 +57,9 @@ def main() -> None:
 
     counts = ", ".join(f"{len(files_of_split):,} {split}" for split, files_of_split in chosen.items())
     print(f"{counts} images in {len(names)} classes, each {' x '.join(map(str, shape))} (channels x height x width)")
-    print(of_classes(np.bincount(labels["train"], minlength=len(names)), names))
+    print(printable(class_sizes(labels["train"], names)))
     of_split = {split: digests[starts[share.origin] + share.indices] for split, share in shares.items()}
     report(find_duplicates(of_split, labels, chosen))
-
-
-def of_classes(counts: np.ndarray, names: list[str]) -> str:
-    """What is said of the training images of each class."""
-    least, most = int(counts.argmin()), int(counts.argmax())
-    if counts[least] == counts[most]:
-        return f"training images of each class: {counts[most]:,}"
-    told = f"training images by class: {counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]})"
-    unlike = counts[most] > RARE_FACTOR * counts[least]
-    return printable(told + ("; balance in params.yaml can make up for it" if unlike else ""))
 
 
 def report(found: Duplicates) -> None:
