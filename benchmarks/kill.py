@@ -337,7 +337,7 @@ class Experiments(Bench):
             dvc.wait()
         what = f"{'killed' if victims else 'over before the kill'} at {second:5.2f} s"
         try:
-            if self.way == "temp" and self.root.exists():
+            if self.way == "temp":
                 psutil.wait_procs(processes_in(self.root), timeout=ENDING_SECONDS)
                 self.wait(self.run())
             self.project.run(sys.executable, "-m", "classifier", "queue", "resume")
