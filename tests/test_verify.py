@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from dvc_queue import processes_in
-from project import Project, clean_environment, small_project
+from project import Project, clean_environment, python, small_project
 from tracker import wait_for
 
 from classifier.errors import PipelineError
@@ -180,7 +180,7 @@ def test_a_clean_clone_is_verified_and_stays_as_it_is(clone: Project, tmp_path: 
         "LC_ALL": "C",
         "TZ": "Asia/Kathmandu",
     }
-    command = ("sh", "-c", 'umask 077; exec "$@"', "sh", sys.executable, "-m", "classifier", "verify")
+    command = ("sh", "-c", 'umask 077; exec "$@"', "sh", python(), "-m", "classifier", "verify")
     done = clone.run(*command, check=False, **settings)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -221,7 +221,7 @@ def test_one_changed_image_and_a_changed_training_loop_are_drift(reproduced: Pro
     assert "outputs drifted: " in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_in_another_environment_the_results_are_within_tolerance_and_what_differs_is_told(clone: Project) -> None:
     """As on another processor: torch's kernels without vector instructions, which sum in another order."""
     command = (sys.executable, "-m", "classifier", "verify")
