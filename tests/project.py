@@ -162,7 +162,8 @@ def small_project(folder: Path, **params: str) -> Project:
     (project.root / "classifier/sources/small.py").write_text(SMALL_SOURCE)
     write_idx_dataset(folder / "idx")
     small = {"source": "small", "data_path": str(folder / "idx"), "val_size": "40", "epochs": "4", "lr": "0.1"}
-    project.set_params(**(small | {"threads": "1"} | params))
+    names = {"experiment": "fashion-mnist", "registered_model": "fashion-mnist"}
+    project.set_params(**(small | names | {"threads": "1"} | params))
     project.commit()
     return project
 
