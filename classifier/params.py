@@ -4,12 +4,13 @@
 """
 
 import difflib
+import re
 import reprlib
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from classifier.errors import PipelineError, masked, run_main
 from classifier.files import PARAMS, read_yaml
@@ -115,8 +116,25 @@ class Params(BaseModel):
     cuda_graphs: bool = Field(description="true or false")
     workers: int = Field(ge=0, description="a whole number, 0 or more")
     memory_limit_gib: float = Field(gt=0, description="a number above 0")
-    experiment: Text = Field(description="a name")
-    registered_model: str = Field(pattern=r"^[^/:'\"`]+$", description="a name without / and : and quotes")
+    experiment: Text = Field(description="a name, or empty")
+    registered_model: str = Field(pattern=r"^[^/:'\"`]+$", description="a name without / and : and quotes, or empty")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_data(cls, content: dict[str, Any]) -> dict[str, Any]:
+        name = data_name(str(content.get("source")), str(content.get("data_path")))
+        empty = [key for key in ("experiment", "registered_model") if key in content and content[key] is None]
+        return content | dict.fromkeys(empty, name)
+
+
+def data_name(source: str, data_path: str) -> str:
+    """The name of a data set: of your own images that of their folder or zip, else that of the source.
+
+    MLflow takes it in its addresses, so it has letters, digits, `.`, `_` and `-` alone.
+    """
+    own = re.sub(r"\.zip$", "", PurePath(data_path).name, flags=re.IGNORECASE)
+    name = own if source == "folder" else source.replace("_", "-")
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
 
 
 # They change no result: no stage tracks them, and they are not part of what made a model.

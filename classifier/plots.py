@@ -3,6 +3,7 @@
 pixels: (N, C, H, W) float in [0, 1] with one or three channels, a NumPy array.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # Pixels: a place with its title, and the longer side of the image in it
-WIDTH, HEIGHT = 160, 180
+WIDTH, HEIGHT = 160, 194
 SIDE = 142
+LETTERS = 25  # that fit above an image
 
 # A user's matplotlibrc must not change the pictures.
 _default_style = matplotlib.rc_context(
     {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
 )
+
+
+def title(*lines: str, file: str) -> str:
+    """The title of an image. Lines that are too long lose their end, the name of a file its beginning."""
+    short = [line if len(line) <= LETTERS else f"{line[: LETTERS - 1]}…" for line in lines]
+    return "\n".join([*short, file if len(file) <= LETTERS else f"…{file[1 - LETTERS :]}"])
 
 
 @_default_style
@@ -74,7 +82,7 @@ class _Grid:
         self.axis.axis("off")
 
     def show(self, place: int, image: np.ndarray, title: str = "", **style: Any) -> None:
-        """image: (H, W) or (H, W, channels), drawn as large as there is room below two lines of title."""
+        """image: (H, W) or (H, W, channels), drawn as large as there is room below three lines of title."""
         row, column = divmod(place, self.columns)
         scale = SIDE / max(image.shape[:2])
         height, width = scale * image.shape[0], scale * image.shape[1]
@@ -89,4 +97,6 @@ class _Grid:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, metadata={"Software": None})  # without the version that matplotlib writes by default
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a file or class; metrics/ has their names
+        figure.savefig(path, metadata={"Software": None})  # without the version that matplotlib writes by default

@@ -5,13 +5,14 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from classifier.annotations import LISTED_FAULTS, Names
+from classifier.annotations import LISTED_FAULTS, Names, write_csv
 from classifier.cores import usable_cores
 from classifier.decoding import Header, decode_image, fit_pixels, read_header
 from classifier.errors import PipelineError, printable
@@ -36,6 +37,18 @@ class Prepared(NamedTuple):
 def file_names(split: str, data: LabelledImages) -> Sequence[str]:
     """The names of a split's images in images.zip."""
     return data.names or Names(f"{split}/{index:05d}.png" for index in range(len(data.labels)))
+
+
+def own_names(split: str, data: LabelledImages) -> Sequence[str]:
+    """What people know a split's images by: their names in the user's data, or else those in images.zip."""
+    return data.originals or file_names(split, data)
+
+
+def write_originals(path: Path, splits: Mapping[str, LabelledImages]) -> None:
+    """Write the table of images that are called otherwise in the user's data: name in images.zip, original name."""
+    named = [(split, data) for split, data in splits.items() if data.originals]
+    files, originals = (Names(chain.from_iterable(names(*each) for each in named)) for names in (file_names, own_names))
+    write_csv(path, {"file": files, "original": originals})
 
 
 def common_shape(
@@ -129,8 +142,7 @@ def _header(image: np.ndarray | bytes) -> Header:
 
 
 def _fault(data: LabelledImages, index: int, name: str, error: Exception) -> str:
-    original = getattr(data.images, "names", None)
-    return f"{original[index] if original else name}: {error}"
+    return f"{data.originals[index] if data.originals else name}: {error}"
 
 
 def _check(faults: list[str]) -> None:

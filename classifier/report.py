@@ -1,7 +1,8 @@
 """The report: one HTML page about the model in this checkout, which needs neither network nor script to be read.
 
-Reads   metrics/, params.yaml, and through git the commit that they are compared with
-Writes  the page, whose bytes depend on these alone: no time, no host, no path
+Reads   metrics/, data/annotations/, params.yaml, dvc.lock, through git the commit that they are compared with, and
+        from MLflow how long the training took
+Writes  the page, whose bytes depend on these alone: no host, no path
 """
 
 import base64
@@ -17,43 +18,59 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from classifier import files
+from classifier.annotations import class_names, read_annotations
 from classifier.charts import curves
 from classifier.errors import PipelineError
+from classifier.intervals import Interval, intervals
 from classifier.lineage import stale
 from classifier.params import load_params
 from classifier.repository import changes, commit_of, experiments, git, read_at
+from classifier.storage import Storage
+from classifier.store import find_runs, history
+from classifier.tracking import WEIGHTS_TAG
 
 CONFUSION = files.PLOTS / "confusion.csv"
 CONFUSIONS_SHOWN = 10
+MISTAKES_SHOWN = 15  # as many as the picture of them has
+SPLITS = ("train", "val", "test")
 MOST_IN_MATRIX = 100  # classes; with more, cells are too small to be told apart
 PERCENT, LOSS = "{:.2%}", "{:.5f}"
+# Smaller differences are not seen in the digits shown; those between two processors are 3e-6 (classifier/verify.py)
+UNSEEN = {PERCENT: 5e-5, LOSS: 5e-6}
 
 
 class Metric(NamedTuple):
-    """A number of the metrics files and how it is shown. better: the sign of a difference for the better, or 0."""
+    """A number of the metrics files and how it is shown.
+
+    split: of whose images it is, or nothing. better: the sign of a difference for the better, or 0.
+    """
 
     label: str
     key: str
+    split: str
     better: int
     shown: str
 
 
 METRICS = (
-    Metric("Test accuracy", "accuracy", +1, PERCENT),
-    Metric("Test loss", "loss", -1, LOSS),
-    Metric("Balanced accuracy", "balanced_accuracy", +1, PERCENT),
-    Metric("Macro F1", "macro_f1", +1, PERCENT),
-    Metric("Top-3 accuracy", "top3_accuracy", +1, PERCENT),  # of more than three classes
-    Metric("Calibration error", "ece", -1, PERCENT),
-    Metric("Validation accuracy", "val_accuracy", +1, PERCENT),
-    Metric("Validation loss", "val_loss", -1, LOSS),
-    Metric("Training loss", "train_loss", -1, LOSS),
-    Metric("Epoch kept", "epoch", 0, "{}"),
+    Metric("Test accuracy", "accuracy", "test", +1, PERCENT),
+    Metric("Test loss", "loss", "test", -1, LOSS),
+    Metric("Balanced accuracy", "balanced_accuracy", "test", +1, PERCENT),
+    Metric("Macro F1", "macro_f1", "test", +1, PERCENT),
+    Metric("Top-3 accuracy", "top3_accuracy", "test", +1, PERCENT),  # of more than three classes
+    Metric("Calibration error", "ece", "test", -1, PERCENT),
+    Metric("Validation accuracy", "val_accuracy", "val", +1, PERCENT),
+    Metric("Validation loss", "val_loss", "val", -1, LOSS),
+    Metric("Training loss", "train_loss", "train", -1, LOSS),
+    Metric("Epoch kept", "epoch", "", 0, "{}"),
 )
 
 
 class Revision(NamedTuple):
-    """A commit. metrics: the numbers of its metrics files; params: its params.yaml; notes: which of them it lacks."""
+    """A commit. metrics: the numbers of its metrics files; params: its params.yaml; notes: which of them it lacks.
+
+    outputs: the md5s of its dvc.lock by path.
+    """
 
     hash: str
     subject: str
@@ -61,6 +78,7 @@ class Revision(NamedTuple):
     metrics: dict[str, Any]
     params: dict[str, Any]
     notes: list[str]
+    outputs: dict[str, str]
 
     @property
     def short(self) -> str:
@@ -75,16 +93,21 @@ def write_report(target: Path, against: str | None, lineage: str) -> None:
     Raises PipelineError if an output is missing or unreadable, if the outputs are not of one run, or if nothing is
     called `against`.
     """
-    params = load_params().model_dump()
+    name = load_params().experiment
+    params = _read(files.PARAMS, lambda path: dict(files.read_yaml(path.read_bytes())))  # as they are written
     test = _read(files.TEST_METRICS, lambda path: _numbers(path, "accuracy", "loss"))
     interval = _read(files.TEST_METRICS, lambda path: [float(end) for end in files.read_json(path)["accuracy_ci95"]])
     train = _read(files.TRAIN_METRICS, lambda path: _numbers(path, "epoch", "train_loss", "val_loss", "val_accuracy"))
     epochs = _table(files.EPOCHS, epoch=int, train_loss=float, val_loss=float, val_accuracy=float)
     scores = _table(files.CLASS_METRICS, **{"class": str}, precision=float, recall=float, f1=float, images=int)
     answers = _table(CONFUSION, actual=str, predicted=str)
-    _check_same_run(test, train, epochs, scores, answers)
+    predictions = _predictions()
+    counts = _class_counts()
+    _check_same_run(test, train, epochs, scores, answers, predictions, counts)
     head = _state("HEAD")
     baseline = _baseline(against, head, test | train)
+    same = _same_images(baseline.outputs if baseline else {}, files.locked_md5s())
+    ranges = _intervals(predictions, list(scores["class"]))
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
@@ -92,13 +115,13 @@ def write_report(target: Path, against: str | None, lineage: str) -> None:
     )
     environment.filters |= {"percent": PERCENT.format, "loss": LOSS.format, "count": "{:,}".format}
     page = environment.get_template("report.html.j2").render(
-        name=params["experiment"],
+        name=name,
         commit=head,
         changed=changes()[0],
         stale=_stale(),
         baseline=baseline,
         rows=[
-            _row(metric, test | train, baseline.metrics if baseline else {})
+            _row(metric, test | train, baseline.metrics if baseline else {}, ranges.get(metric.key), same)
             for metric in METRICS
             if metric.key in test | train
         ],
@@ -112,7 +135,9 @@ def write_report(target: Path, against: str | None, lineage: str) -> None:
         accuracy_chart=curves(epochs, {"validation": "val_accuracy"}, train["epoch"], "Accuracy", percent=True),
         matrix=_matrix(answers, list(scores["class"])),
         confusions=_worst_confusions(answers),
-        scores=scores.to_dict("records"),
+        scores=scores.assign(**counts).to_dict("records"),
+        mistakes=_mistakes(predictions),
+        training_time=_training_time(int(counts["train"].sum()), len(epochs)),
         picture=_picture,
         environments=_read(files.ENVIRONMENT, lambda path: [dict(entry) for entry in files.read_json(path)]),
         lineage=lineage,
@@ -154,16 +179,92 @@ def _stale() -> list[str]:
     return stale(files.read_lock(), lambda path: path.read_bytes() if path.is_file() else None)
 
 
+def _predictions() -> pd.DataFrame:
+    """The table of predictions: file, split, label, predicted, then the probabilities (classes,) in one column."""
+    known = {"file": str, "split": str, "label": str, "predicted": str}
+
+    def parse(path: Path) -> pd.DataFrame:
+        # A file or a class may be called NA
+        table = pd.read_csv(path, dtype=known, na_values={name: [] for name in known}, keep_default_na=False)
+        probabilities = table.iloc[:, len(known) :].to_numpy(np.float64)
+        return table[list(known)].assign(probabilities=list(probabilities))
+
+    table: pd.DataFrame = _read(files.PREDICTIONS, parse)
+    return table
+
+
+def _class_counts() -> dict[str, np.ndarray]:
+    """The number of images of each class, by split."""
+    classes = len(class_names(files.existing(files.ANNOTATIONS)))
+    labels = {split: read_annotations(files.ANNOTATIONS / f"{split}.csv", classes=classes).labels for split in SPLITS}
+    return {split: np.bincount(of_split, minlength=classes) for split, of_split in labels.items()}
+
+
+def _training_time(images: int, epochs: int) -> str:
+    """How long the epochs took, by the run of these weights, if MLflow has one.
+
+    images: of an epoch.
+    """
+    unknown = "The training time is not known here: no MLflow run of these weights has it."
+    try:
+        weights = files.hash_file(files.existing(files.WEIGHTS))
+        for run in find_runs(f"tags.`{WEIGHTS_TAG}` = '{weights}'"):
+            speeds = history(run.run_id, "images_per_second")
+            if len(speeds) == epochs and all(speeds):
+                seconds = sum(images / speed for speed in speeds)
+                return f"Trained for {_duration(seconds)}, without validation ({epochs} epochs)."
+    except PipelineError:
+        return unknown
+    return unknown
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _intervals(predictions: pd.DataFrame, classes: list[str]) -> dict[str, Interval]:
+    """The 95 % intervals of the metrics by their keys; where there are no validation images, those of test are."""
+    found: dict[str, Interval] = {}
+    label_of = {name: label for label, name in enumerate(classes)}
+    for split in ("test", "val"):
+        rows = predictions[predictions["split"] == split]
+        if len(rows):
+            labels, predicted = (rows[column].map(label_of).to_numpy(np.int64) for column in ("label", "predicted"))
+            of_split = intervals(labels, predicted, np.stack(rows["probabilities"].to_list()))
+        found |= of_split if split == "test" else {f"val_{key}": of_split[key] for key in ("accuracy", "loss")}
+    return found
+
+
+def _mistakes(predictions: pd.DataFrame) -> list[dict[Any, Any]]:
+    """The test images that are classified wrongly, the most probable wrong answers first."""
+    wrong = predictions[(predictions["split"] == "test") & (predictions["label"] != predictions["predicted"])]
+    probability = wrong["probabilities"].map(max)
+    worst_first = wrong.assign(probability=probability).sort_values("probability", ascending=False, kind="stable")
+    return worst_first.head(MISTAKES_SHOWN).to_dict("records")
+
+
 def _check_same_run(
-    test: dict[str, Any], train: dict[str, Any], epochs: pd.DataFrame, scores: pd.DataFrame, answers: pd.DataFrame
+    test: dict[str, Any],
+    train: dict[str, Any],
+    epochs: pd.DataFrame,
+    scores: pd.DataFrame,
+    answers: pd.DataFrame,
+    predictions: pd.DataFrame,
+    counts: dict[str, np.ndarray],
 ) -> None:
     """Metrics are in Git and pictures in DVC's cache, so that a checkout of only one of them mixes runs."""
     kept = [train[str(name)] for name in epochs]
     right = (answers["actual"] == answers["predicted"]).mean()
+    tested = predictions.loc[predictions["split"] == "test", ["label", "predicted"]].to_numpy()
     for same, one, other in (
         (np.isclose(epochs, kept, rtol=1e-9, equal_nan=True).all(axis=1).any(), files.EPOCHS, files.TRAIN_METRICS),
         (set(answers.to_numpy().flat) <= set(scores["class"]), CONFUSION, files.CLASS_METRICS),
         (math.isclose(right, test["accuracy"], abs_tol=1e-6), CONFUSION, files.TEST_METRICS),
+        (np.array_equal(tested, answers.to_numpy()), files.PREDICTIONS, CONFUSION),
+        (np.array_equal(scores["images"], counts["test"]), files.CLASS_METRICS, files.ANNOTATIONS),
     ):
         if not same:
             raise PipelineError(f"{one} and {other} are of different runs; `dvc checkout` or `dvc repro` mends that")
@@ -214,7 +315,11 @@ def _state(revision: str) -> Revision | None:
     if named:
         subject = f"experiment {revision}"  # DVC's own says no more than a hash
     metrics = found[files.TEST_METRICS] | found[files.TRAIN_METRICS]
-    return Revision(commit, subject, date, metrics, found[files.PARAMS], notes)
+    try:
+        outputs = files.md5s_in(dict(files.read_yaml(read_at(commit, files.LOCK) or b"") or {}))
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        outputs = {}
+    return Revision(commit, subject, date, metrics, found[files.PARAMS], notes, outputs)
 
 
 def _baseline(against: str | None, head: Revision | None, metrics: dict[str, Any]) -> Revision | None:
@@ -228,19 +333,43 @@ def _baseline(against: str | None, head: Revision | None, metrics: dict[str, Any
     )
 
 
-def _row(metric: Metric, here: dict[str, Any], there: dict[str, Any]) -> dict[str, str]:
-    """A line of the metrics table, as text. verdict: better, worse, unchanged, or nothing."""
+def _same_images(there: dict[str, str], here: dict[str, str]) -> dict[str, bool]:
+    """By split, whether two states are known to have the same images in it, and the same labels of them.
+
+    there, here: the md5s of their dvc.lock by path. Where the splits are others, as with another val_size, the cache
+    or the remote knows which of the tables is the same.
+    """
+    images, annotations = (
+        [md5s.get(str(path)) for md5s in (there, here)] for path in (files.IMAGES, files.ANNOTATIONS)
+    )
+    if None in (*images, *annotations) or images[0] != images[1]:
+        return dict.fromkeys(SPLITS, False)
+    if annotations[0] == annotations[1]:
+        return dict.fromkeys(SPLITS, True)
+    with Storage() as storage:
+        tables = [storage.files(str(md5)) or {} for md5 in annotations]
+    of_split = {split: [table.get(f"{split}.csv") for table in tables] for split in SPLITS}
+    return {split: before is not None and before == now for split, (before, now) in of_split.items()}
+
+
+def _row(
+    metric: Metric, here: dict[str, Any], there: dict[str, Any], interval: Interval | None, same: dict[str, bool]
+) -> dict[str, str]:
+    """A line of the metrics table, as text. verdict: better, worse, unchanged, other images, or nothing.
+
+    same: by split, whether both are of the same images: else nothing is subtracted.
+    """
     now, before = here[metric.key], there.get(metric.key)
     row = {"label": metric.label, "now": metric.shown.format(now), "before": "–", "difference": "", "verdict": ""}
+    row["interval"] = " to ".join(map(metric.shown.format, interval or ()))
     if before is None:
         return row
     row["before"] = metric.shown.format(before)
-    if (change := now - before) == 0:
+    if not same.get(metric.split, True):
+        return row | {"verdict": "other images"}
+    if (change := now - before) == 0 or abs(change) < UNSEEN.get(metric.shown, 0):
         return row | {"verdict": "unchanged"}
-    signed = {
-        PERCENT: f"{100 * change:+.2f} points",
-        LOSS: f"{change:+.5f}" if abs(change) >= 5e-6 else f"{change:+.0e}",
-    }
+    signed = {PERCENT: f"{100 * change:+.2f} points", LOSS: f"{change:+.5f}"}
     gain = change * metric.better
     verdict = "better" if gain > 0 else "worse" if gain < 0 else ""
     return row | {"difference": signed.get(metric.shown, f"{change:+}").replace("-", "−"), "verdict": verdict}

@@ -22,12 +22,15 @@ class Share(NamedTuple):
 
 
 class Duplicates(NamedTuple):
-    """Pairs of images with the same pixels, within one split and in two, and the names of groups of such images."""
+    """Pairs of images with the same pixels, within one split and in two, and groups of such images.
+
+    In the groups, the name of an image has that of its split behind it, or of its class.
+    """
 
     within: int
     across: int
     in_several_splits: list[list[str]]
-    with_several_labels: list[list[str]]
+    in_several_classes: list[list[str]]
 
 
 def check_labels(split: str, data: LabelledImages, classes: int) -> None:
@@ -94,11 +97,12 @@ def find_duplicates(
     digests: Mapping[str, Sequence[bytes] | np.ndarray],
     labels: Mapping[str, np.ndarray],
     names: Mapping[str, Sequence[str]],
+    classes: Sequence[str],
 ) -> Duplicates:
     """Find the images whose pixels are the same.
 
     By split: digests of the images' pixels, as bytes objects or (N,) of a dtype of bytes such as V32, their labels
-    (N,) int64, and their names.
+    (N,) int64, and their names. classes: the names of the classes.
     """
     again = repeated(bytes(digest) for of_split in digests.values() for digest in of_split)
     seen: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
@@ -107,7 +111,7 @@ def find_duplicates(
             if hash(bytes(digest)) in again:
                 seen[bytes(digest)].append((split, index))
     within = across = 0
-    in_several_splits, with_several_labels = [], []
+    in_several_splits, in_several_classes = [], []
     for places in seen.values():
         if len(places) == 1:
             continue
@@ -116,12 +120,12 @@ def find_duplicates(
         same_split = sum(count * (count - 1) // 2 for count in counts)
         within += same_split
         across += pairs - same_split
-        group = [names[split][index] for split, index in places]
         if pairs > same_split:
-            in_several_splits.append(group)
+            in_several_splits.append([f"{names[split][index]} ({split})" for split, index in places])
         if len({int(labels[split][index]) for split, index in places}) > 1:
-            with_several_labels.append(group)
-    return Duplicates(within, across, in_several_splits, with_several_labels)
+            of_class = [f"{names[split][index]} ({classes[labels[split][index]]})" for split, index in places]
+            in_several_classes.append(of_class)
+    return Duplicates(within, across, in_several_splits, in_several_classes)
 
 
 def hold_out(labels: np.ndarray, names: Sequence[str], size: int | float, seed: int, key: str) -> np.ndarray:

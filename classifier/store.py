@@ -91,6 +91,13 @@ def find_runs(filter_string: str = "") -> list[Run]:
     ]
 
 
+def history(run_id: str, key: str) -> list[float]:
+    """The values of a metric of a run, by step. Raises PipelineError if the store cannot be asked."""
+    with store_errors(), time_limit(EXCHANGE_SECONDS):
+        found = MlflowClient().get_metric_history(run_id, key)
+    return [metric.value for metric in sorted(found, key=lambda metric: metric.step)]
+
+
 @contextmanager
 def artifact(run_id: str, path: str) -> Iterator[Path | None]:
     """A local copy of an artifact of a run, for as long as the block lasts; None if the run has none of that name.

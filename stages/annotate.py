@@ -1,7 +1,7 @@
 """Annotate stage: original files in, one archive of images of one shape and one table per split out.
 
 Reads   data/raw/
-Writes  data/images.zip (a folder of zips where it is large), data/annotations/{train,val,test,classes}.csv
+Writes  data/images.zip (or a folder of zips), data/annotations/{train,val,test,classes}.csv, data/originals.csv
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ import numpy as np
 from classifier.annotations import Names, write_csv
 from classifier.archive import write_images
 from classifier.errors import printable, run_main
-from classifier.files import ANNOTATIONS, IMAGES, RAW, atomic, verified
+from classifier.files import ANNOTATIONS, IMAGES, ORIGINALS, RAW, atomic, verified
 from classifier.params import load_params
-from classifier.preprocessing import common_shape, file_names, prepare
+from classifier.preprocessing import common_shape, file_names, own_names, prepare, write_originals
 from classifier.sources import LabelledImages, load_source
 from classifier.splits import Duplicates, assign_splits, check_classes, check_labels, class_sizes, find_duplicates
 
@@ -54,18 +54,22 @@ def main() -> None:
         for split in shares:
             write_csv(folder / f"{split}.csv", {"file": chosen[split], "label": labels[split]})
         write_csv(folder / "classes.csv", {"label": range(len(names)), "name": names})
+    with atomic(ORIGINALS) as path:
+        write_originals(path, splits)
 
     counts = ", ".join(f"{len(files_of_split):,} {split}" for split, files_of_split in chosen.items())
     print(f"{counts} images in {len(names)} classes, each {' x '.join(map(str, shape))} (channels x height x width)")
     print(printable(class_sizes(labels["train"], names)))
     of_split = {split: digests[starts[share.origin] + share.indices] for split, share in shares.items()}
-    report(find_duplicates(of_split, labels, chosen))
+    own = {split: own_names(split, data) for split, data in splits.items()}
+    known_by = {split: Names(own[share.origin][place] for place in share.indices) for split, share in shares.items()}
+    report(find_duplicates(of_split, labels, known_by, names))
 
 
 def report(found: Duplicates) -> None:
     """Print how many images have the same pixels, and which of them spoil the test, or contradict each other."""
     print(f"same pixels: {found.within} pairs within a split, {found.across} across splits", flush=True)
-    for what, groups in [("splits", found.in_several_splits), ("labels", found.with_several_labels)]:
+    for what, groups in [("splits", found.in_several_splits), ("classes", found.in_several_classes)]:
         for group in groups[:SHOWN_GROUPS]:
             print(f"  in several {what}: {printable(' = '.join(group))}")
         if len(groups) > SHOWN_GROUPS:

@@ -1,7 +1,7 @@
 """Evaluate stage: how well the trained network does on the test images, in numbers and pictures.
 
-Reads   data/images.zip, data/annotations/, models/model_weights.pth
-Writes  metrics/test.json, metrics/classes.csv, metrics/plots/
+Reads   data/images.zip, data/annotations/, data/originals.csv, models/model_weights.pth
+Writes  metrics/test.json, metrics/classes.csv, metrics/predictions.csv, metrics/plots/
 """
 
 from classifier import files
@@ -14,6 +14,7 @@ from classifier.inference import predict, score, trained_network
 from classifier.metrics import class_scores, largest_class, overall_scores, wilson_interval
 from classifier.params import load_params
 from classifier.pictures import draw
+from classifier.prediction_table import Predicted, own_names, write_predictions
 from classifier.tracking import Tracker
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     seed_everything(params.seed)
 
     names = class_names(files.verified(files.ANNOTATIONS))
-    (test_set,) = annotated(["test"], len(names))
+    val_set, test_set = annotated(["val", "test"], len(names))
     network = trained_network(params.network, test_set.image_shape(), len(names), device, test_flip=params.test_flip)
     logits = predict(batches_of(test_set, params, device), network, params.precision)
 
@@ -44,9 +45,16 @@ def main() -> None:
 
     with files.atomic(files.CLASS_METRICS) as path:
         scores.assign(**{"class": [*map(csv_cell, names)]}).to_csv(path, index=False, lineterminator="\n")
+    own = own_names(files.verified(files.ORIGINALS), [*val_set.files, *test_set.files])
     with files.atomic(files.PLOTS) as folder:
         folder.mkdir()
-        draw(folder, network, test_set, logits.numpy(), names, params.seed)
+        draw(folder, network, test_set, logits.numpy(), names, own, params.seed)
+    predicted = [Predicted("test", test_set.files, test_set.labels.numpy(), logits.numpy())]
+    if len(val_set):
+        val_logits = predict(batches_of(val_set, params, device), network, params.precision)
+        predicted.insert(0, Predicted("val", val_set.files, val_set.labels.numpy(), val_logits.numpy()))
+    with files.atomic(files.PREDICTIONS) as path:
+        write_predictions(path, predicted, own, names)
     figures = {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [low, high]} | overall
     files.write_json(files.TEST_METRICS, figures)
 

@@ -94,7 +94,8 @@ class Project:
     def copy_without_results(self, root: Path) -> "Project":
         """A copy in which nothing has run yet: without outputs, lock, cache and MLflow store."""
         results = shutil.ignore_patterns(
-            "raw", "images.zip", "annotations", "models", "metrics", "dvc.lock", "mlruns", "mlflow.db*", "cache", "tmp"
+            "raw", "images.zip", "annotations", "originals.csv", "models", "metrics", "dvc.lock", "mlruns",
+            "mlflow.db*", "cache", "tmp",
         )  # fmt: skip
         shutil.copytree(self.root, root, symlinks=True, ignore=results)
         return Project(root)
@@ -162,7 +163,8 @@ def small_project(folder: Path, **params: str) -> Project:
     (project.root / "classifier/sources/small.py").write_text(SMALL_SOURCE)
     write_idx_dataset(folder / "idx")
     small = {"source": "small", "data_path": str(folder / "idx"), "val_size": "40", "epochs": "4", "lr": "0.1"}
-    project.set_params(**(small | {"threads": "1"} | params))
+    names = {"experiment": "fashion-mnist", "registered_model": "fashion-mnist"}
+    project.set_params(**(small | names | {"threads": "1"} | params))
     project.commit()
     return project
 

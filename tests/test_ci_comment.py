@@ -51,7 +51,7 @@ else:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A repository with the tags `bare`, without metrics, `old` and `new`, which differ in figures and parameters.
 
-    main is where `new` is.
+    main is where `new` is. `other` is as `old`, of other images.
     """
     project = Project.create(tmp_path_factory.mktemp("comment") / "project")
 
@@ -60,12 +60,25 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         project.run("git", "tag", tag)
 
     commit("bare")
+    write_lock(project, images="f" * 32)
     write_metrics(project, accuracy=0.6978, loss=0.81401, epoch=10)
     commit("old")
     write_metrics(project, accuracy=0.8505, loss=0.41612, epoch=10)
     project.set_params(lr="0.01", freeze="['linear_relu_stack.0.*']")
     commit("new")
+    project.run("git", "switch", "--quiet", "--detach", "old")
+    write_lock(project, images="0" * 32)
+    commit("other")
+    project.run("git", "switch", "--quiet", "main")
     return project
+
+
+def write_lock(project: Project, images: str) -> None:
+    """The part of dvc.lock that tells the images apart, by their md5."""
+    outputs = {"data/images.zip": images, "data/annotations": f"{'1' * 32}.dir"}
+    outs = [{"path": path, "hash": "md5", "md5": md5} for path, md5 in outputs.items()]
+    lock = {"schema": "2.0", "stages": {"annotate": {"cmd": "python -m stages.annotate", "outs": outs}}}
+    (project.root / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
 
 
 def write_metrics(project: Project, accuracy: float, loss: float, epoch: int) -> None:
@@ -98,6 +111,15 @@ def test_the_text_shows_old_new_and_change_of_each_metric_and_the_parameters_tha
     assert metrics["epoch"] == ["10", "10", "0"]
     assert list(parameters)[2:] == ["freeze", "lr"]
     assert parameters["lr"] == ["0.001", "0.01"]
+
+
+@pytest.mark.slow
+def test_figures_of_other_images_are_shown_and_not_subtracted(project: Project) -> None:
+    text = project.run(SCRIPT, "other").stdout
+    assert "\nThe images or their splits differ, so the figures are not subtracted.\n" in text
+    metrics = rows(text.partition("## Parameters")[0])
+    assert metrics["Metric"] == [short(project, "other"), "HEAD"]
+    assert metrics["accuracy"] == ["0.6978", "0.8505"]
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images.zip, the same images in images/, and labels.csv (with a header)."""
     folder = tmp_path_factory.mktemp("small")
     write_idx_dataset(folder / "idx", train=COUNT)
-    images, labels, _ = fashion_mnist.read(folder / "idx")["train"]
+    images, labels, *_ = fashion_mnist.read(folder / "idx")["train"]
     files = [(f"{index}.png", encode_png(image)) for index, image in enumerate(images)]
     write_zip(folder / "images.zip", files)
     (folder / "images").mkdir()
@@ -57,7 +57,7 @@ def dataset(request: pytest.FixtureRequest, small: Path) -> CustomImageDataset:
 
 
 def pixels_and_labels(small: Path) -> tuple[np.ndarray, np.ndarray]:
-    images, labels, _ = fashion_mnist.read(small / "idx")["train"]
+    images, labels, *_ = fashion_mnist.read(small / "idx")["train"]
     return np.asarray(images), labels
 
 

@@ -117,8 +117,9 @@ def test_outputs_are_the_files_of_the_contract() -> None:
     assert sorted(written) == sorted(
         str(path)
         for path in (
-            files.RAW, files.IMAGES, files.ANNOTATIONS, files.WEIGHTS, files.EPOCHS, files.TRAIN_METRICS,
-            files.ENVIRONMENT, files.CLASS_METRICS, files.PLOTS, files.TEST_METRICS, files.EXPORT,
+            files.RAW, files.IMAGES, files.ANNOTATIONS, files.ORIGINALS, files.WEIGHTS, files.EPOCHS,
+            files.TRAIN_METRICS, files.ENVIRONMENT, files.CLASS_METRICS, files.PREDICTIONS, files.PLOTS,
+            files.TEST_METRICS, files.EXPORT,
         )
     )  # fmt: skip
 

@@ -39,12 +39,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project.run("git", "config", "user.name", "Test")
     project.run("git", "config", "user.email", "test@example.org")
     project.commit()
-    project.run("gto", "register", "fashion-mnist", "--version", "v1.0.0")
+    project.run("gto", "register", "classifier", "--version", "v1.0.0")
     project.dvc("exp", "run", "--name", "slow", "-S", f"lr={LR['slow']}")
     project.run("git", "restore", ".")
     project.dvc("checkout")
     project.dvc("exp", "branch", "slow", "release")
-    project.run("gto", "register", "fashion-mnist", "release", "--version", "v2.0.0")
+    project.run("gto", "register", "classifier", "release", "--version", "v2.0.0")
     return project
 
 
@@ -184,8 +184,8 @@ def test_dag_names_the_five_stages_in_order(project: Project) -> None:
 
 def test_gto_lists_the_versions_of_the_model(project: Project) -> None:
     shown = json.loads(project.run("gto", "show", "--json").stdout)
-    assert shown["fashion-mnist"]["version"] == "v2.0.0"
-    assert project.run("git", "tag", "--list").stdout.split() == ["fashion-mnist@v1.0.0", "fashion-mnist@v2.0.0"]
+    assert shown["classifier"]["version"] == "v2.0.0"
+    assert project.run("git", "tag", "--list").stdout.split() == ["classifier@v1.0.0", "classifier@v2.0.0"]
 
 
 @pytest.mark.parametrize(("version", "revision"), [("v1.0.0", "main"), ("v2.0.0", "release"), (None, "release")])
@@ -195,7 +195,7 @@ def test_artifacts_get_brings_the_model_of_a_version_from_outside_the_repository
     outside = Project(tmp_path / "outside")
     outside.root.mkdir()
     options = ["--rev", version] if version else []
-    outside.dvc("artifacts", "get", str(project.root), "fashion-mnist", *options, "--out", "model.onnx")
+    outside.dvc("artifacts", "get", str(project.root), "classifier", *options, "--out", "model.onnx")
 
     lock = tmp_path / "dvc.lock"
     lock.write_text(show(project, revision, "dvc.lock"))

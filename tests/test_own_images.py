@@ -3,9 +3,13 @@
 import json
 import re
 import shutil
+import sqlite3
 import sys
+import zipfile
+from contextlib import closing
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from digits import LAYOUTS, write_digits
 from project import Project
@@ -54,9 +58,22 @@ def made(project: Project) -> dict[str, str]:
 
 
 def learnt(project: Project) -> dict[str, str]:
-    """The md5s of what was made of the images, but for the export, which names data_path."""
+    """The md5s of what was made of the images, but for what has the names of files, or of data_path."""
     prefixes = ("data/images", "data/annotations", "models/model_weights", "metrics/")
-    return {path: md5 for path, md5 in project.outputs().items() if path.startswith(prefixes)}
+    named = ("metrics/predictions.csv", *(f"metrics/plots/{name}.png" for name in ("samples", "mistakes", "saliency")))
+    return {path: md5 for path, md5 in project.outputs().items() if path.startswith(prefixes) and path not in named}
+
+
+def predictions(project: Project) -> pd.DataFrame:
+    return pd.read_csv(project.root / "metrics/predictions.csv")
+
+
+def original_names(project: Project, data_path: str) -> set[Path]:
+    """The names of the pictures in a folder or zip of digits."""
+    path = project.root / data_path
+    if path.is_file():
+        return {*map(Path, zipfile.ZipFile(path).namelist())}
+    return {file.relative_to(path) for file in path.rglob("*.png")}
 
 
 def test_digits_are_told_apart(digits: Project) -> None:
@@ -64,6 +81,24 @@ def test_digits_are_told_apart(digits: Project) -> None:
     assert scores["accuracy"] >= 0.97
     assert (digits.root / "data/annotations/test.csv").read_text().count("\n") == 1 + 359
     assert digits.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_predictions_lead_to_the_users_files(digits: Project) -> None:
+    table = predictions(digits)
+    assert table.split.value_counts().to_dict() == {"test": 359, "val": 287}
+    assert [Path(file).parts[0] for file in table.file] == [str(label) for label in table.label]
+    assert {Path(file) for file in table.file} <= original_names(digits, "data/own/digits-folder")
+    tested = table[table.split == "test"]
+    assert (tested.label == tested.predicted).mean() == json.loads((digits.root / "metrics/test.json").read_text())[
+        "accuracy"
+    ]
+
+
+def test_mlflow_has_the_name_of_the_data(digits: Project) -> None:
+    with closing(sqlite3.connect(digits.root / "mlflow.db")) as store:
+        names = {name for (name,) in store.execute("SELECT name FROM experiments")}
+        models = {name for (name,) in store.execute("SELECT name FROM registered_models")}
+    assert names - {"Default"} == models == {"digits-folder"}
 
 
 def test_the_layouts_of_the_same_images_give_the_same_annotations_and_weights(project: Project) -> None:
@@ -76,8 +111,9 @@ def test_the_layouts_of_the_same_images_give_the_same_annotations_and_weights(pr
         shutil.rmtree(project.root / ".dvc/cache/runs")
         done = project.dvc("repro", "--force", "annotate")
         assert project.stages_run(done.stdout) == ["download", "annotate"]
-        assert project.stages_run(project.dvc("repro", "evaluate").stdout) == []
+        assert project.stages_run(project.dvc("repro", "evaluate").stdout) == ["evaluate"]  # of other files' names
         assert learnt(project) == expected
+        assert {Path(file) for file in predictions(project).file} <= original_names(project, path)
 
 
 def test_one_image_more_changes_what_it_must_and_without_it_all_comes_back_from_the_cache(project: Project) -> None:
@@ -92,6 +128,9 @@ def test_one_image_more_changes_what_it_must_and_without_it_all_comes_back_from_
     done = project.dvc("repro", "evaluate")
     assert project.stages_run(done.stdout) == STAGES[:-1]
     assert re.search(r"same pixels: (1 pairs within a split, 0|0 pairs within a split, 1) across splits", done.stdout)
+    assert re.search(r"in several splits: 3/\w+\.png \(\w+\) = 3/\w+\.png \(\w+\)$", done.stdout, re.MULTILINE) or (
+        "1 pairs within" in done.stdout
+    )
     assert made(project) != before
     assert project.run("git", "status", "--porcelain", "data").stdout == ""
 

@@ -10,7 +10,7 @@ from imports import ROOT
 from project import python
 
 from classifier.errors import PipelineError
-from classifier.params import UNTRACKED, Params, load_params, modules_in
+from classifier.params import UNTRACKED, Params, data_name, load_params, modules_in
 
 COMMITTED = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
@@ -200,7 +200,7 @@ def test_allowed_values(tmp_path: Path, key: str, written: str, read: object) ->
         ("balance", "", "nothing is not one of none, sampler, loss"),
         ("export_formats", "[]", "[] is not a list of at least one of pth, pt2, onnx, safetensors, int8"),
         ("weights", "''", "'' is not a weights file, a name of torchvision's weights, or empty"),
-        ("experiment", "''", "'' is not a name"),
+        ("experiment", "''", "'' is not a name, or empty"),
         ("memory_limit_gib", "0", "0 is not a number above 0"),
         ("batch_size", f"{2**31}", "2147483648 is not a whole number above 0"),
         (
@@ -208,12 +208,38 @@ def test_allowed_values(tmp_path: Path, key: str, written: str, read: object) ->
             "https://me:pass/w@rd@host/data",
             "'https://***@host/data' is not free of passwords, which Git, MLflow and the manifest would keep",
         ),
-        ("registered_model", "a's", '"a\'s" is not a name without / and : and quotes'),
+        ("registered_model", "a's", '"a\'s" is not a name without / and : and quotes, or empty'),
         ("workers", "-1", "-1 is not a whole number, 0 or more"),
     ],
 )
 def test_a_wrong_value_gets_one_line(tmp_path: Path, key: str, written: str, complaint: str) -> None:
     assert complaints(tmp_path, with_values({key: written})) == [f"{key}: {complaint}"]
+
+
+@pytest.mark.parametrize(
+    ("source", "data_path", "name"),
+    [
+        ("fashion_mnist", "data/own", "fashion-mnist"),
+        ("folder", "photos.zip", "photos"),
+        ("folder", "/data/my photos (1).ZIP", "my-photos-1"),
+        ("folder", "../holiday 2.5/", "holiday-2.5"),
+        ("folder", "data/own/Blüten", "Blüten"),
+        ("folder", "a/b's, c@d", "b-s-c-d"),
+        ("folder", "..", "data"),
+    ],
+)
+def test_without_names_of_ones_own_mlflow_has_that_of_the_data(
+    tmp_path: Path, source: str, data_path: str, name: str
+) -> None:
+    written = {"source": source, "data_path": f'"{data_path}"'}
+    params = load(tmp_path, with_values(written))
+    assert (params.experiment, params.registered_model) == (name, name)
+    params = load(tmp_path, with_values(written | {"experiment": "mine"}))
+    assert (params.experiment, params.registered_model) == ("mine", name)
+
+
+def test_a_data_set_is_called_as_its_source_where_that_is_no_folder() -> None:
+    assert data_name("my_digits", "data/own") == "my-digits"
 
 
 @pytest.mark.parametrize(("key", "folder"), [("network", "networks"), ("source", "sources")])

@@ -78,6 +78,13 @@ def test_it_writes_the_files_of_the_contract(reproduced: Project) -> None:
     assert len(confusion) == 80
     assert (confusion.actual == confusion.predicted).mean() == test["accuracy"]
 
+    predictions = pd.read_csv(root / "metrics/predictions.csv")
+    of_split = {split: predictions[predictions.split == split] for split in ("val", "test")}
+    for split, table in of_split.items():
+        assert list(table.file) == list(rows[split].file)
+    assert list(of_split["test"].predicted) == list(confusion.predicted)
+    assert (of_split["val"].label == of_split["val"].predicted).mean() == kept["val_accuracy"]
+
 
 def test_the_manifest_says_what_was_exported_and_what_made_it(reproduced: Project) -> None:
     root = reproduced.root

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from classifier.plots import save_grid, save_reliability, save_saliency
+from classifier.plots import save_grid, save_reliability, save_saliency, title
 
 Draw = Callable[[Path, int, int], None]  # a path, the number of images and of channels
 
@@ -27,7 +27,13 @@ def draw_samples(path: Path, count: int, channels: int) -> None:
 
 
 def draw_mistakes(path: Path, count: int, channels: int) -> None:
-    save_grid(path, images(count, channels), [f"is {name}\nsaid bag 50%" for name in names(count)], 3, 5)
+    save_grid(
+        path,
+        images(count, channels),
+        [title(f"true: {name}", "predicted: 50% bag", file=f"{name}.png") for name in names(count)],
+        3,
+        5,
+    )
 
 
 def draw_saliency(path: Path, count: int, channels: int) -> None:
@@ -41,9 +47,9 @@ def draw_reliability(path: Path, count: int, _: int) -> None:
 
 
 PICTURES = [
-    (draw_samples, 9, (480, 540)),
-    (draw_mistakes, 15, (800, 540)),
-    (draw_saliency, 8, (1280, 360)),
+    (draw_samples, 9, (480, 582)),
+    (draw_mistakes, 15, (800, 582)),
+    (draw_saliency, 8, (1280, 388)),
     (draw_reliability, 8, (480, 540)),
 ]
 
@@ -82,18 +88,32 @@ def test_colours_are_those_of_the_pixels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("draw", "count", "channels", "size"),
     [
-        (draw_samples, 2, 1, (480, 540)),
-        (draw_samples, 2, 3, (480, 540)),
-        (draw_mistakes, 0, 1, (800, 540)),
-        (draw_mistakes, 1, 3, (800, 540)),
-        (draw_saliency, 1, 1, (160, 360)),
-        (draw_saliency, 2, 3, (320, 360)),
+        (draw_samples, 2, 1, (480, 582)),
+        (draw_samples, 2, 3, (480, 582)),
+        (draw_mistakes, 0, 1, (800, 582)),
+        (draw_mistakes, 1, 3, (800, 582)),
+        (draw_saliency, 1, 1, (160, 388)),
+        (draw_saliency, 2, 3, (320, 388)),
     ],
 )
 def test_fewer_images_than_places(tmp_path: Path, draw: Draw, count: int, channels: int, size: tuple[int, int]) -> None:
     draw(tmp_path / "picture.png", count, channels)
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == size
+
+
+def test_lines_that_are_too_long_lose_their_end_and_names_of_files_their_beginning() -> None:
+    assert title("true: hat", file="hats/1.jpg") == "true: hat\nhats/1.jpg"
+    of_class, file = title(f"true: {'x' * 50}", file=f"{'x' * 50}/1.jpg").split("\n")
+    assert (len(of_class), len(file)) == (25, 25)
+    assert of_class.startswith("true: xxx")
+    assert of_class.endswith("x…")
+    assert file.startswith("…x")
+    assert file.endswith("x/1.jpg")
+
+
+def test_letters_that_the_font_has_not_are_no_complaint(tmp_path: Path) -> None:
+    save_grid(tmp_path / "samples.png", images(1, 1), [title("true: 猫", file="猫.jpg")], 3, 3)
 
 
 def test_class_names_are_not_formulas(tmp_path: Path) -> None:

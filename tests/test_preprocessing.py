@@ -91,11 +91,9 @@ def test_arrays_become_what_files_of_them_become(channels: int) -> None:
 
 
 def test_all_images_that_cannot_be_used_are_told_by_their_names() -> None:
-    class Files(list[Any]):
-        names = ("cat/0.jpg", "cat/1.jpg", "dog/2.jpg", "dog/3.jpg")
-
-    contents = Files([COLOUR, b"no image", COLOUR[:40], np.zeros((4, 4), np.uint16)])
-    data = {"train": LabelledImages(contents, np.zeros(4, np.int64))}
+    contents: list[Any] = [COLOUR, b"no image", COLOUR[:40], np.zeros((4, 4), np.uint16)]
+    names = ("cat/0.jpg", "cat/1.jpg", "dog/2.jpg", "dog/3.jpg")
+    data = {"train": LabelledImages(contents, np.zeros(4, np.int64), originals=names)}
     with pytest.raises(PipelineError) as from_headers:
         common_shape(data, None, None)
     with pytest.raises(PipelineError) as from_pixels:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from imports import ROOT
 from PIL import Image
 from project import Project
 
+from classifier.annotations import write_csv
 from classifier.errors import PipelineError
 from classifier.files import hash_file
 from classifier.report import write_report
@@ -24,7 +26,8 @@ COLOURS = """["body", ".matrix .right", "svg text"].map(place => {
     const style = getComputedStyle(document.querySelector(place));
     return style.backgroundColor + style.fill;
 })"""
-PICTURES = {"samples": (480, 540), "mistakes": (800, 540), "saliency": (1280, 360), "reliability": (480, 540)}
+PICTURES = {"samples": (480, 582), "mistakes": (800, 582), "saliency": (1280, 388), "reliability": (480, 540)}
+SURE = 0.75  # of each answer
 TRAIN = {"epoch": 2, "train_loss": 0.75, "val_loss": 0.5, "val_accuracy": 0.875}
 
 
@@ -45,10 +48,39 @@ def write_outputs(root: Path, names: Sequence[str] = NAMES, loss: float = 0.5) -
     pd.DataFrame(epochs).to_csv(root / "metrics/epochs.csv", index=False)
     scores = {"precision": 1.0, "recall": 0.75, "f1": 0.8571428571428571, "images": 8}
     pd.DataFrame([{"class": name, **scores} for name in names]).to_csv(root / "metrics/classes.csv", index=False)
+    write_predictions(root, answers)
+    (root / "data/annotations").mkdir(parents=True, exist_ok=True)
+    for split, count in {"train": 1600, "val": 8, "test": 8}.items():
+        rows = "".join(
+            f"{split}/{label}-{index}.png,{label}\n" for label in range(len(names)) for index in range(count)
+        )
+        (root / f"data/annotations/{split}.csv").write_text(f"file,label\n{rows}")
+    write_csv(root / "data/annotations/classes.csv", {"label": range(len(names)), "name": names})
+    write_lock(root)
     (root / "metrics/plots").mkdir(exist_ok=True)
     pd.DataFrame(answers, columns=["actual", "predicted"]).to_csv(root / "metrics/plots/confusion.csv", index=False)
     for name, size in PICTURES.items():
         Image.new("RGB", size, "grey").save(root / f"metrics/plots/{name}.png")
+
+
+def write_predictions(root: Path, answers: list[tuple[str, str]]) -> None:
+    """The table of test and validation images, as it would be with the same answers for both."""
+    classes = list(dict.fromkeys(name for name, _ in answers))
+    others = (1 - SURE) / (len(classes) - 1)
+    rows = [
+        [f"photos/{index}.jpg", split, *pair, *(SURE if name == pair[1] else others for name in classes)]
+        for split in ("val", "test")
+        for index, pair in enumerate(answers)
+    ]
+    columns = ["file", "split", "label", "predicted", *(f"P({name})" for name in classes)]
+    pd.DataFrame(rows, columns=columns).to_csv(root / "metrics/predictions.csv", index=False)
+
+
+def write_lock(root: Path, images: str = "a" * 32, annotations: str = f"{'b' * 32}.dir") -> None:
+    """A dvc.lock by which the images are told apart."""
+    md5s = {"data/images.zip": images, "data/annotations": annotations}
+    outs = [{"path": path, "md5": md5} for path, md5 in md5s.items()]
+    (root / "dvc.lock").write_text(json.dumps({"stages": {"annotate": {"outs": outs}}}))
 
 
 @pytest.fixture
@@ -80,8 +112,8 @@ def report(against: str | None = None, lineage: str = "") -> str:
 
 
 def words(page: str) -> str:
-    """The text of a page: style sheet and tags left out, white space made one."""
-    body = page[page.index("<body>") :]
+    """The text of a page: style sheet, intervals of the table and tags left out, white space made one."""
+    body = re.sub(r'<span class="interval">[^<]*', "", page[page.index("<body>") :])
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
@@ -95,7 +127,7 @@ def test_it_says_how_accurate_the_model_is_and_of_which_state(project: Project) 
     text = words(page)
     assert f"Commit {head(project)} of " in text
     assert ": State under test All files are as in this commit. 91.67% of 24 test images are classified right" in text
-    assert "95 % interval 74.15% to 97.68% · test loss 0.50000" in text
+    assert "95 % interval 74.15% to 97.68% · test loss 0.50000 The training time is not known here: " in text
     (project.root / "README.md").write_text("changed")
     (project.root / "classifier/networks/<new> & net.py").write_text("")
     assert "2 files differ from this commit README.md classifier/networks/<new> & net.py" in words(report())
@@ -103,10 +135,14 @@ def test_it_says_how_accurate_the_model_is_and_of_which_state(project: Project) 
 
 def test_it_holds_scores_confusions_epochs_environment_and_lineage(project: Project) -> None:
     page = report(lineage="  weights <- data\n  run 1234 & more")
-    assert 'title="is T-shirt/top, said Ankle boot: 2 of 8">2</td>' in page
+    assert 'title="true: T-shirt/top, predicted: Ankle boot: 2 of 8">2</td>' in page
     text = words(page)
-    assert "T-shirt/top 100.00% 75.00% 85.71% 8" in text
-    assert "T-shirt/top Ankle boot 2 25.00%" in text
+    assert "T-shirt/top 100.00% 75.00% 85.71% 1,600 8 8" in text
+    assert "True class Predicted as Images Of its class T-shirt/top Ankle boot 2 25.00%" in text
+    assert (
+        "File True class Predicted as Probability photos/0.jpg T-shirt/top Ankle boot 75.00% "
+        "photos/1.jpg T-shirt/top Ankle boot 75.00% Pictures" in text
+    )
     assert "1 1.25000 1.00000 62.50% 2 (kept) 0.75000 0.50000 87.50%" in text
     assert text.count("kept: epoch 2") == 2
     assert "device cpu threads 2 torch 2.0" in text
@@ -116,6 +152,7 @@ def test_it_holds_scores_confusions_epochs_environment_and_lineage(project: Proj
 def test_the_worst_confusions_come_first_and_right_answers_not_at_all(project: Project) -> None:
     path = project.root / "metrics/plots/confusion.csv"
     path.write_text(path.read_text().replace("Trouser,Trouser\n" * 3, "Trouser,Ankle boot\n" * 3, 1))
+    write_predictions(project.root, [*pd.read_csv(path).itertuples(index=False, name=None)])
     write_json(project.root / "metrics/test.json", {"accuracy": 19 / 24, "loss": 0.5, "accuracy_ci95": [0.6, 0.9]})
     assert "Of its class Trouser Ankle boot 3 37.50% T-shirt/top Ankle boot 2 25.00% Scores" in words(report())
 
@@ -138,7 +175,48 @@ def test_changed_metrics_are_compared_with_head(project: Project) -> None:
     assert f"Compared with those that commit {head(project)} holds." in text
     assert "Test accuracy 91.67% 91.67% unchanged Test loss 0.50000 0.62500 +0.12500 worse" in text
     write_outputs(project.root, loss=0.5 - 1e-7)
-    assert "Test loss 0.50000 0.50000 −1e−07 better" in words(report())
+    assert "Test loss 0.50000 0.50000 unchanged" in words(report())
+
+
+def test_headline_figures_have_95_percent_intervals(project: Project) -> None:
+    test = json.loads((project.root / "metrics/test.json").read_text())
+    write_json(project.root / "metrics/test.json", test | {"macro_f1": 0.9155, "ece": 0.0625})
+    page = report()
+    cells = re.findall(
+        r'<tr><th scope="row">([^<]*)</th>.*?<td class="number">[^<]*(?:<span class="interval">([^<]*))?', page
+    )
+    shown = dict(cells)
+    assert shown["Test accuracy"] == shown["Validation accuracy"] == "74.15% to 97.68%"
+    low, high = (float(end.rstrip("%")) for end in shown["Macro F1"].split(" to "))
+    assert 70 < low < 91.55 < high <= 100
+    low, high = map(float, shown["Test loss"].split(" to "))
+    assert low < (22 * -math.log(SURE) + 2 * -math.log((1 - SURE) / 2)) / 24 < high
+    assert shown["Calibration error"] == shown["Training loss"] == shown["Epoch kept"] == ""
+
+
+def test_figures_of_other_images_are_shown_and_not_subtracted(project: Project) -> None:
+    write_outputs(project.root, loss=0.625)
+    write_lock(project.root, images="c" * 32)
+    text = words(report())
+    assert "Test accuracy 91.67% 91.67% other images Test loss 0.50000 0.62500 other images Validation" in text
+    assert "Epoch kept 2 2 unchanged" in text
+    assert "Other images: the two figures are not known to be of the same images, so they are not subtracted." in text
+
+
+def test_figures_are_subtracted_by_split_where_only_the_other_splits_differ(project: Project) -> None:
+    """As after a change of val_size: DVC's cache knows that the test images are the same."""
+    folders = {
+        "b" * 32: {"test.csv": "1" * 32, "val.csv": "2" * 32},
+        "c" * 32: {"test.csv": "1" * 32, "val.csv": "3" * 32},
+    }
+    for md5, listed in folders.items():
+        content = [{"md5": of_file, "relpath": name} for name, of_file in listed.items()]
+        write_json(project.root / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}.dir", content)
+    write_outputs(project.root, loss=0.625)
+    write_lock(project.root, annotations=f"{'c' * 32}.dir")
+    text = words(report())
+    assert "Test accuracy 91.67% 91.67% unchanged Test loss 0.50000 0.62500 +0.12500 worse" in text
+    assert "Validation accuracy 87.50% 87.50% other images" in text
 
 
 def test_scores_that_only_one_state_has_are_shown_without_a_difference(project: Project) -> None:
@@ -223,7 +301,7 @@ def test_names_and_contents_are_shown_as_text_and_never_read_as_html(outputs: Pa
     write_json(outputs / "metrics/environment.json", [{"<i>key": "</td><script>alert(1)</script>"}])
     page = report(lineage="</pre><script>alert(2)</script>")
     assert not re.search("<b>|<i>|<script", page)
-    assert 'title="is &lt;b&gt;T-shirt&lt;/b&gt;, said a &#34;quoted&#34;, name: 2 of 8"' in page
+    assert 'title="true: &lt;b&gt;T-shirt&lt;/b&gt;, predicted: a &#34;quoted&#34;, name: 2 of 8"' in page
     text = words(page)
     assert "NA 100.00%" in text
     assert "</pre><script>alert(2)</script>" in text
@@ -233,7 +311,7 @@ def test_names_and_contents_are_shown_as_text_and_never_read_as_html(outputs: Pa
 def test_the_matrix_has_numbers_as_long_as_there_is_room(outputs: Path, count: int, numbers: int) -> None:
     write_outputs(outputs, [f"class {index}" for index in range(count)])
     page = report()
-    cells = re.findall(r'<td class="(right|wrong)[^>]*title="is class[^>]*>(\d*)</td>', page)
+    cells = re.findall(r'<td class="(right|wrong)[^>]*title="true: class[^>]*>(\d*)</td>', page)
     assert [kind for kind, _ in cells].count("right") == count
     assert [kind for kind, _ in cells].count("wrong") == 1
     assert sum(number != "" for _, number in cells) == numbers
@@ -251,7 +329,10 @@ def test_the_same_state_gives_the_same_bytes(project: Project) -> None:
     assert report() == report()
 
 
-@pytest.mark.parametrize("path", ["metrics/epochs.csv", "metrics/plots/mistakes.png"])
+@pytest.mark.parametrize(
+    "path",
+    ["metrics/epochs.csv", "metrics/plots/mistakes.png", "metrics/predictions.csv", "data/annotations/train.csv"],
+)
 def test_a_missing_output_is_named_with_the_way_to_make_it_and_the_old_report_stays(outputs: Path, path: str) -> None:
     before = report()
     (outputs / path).unlink()
@@ -266,6 +347,7 @@ def test_a_missing_output_is_named_with_the_way_to_make_it_and_the_old_report_st
         ("metrics/test.json", b'{"accuracy": 0.5'),
         ("metrics/epochs.csv", b"epoch,train_loss,val_loss,val_accuracy\n1,high,1.0,0.5\n"),
         ("metrics/plots/confusion.csv", b"\xff\xfe\0"),
+        ("metrics/predictions.csv", b"file,split,label,predicted,P(a)\n1.jpg,test,a,a,high\n"),
     ],
 )
 def test_an_unreadable_output_is_named_with_the_way_to_make_it(outputs: Path, path: str, content: bytes) -> None:
@@ -282,13 +364,22 @@ def test_an_unreadable_output_is_named_with_the_way_to_make_it(outputs: Path, pa
         ("metrics/train.json", "0.75", "0.7", "metrics/epochs.csv and metrics/train.json"),
         ("metrics/classes.csv", "Trouser", "Skirt", "metrics/plots/confusion.csv and metrics/classes.csv"),
         ("metrics/test.json", "0.91", "0.93", "metrics/plots/confusion.csv and metrics/test.json"),
+        (
+            "metrics/predictions.csv",
+            "test,Trouser",
+            "test,Ankle boot",
+            "metrics/predictions.csv and metrics/plots/conf",
+        ),
+        ("data/annotations/test.csv", "0-0.png,0", "0-0.png,1", "metrics/classes.csv and data/annotations"),
     ],
 )
 def test_outputs_of_different_runs_are_not_put_together(
     outputs: Path, path: str, old: str, new: str, pair: str
 ) -> None:
     (outputs / path).write_text((outputs / path).read_text().replace(old, new, 1))
-    with pytest.raises(PipelineError, match=f"^{pair} are of different runs; `dvc checkout` or `dvc repro` mends that"):
+    with pytest.raises(
+        PipelineError, match=f"^{pair}.*are of different runs; `dvc checkout` or `dvc repro` mends that"
+    ):
         report()
 
 
@@ -309,6 +400,7 @@ def test_a_browser_without_a_network_shows_all_of_it(project: Project) -> None:
         assert "95.00%" in shown
         assert "95 % interval 74.15% to 97.68%" in shown
         assert "+3.33 points better" in shown
+        assert "photos/0.jpg" in shown
         assert "<b>Hat</b> & scarf" in shown
         assert "commit -> data -> weights" in shown
         assert page.locator("table.matrix").get_by_text("6", exact=True).is_visible()

@@ -91,7 +91,7 @@ def duplicates(**splits: list[tuple[str, int]]) -> Duplicates:
     digests = {split: [pixels.encode() for pixels, _ in images] for split, images in splits.items()}
     labels = {split: np.array([label for _, label in images]) for split, images in splits.items()}
     names = {split: [f"{split}/{index}" for index in range(len(images))] for split, images in splits.items()}
-    return find_duplicates(digests, labels, names)
+    return find_duplicates(digests, labels, names, ["hat", "bag", "coat", "shoe"])
 
 
 def test_duplicates_are_counted_in_pairs() -> None:
@@ -99,13 +99,16 @@ def test_duplicates_are_counted_in_pairs() -> None:
         train=[("a", 0), ("b", 1), ("a", 0), ("a", 0), ("c", 2)], val=[("d", 3)], test=[("a", 0), ("b", 1), ("b", 1)]
     )
     # a thrice in train: 3 pairs; b twice in test: 1; across: a 3 x 1, b 1 x 2
-    assert (found.within, found.across, found.with_several_labels) == (4, 5, [])
-    assert found.in_several_splits == [["train/0", "train/2", "train/3", "test/0"], ["train/1", "test/1", "test/2"]]
+    assert (found.within, found.across, found.in_several_classes) == (4, 5, [])
+    assert found.in_several_splits == [
+        ["train/0 (train)", "train/2 (train)", "train/3 (train)", "test/0 (test)"],
+        ["train/1 (train)", "test/1 (test)", "test/2 (test)"],
+    ]
 
 
-def test_duplicates_with_several_labels_are_counted() -> None:
+def test_duplicates_of_several_classes_are_counted() -> None:
     found = duplicates(train=[("a", 0), ("a", 1), ("b", 0), ("b", 0)], test=[("c", 1)])
-    assert found == (2, 0, [], [["train/0", "train/1"]])
+    assert found == (2, 0, [], [["train/0 (hat)", "train/1 (bag)"]])
 
 
 def test_without_duplicates_there_are_none() -> None:
@@ -204,7 +207,7 @@ def test_counts_of_fashion_mnist(fashion_mnist_dir: Path) -> None:
     assert np.bincount(train.labels[~held_out]).tolist() == [5500] * 10
     digests = {split: [image.tobytes() for image in np.asarray(data.images)] for split, data in splits.items()}
     labels = {split: data.labels for split, data in splits.items()}
-    assert find_duplicates(digests, labels, dict.fromkeys(splits, [""] * 60_000)) == (0, 0, [], [])
+    assert find_duplicates(digests, labels, dict.fromkeys(splits, [""] * 60_000), NAMES) == (0, 0, [], [])
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,14 @@ READERS = {
     "data/raw": ["annotate"],
     "data/images.zip": ["train", "evaluate", "export"],
     "data/annotations": ["train", "evaluate", "export"],
+    "data/originals.csv": ["evaluate"],
     "models/model_weights.pth": ["evaluate", "export"],
 }
 CHANGED = {  # a file of each
     "data/raw": "data/raw/t10k-images-idx3-ubyte",
     "data/images.zip": "data/images.zip",
     "data/annotations": "data/annotations/train.csv",
+    "data/originals.csv": "data/originals.csv",
     "models/model_weights.pth": "models/model_weights.pth",
 }
 

@@ -23,11 +23,13 @@ class LabelledImages(NamedTuple):
     images: each the bytes of an image file, or pixels as an array (H, W) or (H, W, 3) uint8.
     labels: (N,) int64.
     names: what the N images are called in images.zip, each once in all splits; None for numbers.
+    originals: what they are called in the user's data; None if that has no names of its own.
     """
 
     images: Sequence[np.ndarray | bytes] | np.ndarray
     labels: np.ndarray
     names: Sequence[str] | None = None
+    originals: Sequence[str] | None = None
 
 
 def load_source(name: str) -> ModuleType:

@@ -134,10 +134,9 @@ def read(raw: Path) -> dict[str, LabelledImages]:
             Names(f"{folder}/{label}/{entry.below}" for label, entry in zip(of_entries, entries, strict=True))
         )
         order = names.order()
+        originals = Names(entries.names[place] for place in order)
         splits[split] = LabelledImages(
-            _Files(images, Names(entries.names[place] for place in order)),
-            of_entries[order],
-            Names(names[place] for place in order),
+            _Files(images, originals), of_entries[order], Names(names[place] for place in order), originals
         )
     return splits
 
