@@ -144,6 +144,14 @@ def lineage(
 
 
 @app.command()
+def restore() -> None:
+    """Bring the committed parameters and results back, wherever DVC has them. Code is not touched."""
+    from classifier.restore import restore_committed
+
+    _print_lines("\n".join(restore_committed(REPORTS / "before-restore")))
+
+
+@app.command()
 def verify(
     revision: Annotated[str | None, typer.Argument(help="A Git commit; without it, this checkout as it is.")] = None,
 ) -> None:
