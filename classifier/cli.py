@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from classifier.errors import PipelineError, printable, run_main
-from classifier.files import WEIGHTS, atomic, existing
+from classifier.files import WEIGHTS, atomic
 from classifier.journal import journals
 from classifier.params import load_params
 from classifier.repository import git
@@ -126,21 +126,32 @@ def predict(
 @app.command()
 def lineage(
     context: typer.Context,
-    target: Annotated[str, typer.Argument(help="A model file, MLflow run id, DVC experiment or Git commit.")] = "HEAD",
+    target: Annotated[
+        str | None,
+        typer.Argument(help="A model file, MLflow run id, DVC experiment or Git commit; by default the model here."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all runs and versions.")] = False,
     patch: Annotated[bool, typer.Option("--patch", help="Print the uncommitted code of a run, for git apply.")] = False,
 ) -> None:
     """Print what made a model, and the commands that bring exactly that state back."""
-    from classifier.lineage import describe, patch_of, trace
+    from classifier.lineage import describe, patch_of, trace, trace_here
 
     if patch:
-        sys.stdout.buffer.write(patch_of(target))
+        sys.stdout.buffer.write(patch_of(target or "no target"))
         return
-    found = trace(_from_caller(context, target))
+    found = trace(_from_caller(context, target)) if target else trace_here()
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
         _print_lines(describe(found))
+
+
+@app.command()
+def restore() -> None:
+    """Bring the committed parameters and results back, wherever DVC has them. Code is not touched."""
+    from classifier.restore import restore_committed
+
+    _print_lines("\n".join(restore_committed(REPORTS / "before-restore")))
 
 
 @app.command()
@@ -243,13 +254,13 @@ def report(
     ] = None,
 ) -> None:
     """Write a page about the model in this checkout that needs no network to be read."""
-    from classifier.lineage import describe, trace
+    from classifier.lineage import describe, trace_here
     from classifier.report import write_report
 
     target = REPORTS / "report.html"
     try:
-        text = describe(trace(str(existing(WEIGHTS))))
-    except PipelineError as unknown:  # a report on what is not committed and not tracked is a report all the same
+        text = describe(trace_here())
+    except PipelineError as unknown:  # a report is one without its lineage too
         text = str(unknown)
     write_report(target, against, text)
     print(f"Written: {target}")

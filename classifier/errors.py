@@ -1,6 +1,7 @@
 """What ends a command early, and how: an error that a user can mend, a place that cannot be written to, or a signal."""
 
 import errno
+import os
 import re
 import sys
 import tempfile
@@ -34,7 +35,8 @@ def run_main(main: Callable[[], None]) -> None:
         _check_place()
         main()
     except PipelineError as error:
-        sys.exit("\n".join(map(printable, masked(str(error)).split("\n"))))  # prints to standard error and exits with 1
+        lines = [*masked(str(error)).split("\n"), *_way_back()]
+        sys.exit("\n".join(map(printable, lines)))  # prints to standard error and exits with 1
     except Interrupted as interrupt:
         print("\n".join(["interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         sys.exit(128 + interrupt.number)
@@ -51,6 +53,13 @@ def run_main(main: Callable[[], None]) -> None:
     finally:
         sys.stdout.flush()
         leave_at_once()
+
+
+def _way_back() -> list[str]:
+    """What else there is to say in a stage that DVC runs in the main checkout, where its earlier outputs are gone."""
+    if os.environ.get("DVC_STAGE", "check") == "check" or Path(os.environ.get("DVC_ROOT", "")).resolve() != Path.cwd():
+        return []
+    return ["DVC removed what this stage had made before. `classifier restore` brings back what is committed."]
 
 
 def disk_fault(error: BaseException) -> OSError | None:

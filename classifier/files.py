@@ -23,12 +23,14 @@ from classifier.errors import NO_ROOM, PipelineError, disk_fault
 PARAMS = Path("params.yaml")
 PIPELINE = Path("dvc.yaml")
 LOCK = Path("dvc.lock")
+CHECKED = Path("data/checked")
 RAW = Path("data/raw")
 IMAGES = Path("data/images.zip")
 ANNOTATIONS = Path("data/annotations")
 ORIGINALS = Path("data/originals.csv")
 WEIGHTS = Path("models/model_weights.pth")
 EXPORT = Path("models/export")
+METRICS = Path("metrics")
 TRAIN_METRICS = Path("metrics/train.json")
 EPOCHS = Path("metrics/epochs.csv")
 ENVIRONMENT = Path("metrics/environment.json")
@@ -185,7 +187,7 @@ def is_there(path: Path) -> bool:
 def existing(path: Path) -> Path:
     """Give `path` back if it is there. Raises PipelineError, with the way to make it, if not."""
     if not path.exists():
-        raise PipelineError(f"{path}: missing; `dvc repro` makes it, `dvc pull` or `dvc checkout` bring it back")
+        raise PipelineError(f"{path}: missing; `dvc repro` makes it, `classifier restore` or `dvc pull` bring it back")
     return path
 
 
@@ -260,6 +262,9 @@ def locked_md5s(lock: Path = LOCK) -> dict[str, str]:
 
 
 def md5s_in(lock: dict[str, Any], kind: str = "outs") -> dict[str, str]:
-    """Map the path of every output (or of every dependency: "deps") in a parsed dvc.lock to its md5."""
-    stages = lock.get("stages", {}).values()
-    return {entry["path"]: entry["md5"] for stage in stages for entry in stage.get(kind, []) if "md5" in entry}
+    """Map the path of every output (or of every dependency: "deps") in a parsed dvc.lock to its md5.
+
+    Without CHECKED, which is no result.
+    """
+    entries = [entry for stage in lock.get("stages", {}).values() for entry in stage.get(kind, [])]
+    return {entry["path"]: entry["md5"] for entry in entries if "md5" in entry and entry["path"] != str(CHECKED)}

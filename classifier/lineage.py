@@ -20,18 +20,30 @@ from classifier.errors import PipelineError
 from classifier.files import (
     EXPORT,
     LOCK,
+    METRICS,
     PARAMS,
     WEIGHTS,
+    existing,
     exported_name,
     hash_bytes,
     hash_file,
     locked_md5s,
     md5s_in,
+    read_lock,
     read_yaml,
 )
 from classifier.params import Params
 from classifier.registry import Version, find_versions
-from classifier.repository import commit_of, commits_holding, experiments, git, is_ancestor, metrics_at, read_at
+from classifier.repository import (
+    commit_of,
+    commits_holding,
+    experiments,
+    figures_of,
+    git,
+    is_ancestor,
+    metrics_at,
+    read_at,
+)
 from classifier.storage import YES, Storage
 from classifier.store import Run, StoreAway, artifact, find_runs
 from classifier.tracking import CHANGED_TAG, COMMIT_TAG, EXPERIMENT_TAG, LEFT_OUT_TAG, MD5_TAGS, PATCH, WEIGHTS_TAG
@@ -51,13 +63,27 @@ class Output:
     remote: str
 
 
+@dataclass(frozen=True)
+class Holder:
+    """A commit that holds a model's weights. title: its date and subject, or the experiment that it is."""
+
+    commit: str
+    title: str
+
+
 @dataclass
 class Lineage:
-    """What made a model, as far as it can be established; `unknown` says what cannot, `commands` bring it back."""
+    """What made a model, as far as it can be established; `unknown` says what cannot, `commands` bring it back.
+
+    commit: None if no commit holds it. is_uncommitted: it is the state of this folder, which no commit holds.
+    also_in: the other commits with the same weights, the newest first.
+    """
 
     subject: str
     commit: str | None = None
+    is_uncommitted: bool = False
     title: str = ""
+    also_in: list[Holder] = field(default_factory=list)
     experiment: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -94,6 +120,39 @@ def trace(target: str) -> Lineage:
         f"{target}: no model file, MLflow run, DVC experiment or Git commit here.\n"
         "`dvc exp list --all-commits` lists the experiments, `make ui` shows the runs."
     )
+
+
+def trace_here() -> Lineage:
+    """The lineage of the model in this folder, whether it is committed or not.
+
+    It is that of the commit, or the experiment, that has the same dvc.lock: HEAD, if it has, else the newest. Weights
+    alone do not tell: with other code or data for the later stages, the same ones may have other metrics.
+    Raises PipelineError if there is no model here.
+    """
+    md5 = hash_file(existing(WEIGHTS))
+    lineage = Lineage(f"The model here, {WEIGHTS} (md5 {md5})")
+    lock = read_lock()
+    if md5s_in(lock).get(str(WEIGHTS)) != md5:
+        lineage.unknown.append(
+            f"{WEIGHTS} itself: it is not what {LOCK} says; `classifier restore` brings the committed one back"
+        )
+    head = commit_of("HEAD")
+    with Storage() as storage:
+        for commit in [*([head] if head else []), *reversed(commits_holding(md5))]:
+            if not lineage.unknown and _yaml_at(commit, LOCK) == lock:
+                return _of_commit(commit, lineage, storage)
+        lineage.is_uncommitted = True
+        if head:
+            lineage.title = f"on top of {head[:12]} {_date_and_subject(head)}"
+        lineage.parameters = _yaml(_read_here(PARAMS), str(PARAMS))
+        lineage.metrics = figures_of(_read_here)
+        _add_result(lineage, lock, md5, storage)
+        if differing := stale(lock, _read_here):
+            lineage.unknown.append(f"the code: {LOCK} here was made with other content of {', '.join(differing)}")
+    lineage.unknown.append(
+        f"the way back: none until it is committed, `git add {PARAMS} {LOCK} {METRICS} && git commit`"
+    )
+    return lineage
 
 
 def is_exported_here(path: Path) -> bool:
@@ -199,28 +258,41 @@ def _of_commit(commit: str, lineage: Lineage, storage: Storage, run: Run | None 
     if not lock:
         raise PipelineError(f"commit {commit[:12]} has no dvc.lock: the pipeline had not run there; name a later one")
     lineage.commit = commit
-    lineage.title = git("log", "-1", "--format=%cs %s", commit)
+    lineage.title = _date_and_subject(commit)
     found = {experiment.commit: experiment for experiment in experiments()}.get(commit)
     if found:
         lineage.experiment = f"{found.name}, on {found.baseline[:12]}"
     lineage.parameters = _yaml_at(commit, PARAMS)
     lineage.metrics = metrics_at(commit)
-    md5s = md5s_in(lock)
-    lineage.outputs = _outputs(md5s, storage)
-
-    weights = md5s.get(str(WEIGHTS), "")
-    runs = find_runs(f"tags.`{WEIGHTS_TAG}` = '{weights}'") if weights else []
-    runs.sort(key=lambda found: run is None or found.run_id != run.run_id)  # the one that was asked for first
-    if not runs:
-        lineage.unknown.append("the MLflow run: no run of this store has these weights; deleted, or in another store")
-    manifest = storage.read((storage.files(md5s.get(str(EXPORT), "")) or {}).get(MANIFEST, ""))
-    _add_tracked(lineage, runs, storage, manifest)
+    _add_result(lineage, lock, md5s_in(lock).get(str(WEIGHTS), ""), storage, run)
     if differing := stale(lock, lambda path: read_at(commit, path)):
         lineage.unknown.append(
             f"the code: dvc.lock of this commit was made with other content of {', '.join(differing)}"
         )
     _add_commands_of_commit(lineage)
     return lineage
+
+
+def _add_result(lineage: Lineage, lock: dict[str, Any], weights: str, storage: Storage, run: Run | None = None) -> None:
+    """Add the outputs that a dvc.lock names, and by the weights the runs, `run` first, and the other commits."""
+    md5s = md5s_in(lock)
+    lineage.outputs = _outputs(md5s, storage)
+    runs = find_runs(f"tags.`{WEIGHTS_TAG}` = '{weights}'") if weights else []
+    runs.sort(key=lambda found: run is None or found.run_id != run.run_id)
+    if not runs:
+        lineage.unknown.append("the MLflow run: no run of this store has these weights; deleted, or in another store")
+    manifest = storage.read((storage.files(md5s.get(str(EXPORT), "")) or {}).get(MANIFEST, ""))
+    _add_tracked(lineage, runs, storage, manifest)
+    names = {experiment.commit: f"experiment {experiment.name}" for experiment in experiments()}
+    lineage.also_in = [
+        Holder(commit, names.get(commit) or _date_and_subject(commit))
+        for commit in reversed(commits_holding(weights) if weights else [])
+        if commit != lineage.commit
+    ]
+
+
+def _date_and_subject(commit: str) -> str:
+    return git("log", "-1", "--format=%cs %s", commit)
 
 
 def stale(lock: dict[str, Any], read: Callable[[Path], bytes | None]) -> list[str]:
@@ -245,10 +317,18 @@ def stale(lock: dict[str, Any], read: Callable[[Path], bytes | None]) -> list[st
 
 def _yaml_at(commit: str, path: Path) -> dict[str, Any]:
     """A YAML file of a commit; nothing if it has none. Raises PipelineError if it is none, as after a bad merge."""
+    return _yaml(read_at(commit, path), f"{path} of commit {commit[:12]}")
+
+
+def _yaml(content: bytes | None, name: str) -> dict[str, Any]:
     try:
-        return dict(read_yaml(read_at(commit, path) or b"") or {})
+        return dict(read_yaml(content or b"") or {})
     except (yaml.YAMLError, ValueError) as error:
-        raise PipelineError(f"{path} of commit {commit[:12]}: not readable as YAML: {str(error).split()[0]}") from None
+        raise PipelineError(f"{name}: not readable as YAML: {str(error).split()[0]}") from None
+
+
+def _read_here(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _exported_md5s(commit: str, storage: Storage) -> set[str]:
@@ -307,7 +387,7 @@ def _add_commands_of_run(lineage: Lineage, run: Run) -> None:
             f"the code: commit {base} is not in this clone" if base else "the code: no commit is known"
         )
         return
-    lineage.title = f"trained on top of {base[:12]} {git('log', '-1', '--format=%cs %s', base)}"
+    lineage.title = f"trained on top of {base[:12]} {_date_and_subject(base)}"
     with artifact(run.run_id, PATCH) as patch:
         if patch:
             file = f"../{run.run_id[:8]}.patch"
@@ -356,7 +436,9 @@ def patch_of(run_id: str) -> bytes:
 def describe(lineage: Lineage) -> str:
     """The lineage as lines of text for a person."""
     lines = [lineage.subject]
-    _section(lines, "commit", [f"{lineage.commit or 'none'}", lineage.title])
+    none = "uncommitted" if lineage.is_uncommitted else "none"
+    _section(lines, "commit", [lineage.commit or none, lineage.title])
+    _section(lines, "the same weights are in", [f"{holder.commit[:12]} {holder.title}" for holder in lineage.also_in])
     _section(lines, "experiment", [lineage.experiment])
     parameters = "  ".join(f"{key}={_spelt(value)}" for key, value in lineage.parameters.items())
     _section(lines, "parameters", textwrap.wrap(parameters, 96, break_on_hyphens=False))

@@ -84,6 +84,18 @@ def changes(*paths: str, takes: Callable[[str], bool] = lambda name: True) -> tu
         )
 
 
+def restore(names: list[str]) -> None:
+    """Make files, by their names in this folder, those of the commit, and in the index too.
+
+    Raises PipelineError if git cannot.
+    """
+    command = ["git", "restore", "--source=HEAD", "--staged", "--worktree", "--", *names]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"GIT_LITERAL_PATHSPECS": "1"})
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip()
+        raise PipelineError(f"{', '.join(names)}: git cannot restore them: {said}")
+
+
 def new_files() -> list[str]:
     """The files here that Git neither has nor ignores."""
     return [os.fsdecode(name) for name in _new_files()]
@@ -103,10 +115,15 @@ def _may_be_code(name: bytes) -> bool:
 
 def metrics_at(commit: str) -> dict[str, Any]:
     """The figures of the metrics files that a commit has, by key; those on test begin with `test `."""
+    return figures_of(lambda path: read_at(commit, path))
+
+
+def figures_of(read: Callable[[Path], bytes | None]) -> dict[str, Any]:
+    """The same of what `read` gives for the metrics files."""
     figures: dict[str, Any] = {}
     for path, prefix in ((TRAIN_METRICS, ""), (TEST_METRICS, "test ")):
         with suppress(ValueError, AttributeError):  # not JSON, or no object
-            figures |= {f"{prefix}{key}": value for key, value in json.loads(read_at(commit, path) or b"").items()}
+            figures |= {f"{prefix}{key}": value for key, value in json.loads(read(path) or b"").items()}
     return figures
 
 

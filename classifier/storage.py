@@ -1,18 +1,24 @@
-"""What DVC's cache and remote hold, and sending from one to the other.
+"""What DVC's cache and remote hold, sending from one to the other, and bringing outputs back from them.
 
 This module and experiment_queue.py are the only ones that use DVC's Python interface.
 """
 
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 from dvc.exceptions import DvcException, NotDvcRepoError
-from dvc.repo import Repo
+from dvc.lock import LockError
+from dvc.repo import Repo, lock_repo
+from dvc.repo.reproduce import plan_repro
 from dvc.scm import SCMError
+from dvc_data.hashfile.hash_info import HashInfo
 
 from classifier.errors import PipelineError, masked
 
@@ -96,6 +102,138 @@ def open_repository() -> Repo:
         raise PipelineError(
             f"{Path.cwd()}: no repository of Git and DVC ({_first_line(error)}); `git init`, or use a clone"
         ) from None
+
+
+class Returned(NamedTuple):
+    """Outputs by what became of them.
+
+    as_locked: are as dvc.lock had them, from the cache or the remote; from_runs: as a run of the same code, data and
+    parameters made them, which dvc.lock has now; missing: nowhere to be had; aside: moved away, as no cache has them.
+    remote_fault: why the remote did not give all that it was asked for, or nothing.
+    """
+
+    as_locked: list[str]
+    from_runs: list[str]
+    missing: list[str]
+    aside: list[str]
+    remote_fault: str
+
+
+@contextmanager
+def exclusive() -> Iterator[Storage]:
+    """The storage, and no other DVC command in this repository for as long as the block lasts.
+
+    What DVC, killed, has left of its list of uses is removed. Raises PipelineError if a DVC command is at work.
+    """
+    with Storage() as storage:
+        for name in ("dvc", "dvc_data"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # what is done is told by the caller
+        try:
+            with lock_repo(storage._repo):
+                if uses := _uses(Path(storage._repo.tmp_dir or "", "rwlock")):
+                    raise PipelineError(f"DVC runs a stage (process {uses[0]}): wait until it has ended")
+                yield storage
+        except LockError:
+            raise PipelineError("Another DVC command is at work here: wait until it has ended") from None
+        except DvcException as error:
+            raise PipelineError(f"DVC: {_first_line(error)}") from None
+
+
+def _uses(file: Path) -> list[int]:
+    """The processes that run a stage, by DVC's list, which is removed if it is not whole."""
+    try:
+        uses = json.loads(file.read_bytes() or b"{}")
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        file.unlink()
+        return []
+    found = [use["pid"] for use in uses.get("write", {}).values()]
+    found += [use["pid"] for several in uses.get("read", {}).values() for use in several]
+    return sorted({process for process in found if psutil.pid_exists(process)})
+
+
+def return_outputs(storage: Storage, aside: Path) -> Returned:
+    """Make the outputs of all stages those of dvc.lock, where they can be had; else those of a run that DVC remembers.
+
+    For a stage whose entry in dvc.lock is up to date, `dvc repro` looks for the outputs of that entry alone: those of
+    another machine are in no cache here, so it trains again although the run cache has what this machine had made of
+    the same (DVC 3.67). storage: from `exclusive`. aside: a folder for outputs that would be lost.
+    """
+    repo = storage._repo
+    stages = [stage for stage in plan_repro(repo.index.graph) if stage.cmd]
+    cached = [out for stage in stages for out in stage.outs if out.use_cache]
+    moved = []
+    for out in cached:
+        if out.exists and storage.in_cache(str(out.get_hash().value)) != YES:
+            _move(Path(out.def_path), aside)
+            moved.append(str(out))
+    # Data of the user's own that DVC has is brought back where it is gone, and else left as it is
+    wanted = [out for out in repo.index.outs if out.use_cache and out.hash_info and (out in cached or not out.exists)]
+    remote_fault, changed = "", []
+    if absent := [out.fs_path for out in wanted if storage.in_cache(out.hash_info.value) != YES]:
+        remote_fault = _fetch(repo, storage, absent)
+    if wanted:  # without targets, DVC would remove what is not in dvc.lock
+        done = repo.checkout([out.fs_path for out in wanted], force=True, allow_missing=True)
+        changed = [name.rstrip("/") for kind in ("added", "modified") for name in done[kind]]
+
+    from_runs: list[str] = []
+    missing: list[str] = []
+    for stage in stages:
+        follows = any(dep.def_path in from_runs and dep.changed() for dep in stage.deps)
+        outs = [out.def_path for out in stage.outs if follows or out.workspace_status()]
+        if outs and _return_run(repo, stage):
+            from_runs += [out.def_path for out in stage.outs]
+        else:
+            missing += outs
+    as_locked = sorted(name for name in changed if name not in (*from_runs, *missing))
+    return Returned(as_locked, from_runs, missing, moved, remote_fault)
+
+
+def _move(path: Path, folder: Path) -> None:
+    target = folder / path
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(path, target)
+
+
+def _fetch(repo: Repo, storage: Storage, targets: list[str]) -> str:
+    """Fetch outputs from the remote, if there is one, as far as it has them; why not all are there, if they are not."""
+    if storage.remote is None:
+        return storage._remote_fault
+    try:
+        repo.fetch(targets)
+    except Exception as error:  # DVC's own, or whatever the client of this kind of remote raises
+        return _first_line(error)
+    return ""
+
+
+def _return_run(repo: Repo, stage: Any) -> bool:
+    """Check out what DVC's run cache has for a stage, as `dvc repro` does before it runs one; False if it has nothing.
+
+    What dvc.lock says that the stage made comes first, if its dependencies are those that are here.
+    """
+    runs = repo.stage_cache
+    for is_forgotten in (False, True):
+        try:
+            if is_forgotten:
+                for out in stage.outs:
+                    out.hash_info = HashInfo()
+                stage.save_deps()
+            elif not stage.deps_cached():
+                continue
+            runs.restore(stage, dry=True)
+        except DvcException:  # the run cache has none, or a dependency is missing
+            continue
+        stage.remove_outs()
+        runs.restore(stage)
+        stage.save(run_cache=False)
+        stage.commit()
+        stage.dump(update_pipeline=False)
+        return True
+    return False
 
 
 def push_results() -> int:

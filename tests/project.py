@@ -103,7 +103,8 @@ class Project:
     def forget_training(self) -> None:
         """As if `dvc repro` had come to annotate, and no further."""
         lock = yaml.safe_load((self.root / "dvc.lock").read_text())
-        lock["stages"] = {name: entry for name, entry in lock["stages"].items() if name in ("download", "annotate")}
+        for name in ("train", "evaluate", "export"):
+            del lock["stages"][name]
         (self.root / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
         (self.root / "mlflow.db").unlink()
         for name in ("metrics", "models", "mlruns", ".dvc/cache/runs"):

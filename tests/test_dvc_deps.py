@@ -105,8 +105,15 @@ def test_no_parameter_is_part_of_a_command() -> None:
     }
 
 
-def test_export_tracks_all_params_that_decide_results_because_the_manifest_holds_them() -> None:
-    assert set(STAGES["export"]["params"]) == set(Params.model_fields) - UNTRACKED
+@pytest.mark.parametrize("stage", ["check", "export"])
+def test_the_check_and_the_manifest_are_of_all_params_that_decide_results(stage: str) -> None:
+    assert set(STAGES[stage]["params"]) == set(Params.model_fields) - UNTRACKED
+
+
+def test_every_stage_waits_for_the_check() -> None:
+    assert str(files.CHECKED) in STAGES["download"]["deps"]
+    made = {out for stage in STAGES.values() for out in stage["outs"]}
+    assert all(made & set(STAGES[name]["deps"]) for name in STAGES if name != "check")
 
 
 def test_outputs_are_the_files_of_the_contract() -> None:
@@ -117,7 +124,7 @@ def test_outputs_are_the_files_of_the_contract() -> None:
     assert sorted(written) == sorted(
         str(path)
         for path in (
-            files.RAW, files.IMAGES, files.ANNOTATIONS, files.ORIGINALS, files.WEIGHTS, files.EPOCHS,
+            files.CHECKED, files.RAW, files.IMAGES, files.ANNOTATIONS, files.ORIGINALS, files.WEIGHTS, files.EPOCHS,
             files.TRAIN_METRICS, files.ENVIRONMENT, files.CLASS_METRICS, files.PREDICTIONS, files.PLOTS,
             files.TEST_METRICS, files.EXPORT,
         )
@@ -153,7 +160,7 @@ def test_imports_go_one_way() -> None:
         assert not any(name.split(".")[0] == "stages" for name in imported_names(ROOT / f"stages/{stage}.py")), stage
 
 
-@pytest.mark.parametrize("stage", ["download", "annotate"])
+@pytest.mark.parametrize("stage", ["check", "download", "annotate"])
 def test_a_stage_without_a_network_does_not_wait_for_torch_or_mlflow(stage: str) -> None:
     paths = project_files_behind(f"stages/{stage}.py") | {"classifier/sources/fashion_mnist.py"}
     packages = {name.split(".")[0] for path in paths for name in imported_names(ROOT / path)}

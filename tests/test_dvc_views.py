@@ -12,7 +12,7 @@ from classifier.files import hash_file, locked_md5s
 
 pytestmark = pytest.mark.slow
 
-STAGES = ["download", "annotate", "train", "evaluate", "export"]
+STAGES = ["check", "download", "annotate", "train", "evaluate", "export"]
 EPOCHS = [1, 2, 3, 4]
 LR = {"main": 0.1, "slow": 0.001}
 REVISIONS = {"main": "main", "slow": "release"}  # the branch that is made of the experiment
@@ -175,7 +175,7 @@ def specifications(page: str) -> list[dict[str, Any]]:
     return [json.JSONDecoder().raw_decode(page, match.end())[0] for match in re.finditer("var spec = ", page)]
 
 
-def test_dag_names_the_five_stages_in_order(project: Project) -> None:
+def test_dag_names_the_stages_in_order(project: Project) -> None:
     assert re.findall(r"\| (\w+) \|", project.dvc("dag").stdout) == STAGES
 
 

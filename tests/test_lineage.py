@@ -15,7 +15,7 @@ from project import Project, clean_environment, python, reproduced_project
 
 from classifier.errors import PipelineError
 from classifier.files import hash_file, hash_path, locked_md5s
-from classifier.lineage import Lineage, trace
+from classifier.lineage import Lineage, describe, trace, trace_here
 
 pytestmark = pytest.mark.slow
 
@@ -70,12 +70,12 @@ def copied(history: History, tmp_path: Path) -> Project:
     return history.project.copy(tmp_path / "project")
 
 
-def lineage(project: Project, target: str) -> Lineage:
-    """As the command does it, without the seconds that its imports take."""
+def lineage(project: Project, target: str | None) -> Lineage:
+    """As the command does it, without the seconds that its imports take. None: of the model here."""
     with contextlib.chdir(project.root), pytest.MonkeyPatch.context() as patch:
         for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):
             patch.delenv(name, raising=False)
-        return trace(target)
+        return trace(target) if target else trace_here()
 
 
 def run_id(project: Project, weights: str) -> str:
@@ -246,6 +246,37 @@ def test_the_command_names_files_from_the_folder_it_is_called_in(history: Histor
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert commit_of(history.project, "main") in done.stdout
+
+
+def test_the_model_here_is_that_of_the_commit_or_the_experiment_or_uncommitted(
+    history: History, copied: Project
+) -> None:
+    assert lineage(copied, None).commit == commit_of(copied, "main")
+    copied.dvc("exp", "apply", "quick")
+    assert lineage(copied, None).experiment == f"quick, on {commit_of(copied, 'main')[:12]}"
+
+    copied.set_params(export_formats="[pth]")  # the same weights, and another export
+    copied.dvc("repro")
+    found = lineage(copied, None)
+    assert (found.commit, found.is_uncommitted) == (None, True)
+    assert [holder.title for holder in found.also_in] == ["experiment quick"]
+    assert found.title.startswith(f"on top of {commit_of(copied, 'main')[:12]} ")
+    assert found.runs[0].run_id == run_id(copied, history.weights["quick"])
+    assert found.parameters["export_formats"] == ["pth"]
+    assert found.metrics["test accuracy"] == json.loads((copied.root / "metrics/test.json").read_text())["accuracy"]
+    assert {output.path: output.md5 for output in found.outputs} == {
+        path: md5 for path, md5 in locked_md5s(copied.root / "dvc.lock").items() if ".json" not in path
+    }
+    assert list(found.exported) == ["model.pth"]
+    (note,) = found.unknown
+    assert note.startswith("the way back: none until it is committed, `git add params.yaml dvc.lock metrics && ")
+    assert describe(found).splitlines()[2:4] == ["commit:", "  uncommitted"]
+
+    for name in ("one", "two"):  # and equal weights of several commits
+        copied.commit()
+        copied.set_params(export_formats="[pth]" if name == "two" else "[onnx, pth]")
+        copied.dvc("repro")
+    assert len(lineage(copied, None).also_in) == 3
 
 
 @pytest.mark.parametrize("target", ["no-such-thing", "0" * 32, "--all", "a'b", "models"])

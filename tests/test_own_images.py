@@ -18,7 +18,7 @@ from classifier.files import hash_file
 
 pytestmark = pytest.mark.slow
 
-STAGES = ["download", "annotate", "train", "evaluate", "export"]
+STAGES = ["check", "download", "annotate", "train", "evaluate", "export"]
 # That of docs/own-images.md, which test_docs.py runs, but with a network that is trained in a second
 RECIPE = {
     "network": "mlp", "epochs": "15", "batch_size": "32", "optimizer": "adamw", "lr": "0.003", "schedule": "onecycle",
@@ -110,7 +110,7 @@ def test_the_layouts_of_the_same_images_give_the_same_annotations_and_weights(pr
         # Nothing is taken from what was made before; and what was learnt from the same bytes is still right
         shutil.rmtree(project.root / ".dvc/cache/runs")
         done = project.dvc("repro", "--force", "annotate")
-        assert project.stages_run(done.stdout) == ["download", "annotate"]
+        assert project.stages_run(done.stdout) == ["check", "download", "annotate"]
         assert project.stages_run(project.dvc("repro", "evaluate").stdout) == ["evaluate"]  # of other files' names
         assert learnt(project) == expected
         assert {Path(file) for file in predictions(project).file} <= original_names(project, path)
@@ -126,7 +126,7 @@ def test_one_image_more_changes_what_it_must_and_without_it_all_comes_back_from_
 
     shutil.copy(folder / "3/0003.png", folder / "3/another.png")
     done = project.dvc("repro", "evaluate")
-    assert project.stages_run(done.stdout) == STAGES[:-1]
+    assert project.stages_run(done.stdout) == STAGES[1:-1]
     assert re.search(r"same pixels: (1 pairs within a split, 0|0 pairs within a split, 1) across splits", done.stdout)
     assert re.search(r"in several splits: 3/\w+\.png \(\w+\) = 3/\w+\.png \(\w+\)$", done.stdout, re.MULTILINE) or (
         "1 pairs within" in done.stdout
@@ -143,7 +143,7 @@ def test_one_image_more_changes_what_it_must_and_without_it_all_comes_back_from_
 def test_another_size_makes_the_images_anew_and_downloads_nothing(project: Project) -> None:
     project.set_params(image_size="12", epochs="1")
     done = project.dvc("repro", "train")
-    assert project.stages_run(done.stdout) == ["annotate", "train"]
+    assert project.stages_run(done.stdout) == ["check", "annotate", "train"]
     assert "each 1 x 12 x 12" in done.stdout
 
 
@@ -170,7 +170,7 @@ def test_images_that_dvc_has_are_there_in_temporary_experiments(project: Project
     project.commit()
     assert "data/own/digits-zip.zip.dvc" in project.run("git", "ls-files").stdout.split()
     done = project.dvc("exp", "run", "--temp", "-S", "lr=0.001", "train")
-    assert project.stages_run(done.stdout) == STAGES[:3]
+    assert project.stages_run(done.stdout) == STAGES[:4]
     assert project.run("git", "status", "--porcelain").stdout == ""
 
 

@@ -1,10 +1,15 @@
 """What docs/own-images.md and docs/experiments.md say of paths after -S, and of `dvc exp apply`."""
 
+import shutil
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from project import Project
+
+from classifier.files import hash_path, md5s_in, read_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -24,15 +29,49 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-def run_in_a_copy(project: Project, name: str, path: Path | str) -> str:
-    """What the command of the page says, which a shell reads."""
+def run_in_a_copy(project: Project, name: str, path: Path | str) -> subprocess.CompletedProcess[str]:
+    """Run the command of the page, which a shell reads."""
     command = f"""python -m dvc exp run --temp --name {name} -S 'data_path="{path}"' download"""
-    return project.run("sh", "-c", command, check=False).stdout
+    return project.run("sh", "-c", command, check=False)
 
 
 def test_images_outside_of_the_repository_in_a_copy_are_found_by_their_absolute_path(project: Project) -> None:
-    assert "files: 4, " in run_in_a_copy(project, "absolute", project.root.parent / NAME)
-    assert "files: " not in run_in_a_copy(project, "relative", f"../{NAME}")
+    assert "files: 4, " in run_in_a_copy(project, "absolute", project.root.parent / NAME).stdout
+    failed = run_in_a_copy(project, "relative", f"../{NAME}").stderr
+    assert "leads out of the repository, of which this experiment has a copy elsewhere.\nGive the whole path" in failed
+    assert f"-S data_path={project.root.parent / NAME}" in failed
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder", "part"])
+def test_images_that_git_does_not_have_are_those_of_the_main_checkout(
+    project: Project, kind: str, tmp_path: Path
+) -> None:
+    """kind: a folder of which Git has a part is data/own, with a page of its own."""
+    images = project.root.parent / NAME
+    project = project.copy(tmp_path / "project")
+    if kind == "zip":
+        path = Path("photos.zip")
+        with zipfile.ZipFile(project.root / path, "w") as archive:
+            for file in images.rglob("*.png"):
+                archive.write(file, file.relative_to(images))
+    else:
+        path = Path("data/own") / ("" if kind == "part" else "photos")
+        shutil.copytree(images, project.root / path, dirs_exist_ok=True)
+    assert "files: " in run_in_a_copy(project, kind, path).stdout
+    ref = project.run("git", "for-each-ref", "--format=%(refname)", f"refs/exps/**/{kind}").stdout.strip()
+    lock = read_yaml(project.run("git", "show", f"{ref}:dvc.lock").stdout)
+    assert md5s_in(lock, "deps")[str(path)] == hash_path(project.root / path)
+    assert {"dvc.lock", "params.yaml"} >= set(project.run("git", "diff", "--name-only", "HEAD", ref).stdout.split())
+    assert project.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_images_that_are_nowhere_are_looked_for_in_both_places_and_told(project: Project) -> None:
+    failed = run_in_a_copy(project, "nowhere", "photos/nowhere").stderr
+    assert (
+        f"params.yaml: data_path: there is no photos/nowhere, neither in {project.root} nor in the copy of it that "
+        f"this experiment runs in, {project.root}/.dvc/tmp/exps/standalone/tmp"
+    ) in failed
+    assert "give their whole path, from / on: -S data_path=" in failed
 
 
 def test_apply_overwrites_edits(project: Project) -> None:

@@ -17,7 +17,7 @@ from classifier.dataset import CustomImageDataset
 
 pytestmark = pytest.mark.slow
 
-STAGES = ["download", "annotate", "train", "evaluate", "export"]
+STAGES = ["check", "download", "annotate", "train", "evaluate", "export"]
 
 
 # Nothing listens at this port.
@@ -251,9 +251,9 @@ def test_after_a_failed_download_the_earlier_data_comes_back(copied: Project, tm
     assert failed.returncode != 0
     assert "FASHION_MNIST_DIR" in failed.stderr
     assert "Traceback" not in failed.stderr
-    assert "dvc checkout data/raw" in failed.stderr
+    assert "DVC removed what this stage had made before. `classifier restore` brings back" in failed.stderr
     assert not raw.exists()
-    copied.dvc("checkout", "data/raw")
+    copied.run(sys.executable, "-m", "classifier", "restore")
     assert raw.read_bytes() == before
 
 
@@ -261,17 +261,18 @@ def test_after_a_failed_download_the_earlier_data_comes_back(copied: Project, tm
 def test_an_experiment_runs_only_what_its_parameter_reaches(tmp_path_factory: pytest.TempPathFactory) -> None:
     copied = reproduced_project(tmp_path_factory, export_formats="[onnx]")
     copied.commit()
+    before = copied.outputs()
     done = copied.dvc("exp", "run", "--name", "slower", "-S", "lr=0.01")
-    assert copied.stages_run(done.stdout) == ["train", "evaluate", "export"]
+    assert copied.stages_run(done.stdout) == ["check", "train", "evaluate", "export"]
     accuracy = read_json(copied.root / "metrics/test.json")["accuracy"]
 
     table = pd.read_csv(io.StringIO(copied.dvc("exp", "show", "--csv").stdout)).set_index("Experiment")
     assert table.loc["slower", "lr"] == 0.01
     assert table.loc["slower", "accuracy"] == pytest.approx(accuracy)
 
-    # Back to the committed state, as the README says
-    copied.run("git", "restore", "params.yaml", "dvc.lock", "metrics")
-    copied.dvc("checkout")
+    copied.run(sys.executable, "-m", "classifier", "restore")
+    assert copied.outputs() == before
+    assert copied.run("git", "status", "--porcelain").stdout == ""
     assert copied.stages_run(copied.dvc("repro").stdout) == []
 
 

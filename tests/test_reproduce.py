@@ -25,7 +25,7 @@ def test_a_fresh_clone_gives_the_committed_results(tmp_path: Path) -> None:
     committed = State.of(clone.root)
     # The outer environment is not to be found: the clone makes its own.
     done = clone.run("make", "repro", PATH=outer_path())
-    assert clone.stages_run(done.stdout) == ["download", "annotate", "train", "evaluate", "export"]
+    assert clone.stages_run(done.stdout) == ["check", "download", "annotate", "train", "evaluate", "export"]
 
     made = State.of(clone.root)
     changed = clone.run("git", "status", "--porcelain").stdout

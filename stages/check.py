@@ -1,0 +1,32 @@
+"""Check stage: parameters in, a file that says that they are right out.
+
+Reads   params.yaml
+Writes  data/checked, which never changes, and on which all other stages depend
+
+DVC removes the outputs of a stage before it runs it, so a wrong parameter has to be found before it comes to that.
+In DVC's copies of the repository, images that Git does not have are made available too.
+"""
+
+from pathlib import Path
+
+from classifier.errors import PipelineError, run_main
+from classifier.files import CHECKED, PARAMS, atomic
+from classifier.launch import launcher_command
+from classifier.own_files import find_data, is_copy
+from classifier.params import load_params
+
+
+def main() -> None:
+    try:
+        params = load_params()
+        launcher_command(params.launcher, "stages.train")
+        find_data(Path(params.data_path))
+    except PipelineError as error:
+        way_back = "" if is_copy() else f" `classifier restore` brings back the committed {PARAMS}."
+        raise PipelineError(f"{error}\nNo other stage has run, and no result was removed.{way_back}") from None
+    with atomic(CHECKED) as path:
+        path.write_text("All parameters are right.\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_main(main)
