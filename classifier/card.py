@@ -4,7 +4,9 @@ Its bytes depend on the model alone: no time, no host, no run id.
 """
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from classifier.errors import masked
+from classifier.files import EXPORT, repository_root
 
 WEAKEST_SHOWN = 3  # classes
 
@@ -48,6 +51,23 @@ def model_card(manifest: dict[str, Any], scores: pd.DataFrame, labels: dict[str,
         untested=scores[scores["images"] == 0]["class"].tolist(),
         fewest=(names[in_training.argmin()], in_training.min()),
         most=(names[in_training.argmax()], in_training.max()),
+    )
+
+
+def next_steps(names: Sequence[str]) -> str:
+    """Where the exported model is, and what can be done next; in an experiment's copy, how it gets into the checkout.
+
+    names: of the files of the model.
+    """
+    if repository_root() == Path.cwd():
+        return (
+            f"The model is in {EXPORT}: {', '.join(names)}; README.md there shows how to load each.\n"
+            "Next: `classifier predict image.jpg`, `make report` for a page about the model, `make ui` for all runs."
+        )
+    experiment = os.environ.get("DVC_EXP_NAME", "EXPERIMENT")
+    return (
+        f"The model belongs to the experiment {experiment}: `dvc exp apply {experiment}` brings it to {EXPORT}.\n"
+        "Next: `dvc exp show` to compare the experiments, `make ui` for all runs."
     )
 
 

@@ -61,8 +61,7 @@ def ui(port: Annotated[int, typer.Option(help="Of this machine, to serve the pag
     """Serve MLflow's pages for the repository's store, until Ctrl-C."""
     from classifier.store import connect, serve_pages
 
-    connect(load_params().experiment)
-    serve_pages(port)
+    serve_pages(port, connect(load_params().experiment))
 
 
 @app.command()
@@ -106,7 +105,7 @@ def predict(
     with ExitStack() as stack:
         chosen = stack.enter_context(prediction.opened(model, caller, load_params().registered_model, trust))
         # A bar among the lines of a table would be in the way
-        answers = prediction.predict(chosen, found, complain, hide_progress=True if on_terminal else None)
+        answers = prediction.predict(chosen, found, complain, hide_progress=on_terminal)
         file = sys.stdout
         if output is not None:
             written = stack.enter_context(atomic(caller / output))

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from classifier.annotations import faulty_rows, read_annotations
 from classifier.archive import Images
@@ -18,6 +17,7 @@ from classifier.decoding import LARGEST_PIXELS, decode_image
 from classifier.errors import PipelineError
 from classifier.files import ANNOTATIONS, IMAGES, verified
 from classifier.png import decode_stored_png, decode_stored_pngs
+from classifier.progress import progress
 from classifier.transforms import accept_tensors, to_float
 
 TOGETHER = 256  # small images that are decoded at once
@@ -144,17 +144,17 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
     def decode_all(self, into: Tensor | None = None) -> Tensor:
         """Pixels of all images as one uint8 tensor (N, C, H, W), that given or a new one, with a progress bar."""
         images = torch.empty((len(self), *self.image_shape()), dtype=torch.uint8) if into is None else into
-        self._decode_into(images, range(len(self)), disable=None)
+        self._decode_into(images, range(len(self)), hidden=False)
         return images
 
-    def _decode_into(self, images: Tensor, indices: Sequence[int], disable: bool | None = True) -> None:
+    def _decode_into(self, images: Tensor, indices: Sequence[int], hidden: bool = True) -> None:
         """Decode some of the images into uint8 (n, C, H, W). Raises PipelineError that lists all that are not usable.
 
-        disable: True for no progress bar, None for one on terminals.
+        hidden: show no progress.
         """
         shape = self.image_shape()
         faults = []
-        with tqdm(total=len(indices), desc="decoding", unit="image", disable=disable) as bar:
+        with progress("decoding", "image", len(indices), hidden=hidden) as bar:
             for start in range(0, len(indices), TOGETHER):
                 some = indices[start : start + TOGETHER]
                 pixels = self._decode_together(some)

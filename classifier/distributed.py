@@ -39,11 +39,6 @@ class Group:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    @property
-    def hides_bars(self) -> bool | None:
-        """What tqdm calls `disable`: None for a bar on terminals."""
-        return None if self.is_first else True
-
     def part(self, count: int, rank: int | None = None) -> range:
         """Which images of a batch of `count` this process, or another, works on; there may be none for some."""
         rank = self.rank if rank is None else rank

@@ -26,6 +26,7 @@ from classifier.errors import PipelineError
 from classifier.networks import Mirrored, build_network
 from classifier.onnx_file import open_onnx
 from classifier.params import modules_in
+from classifier.progress import progress
 
 # Largest difference between two logits that counts as the same; of logits beyond 10, as after a training that has gone
 # wrong, the share of the largest. Formats differ by the order in which they sum, which float32 rounds at about 1e-6 of
@@ -61,12 +62,15 @@ def write_checked(
     """
     _, *shape = pixels.shape
     paths = list(dict.fromkeys([*paths, also]))
-    with checking(paths) as check:
+    with checking(paths) as check, progress("export", "step", len(paths) + 1) as bar:
         for path in paths:
+            bar.set_description(f"writing {path.name}")
             if path.suffix == ".safetensors":
                 write_weights(network, name, (shape[0], shape[1], shape[2]), classes, path)
             else:
                 write(network, pixels, path)
+            bar.update()
+        bar.set_description("reading all files back")
         for file, difference in check(network, pixels).items():
             print(f"{file}: logits within {difference:.1e} of the trained network's on {len(pixels)} test images")
 

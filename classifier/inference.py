@@ -1,6 +1,7 @@
 """What a trained network says of images: its weights, its logits, its scores, and which pixels count."""
 
 import io
+import math
 import os
 import warnings
 import zipfile
@@ -17,6 +18,7 @@ from classifier.device import Precision, naming_batch_size, place
 from classifier.errors import PipelineError
 from classifier.files import WEIGHTS, atomic, verified
 from classifier.networks import Mirrored, build_network
+from classifier.progress import progress
 
 
 def trained_network(
@@ -82,9 +84,17 @@ def _refuse_compressed(path: Path) -> None:
 def predict(batches: Batches, network: nn.Module, precision: Precision) -> Tensor:
     """Logits of all images, (N, classes) float32 on the CPU, in the order of the dataset, in every process."""
     network.eval()
-    with naming_batch_size(batches.device, batches.batch_size), autocast(batches.device, precision):
-        logits = torch.cat([network(pixels).float() for pixels, _ in batches.epoch()]).cpu()
-    return batches.group.in_order(logits, [batches.count(number) for number in range(len(batches))])
+    counts = [batches.count(number) for number in range(len(batches))]
+    with (
+        naming_batch_size(batches.device, batches.batch_size),
+        autocast(batches.device, precision),
+        progress("predicting", "image", sum(counts), hidden=not batches.group.is_first, leave=False) as bar,
+    ):
+        logits = []
+        for count, (pixels, _) in zip(counts, batches.epoch(), strict=True):
+            logits.append(network(pixels).float())
+            bar.update(count)
+    return batches.group.in_order(torch.cat(logits).cpu(), counts)
 
 
 def test_loop(batches: Batches, network: nn.Module, precision: Precision) -> tuple[float, float]:
@@ -104,6 +114,21 @@ def score(logits: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float
     losses = nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     loss = torch.stack([batch.mean() for batch in losses.split(batch_size)]).mean()
     return loss.item(), (logits.argmax(1) == labels).double().mean().item()
+
+
+def advice(accuracy: float, labels: Tensor) -> str:
+    """What to try where an accuracy on (N,) labels is not clearly above the share of the largest class; else nothing.
+
+    Clearly: by two standard errors of a share of N images.
+    """
+    count = len(labels)
+    share = labels.bincount().max().item() / count
+    if accuracy > share + 2 * math.sqrt(share * (1 - share) / count):
+        return ""
+    return (
+        f"The network is not clearly better than answering the largest class every time ({share:.1%}): train it "
+        "longer, or with another lr, optimizer or network"
+    )
 
 
 def saliency(network: nn.Module, pixels: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
-from tqdm import tqdm
 
 from classifier.annotations import csv_cell
 from classifier.archive import IMAGE_SUFFIXES, Images
@@ -21,6 +20,7 @@ from classifier.decoding import decode_image
 from classifier.errors import PipelineError, printable
 from classifier.files import EXPORT, read_json
 from classifier.model_file import BATCH, Model, open_model_file
+from classifier.progress import progress
 
 CHAMPION = "champion"
 
@@ -103,14 +103,14 @@ def _own_model() -> Path:
 
 
 def predict(
-    model: Model, images: Sequence[ImageFile], complain: Callable[[str], None], hide_progress: bool | None
+    model: Model, images: Sequence[ImageFile], complain: Callable[[str], None], hide_progress: bool
 ) -> Iterator[Answer]:
     """Answers for the images that can be used, in order; `complain` is called with what is wrong with each other one.
 
-    hide_progress: True for no progress bar, None for one on terminals.
+    hide_progress: show none.
     """
     channels, *size = model.image_shape
-    with tqdm(total=len(images), desc="images", unit="image", disable=hide_progress) as bar:
+    with progress("images", "image", len(images), hidden=hide_progress) as bar:
         for start in range(0, len(images), BATCH):
             names, pixels = [], []
             for image in images[start : start + BATCH]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from classifier.annotations import LISTED_FAULTS, Names, write_csv
 from classifier.cores import usable_cores
@@ -18,6 +17,7 @@ from classifier.decoding import Header, decode_image, fit_pixels, read_header
 from classifier.errors import PipelineError, printable
 from classifier.files import atomic, repository_root
 from classifier.png import encode_png
+from classifier.progress import progress
 from classifier.sources import LabelledImages
 
 AUTO_SIZE = 128  # pixels a side, where images have several sizes or a larger one and none is asked for
@@ -66,11 +66,13 @@ def common_shape(
     faults = []
     for split, data in splits.items():
         names = file_names(split, data)
-        for index in tqdm(range(len(names)), desc=f"sizes of {split}", unit="image", disable=None):
-            try:
-                headers[_header(data.images[index])] += 1
-            except (PipelineError, ValueError) as error:
-                faults.append(_fault(data, index, names[index], error))
+        with progress(f"sizes of {split} images", "image", len(names)) as bar:
+            for index in range(len(names)):
+                try:
+                    headers[_header(data.images[index])] += 1
+                except (PipelineError, ValueError) as error:
+                    faults.append(_fault(data, index, names[index], error))
+                bar.update()
     if faults:  # told together with those that only decoding finds
         deque(prepare(splits, (3, image_size or AUTO_SIZE, image_size or AUTO_SIZE)), maxlen=0)
         _check(faults)
@@ -92,7 +94,7 @@ def prepare(splits: Mapping[str, LabelledImages], shape: tuple[int, int, int]) -
         for split, data in splits.items():
             names = file_names(split, data)
             waiting: deque[Future[list[Prepared | str]]] = deque()
-            with tqdm(total=len(names), desc=f"{split} images", unit="image", disable=None) as bar:
+            with progress(f"{split} images", "image", len(names)) as bar:
                 for start in range(0, len(names) + CHUNK * AHEAD * threads, CHUNK):
                     if chunk := range(start, min(start + CHUNK, len(names))):
                         waiting.append(pool.submit(_prepare_some, data, chunk, names, shape))

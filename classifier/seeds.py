@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from classifier.charts import save_spread
 from classifier.errors import PipelineError
 from classifier.experiment_queue import dvc, recover
 from classifier.files import PARAMS, atomic
 from classifier.params import load_params
+from classifier.progress import progress
 from classifier.repository import experiments, metrics_at
 
 # A line of `dvc queue status`: task, name, time of creation, state
@@ -90,7 +90,7 @@ def _wait(names: list[str], workers: int) -> list[str]:
     """
     amiss = 0  # times in a row that something is, which may be as DVC's workers write what it reads
     restarts = 0
-    with tqdm(total=len(names), desc="seeds", unit="seed", disable=None) as progress:
+    with progress("seeds", "seed", len(names)) as bar:
         while True:
             fault = PipelineError(
                 "the queue was stopped or emptied; `dvc queue status` lists what is left, "
@@ -102,7 +102,7 @@ def _wait(names: list[str], workers: int) -> list[str]:
                 status, fault = "", error
             states = dict(TASK.findall(status))
             ended = [name for name in names if states.get(name) in ("Success", "Failed")]
-            progress.update(max(len(ended) - progress.n, 0))
+            bar.update(max(len(ended) - bar.n, 0))
             if len(ended) == len(names):
                 return [name for name in names if states[name] == "Failed"]
             amiss = amiss + 1 if NO_WORKER in status or not set(names) <= states.keys() else 0

@@ -324,11 +324,18 @@ def _follow_move(database: Path) -> None:
                     )
 
 
-def serve_pages(port: int) -> None:
-    """Become MLflow's server of pages for the store, until Ctrl-C; a store that is a server has pages of its own."""
+def serve_pages(port: int, experiment_id: str) -> None:
+    """Become MLflow's server of pages for the store, until Ctrl-C; a store that is a server has pages of its own.
+
+    The address of the experiment's training runs is printed: MLflow's own first page is about generative AI.
+    """
+    runs = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     if _has_server():
-        print(f"MLFLOW_TRACKING_URI is a server: its pages are at {masked(mlflow.get_tracking_uri())}")
+        print(
+            f"MLFLOW_TRACKING_URI is a server: the runs are at {masked(mlflow.get_tracking_uri()).rstrip('/')}/{runs}"
+        )
         return
+    print(f"Runs: http://127.0.0.1:{port}/{runs}\nReady in a few seconds; Ctrl-C ends it.", flush=True)
     # Without these two, starting takes three times as long: several workers, and jobs that are not used here.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", str(port)]

@@ -238,26 +238,42 @@ APPLY: dict[str, Callable[[Journal, OpenRun, dict[str, Any]], None]] = {
 
 
 class Sampler:
-    """What the machine does while a training runs, under MLflow's names for it."""
+    """What the machine does while a training runs, under MLflow's names for it.
+
+    MLflow's comparison of runs opens on the metric that was logged first. So measurements are kept back until the
+    training has logged its first epoch.
+    """
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._started: float | None = None  # the training, in seconds since 1970; 0 if none writes this journal
+        self._kept_back: list[dict[str, Any]] = []
+        self._has_epoch = False
         # It logs nothing here, but would make the database that its address names.
         self._monitor: Any = SystemMetricsMonitor(run_id="", tracking_uri="http://localhost")  # type: ignore[no-untyped-call]
         self._monitor.collect_metrics()  # type: ignore[no-untyped-call]  # the load since now
         self._clear()
 
     def sample(self) -> None:
-        """Write a record, by the seconds since the training's start, if a training writes this journal."""
+        """Measure, and write a record by the seconds since the training's start, if a training writes this journal."""
         if self._started is None and (records := self._journal.records()):
             self._started = records[0]["started"] if records[0] else 0
         if self._started:
             self._monitor.collect_metrics()
             values = {f"system/{key}": value for key, value in self._monitor.aggregate_metrics().items()}
             self._clear()
-            with suppress(OSError):  # no room, or another process has sent and removed the journal
-                self._journal.write("metrics", values=values, step=round(time.time() - self._started))
+            now = time.time()
+            self._kept_back.append({"time": now, "values": values, "step": round(now - self._started)})
+            self._has_epoch = self._has_epoch or any(r and r["kind"] == "metrics" for r in self._journal.records())
+            if self._has_epoch:
+                self.write()
+
+    def write(self) -> None:
+        """Write the records that were kept back."""
+        with suppress(OSError):  # no room, or another process has sent and removed the journal
+            for record in self._kept_back:
+                self._journal.write("metrics", **record)
+        self._kept_back.clear()
 
     def _clear(self) -> None:
         for monitor in self._monitor.monitors:
@@ -301,6 +317,8 @@ def main() -> None:
         if measured := time.monotonic() >= next_sample:
             sampler.sample()
             next_sample = time.monotonic() + SAMPLE_SECONDS
+        if ended:
+            sampler.write()
         just_failed = time.monotonic() - failed < RETRY_SECONDS
         if ended and just_failed:
             break

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from classifier.batches import Batches
 from classifier.device import Precision, naming_batch_size
 from classifier.errors import PipelineError
 from classifier.graphs import GraphedStep
-from classifier.inference import autocast, test_loop
+from classifier.inference import advice, autocast, test_loop
 from classifier.networks import Mirrored
+from classifier.progress import progress, say
 
 if TYPE_CHECKING:  # benchmarks.accelerator runs where pydantic is not installed
     from classifier.params import Params
@@ -155,6 +155,8 @@ def train_epochs(
 ) -> Iterator[dict[str, float]]:
     """Train from where the state is to the last epoch; after each, print its figures and give them.
 
+    At the end, say so if the kept weights have not beaten the largest class.
+
     val_batches: of the images that `val_loss` and `val_accuracy` are of.
     keep_best: keep the weights of the epoch with the best `val_accuracy`, instead of the last ones.
     Besides what `train_loop` raises, raises PipelineError if a figure is not finite.
@@ -171,14 +173,15 @@ def train_epochs(
         )
         images_per_second = train_batches.image_count / state.seconds
         val_loss, val_accuracy = test_loop(val_batches, evaluated, params.precision)
-        print(
+        say(
             f"Epoch {state.epoch + 1}: Accuracy: {val_accuracy:.1%}, Avg loss: {val_loss:.6f}, "
-            f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s",
-            flush=True,
+            f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s"
         )
         figures = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
         state.end_epoch(figures, keep=not keep_best or state.is_best(val_accuracy))
         yield figures | {"images_per_second": images_per_second}
+    if told := advice(state.kept["val_accuracy"], val_batches.dataset.labels):
+        say(told)
 
 
 def train_loop(
@@ -214,7 +217,13 @@ def train_loop(
     started = perf_counter() - state.seconds
     with (
         naming_batch_size(batches.device, batches.batch_size, accumulate_steps),
-        tqdm(total=batches.image_count, desc=f"epoch {state.epoch + 1}", unit="image", disable=group.hides_bars) as bar,
+        progress(
+            f"epoch {state.epoch + 1}",
+            "image",
+            batches.image_count,
+            initial=state.batch * batches.batch_size,
+            hidden=not group.is_first,
+        ) as bar,
     ):
         for number, (pixels, targets) in enumerate(batches.epoch(state.epoch, state.batch), state.batch):
             count, is_last = batches.count(number), (number + 1) % accumulate_steps == 0 or number + 1 == len(batches)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from itertools import takewhile
 
-TRACKED = ("stages.train", "stages.evaluate", "stages.export")
+TRACKED = ("train", "evaluate", "export")
 
 if not (find_spec("torch") and find_spec("psutil")):
     sys.exit(
@@ -67,16 +67,19 @@ if sys.argv[0] == "-m":  # as it is while `python -m stages.train` reads this fi
         if signal.getsignal(_number) != signal.SIG_IGN:
             signal.signal(_number, _leave)
 
-if sys.argv[0] == "-m" and sys.orig_argv[-1] == "stages.train":
-    from classifier.launch import launch
+    stage = sys.orig_argv[-1].removeprefix("stages.")
+    if stage == "train":
+        from classifier.launch import launch
 
-    launch("stages.train")
+        launch("stages.train")
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first alone tells the user and MLflow
+        from classifier.progress import report
 
-# With several processes, the first alone tells MLflow
-if sys.argv[0] == "-m" and sys.orig_argv[-1] in TRACKED and os.environ.get("RANK", "0") == "0":
-    from classifier.tracking import start_sender_early
+        report(stage)
+        if stage in TRACKED:
+            from classifier.tracking import start_sender_early
 
-    start_sender_early()
+            start_sender_early()
 
 if "DVC_STAGE" in os.environ:
     threading.Thread(target=_end_with_dvc, daemon=True).start()

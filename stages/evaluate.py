@@ -10,7 +10,7 @@ from classifier.batches import batches_of
 from classifier.dataset import annotated
 from classifier.device import choose_kernels, environment, seed_everything, select_device, set_threads
 from classifier.errors import printable, run_main
-from classifier.inference import predict, score, trained_network
+from classifier.inference import advice, predict, score, trained_network
 from classifier.metrics import class_scores, largest_class, overall_scores, wilson_interval
 from classifier.params import load_params
 from classifier.pictures import draw
@@ -38,8 +38,8 @@ def main() -> None:
     print(f"Accuracy: {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}), Avg loss: {loss:.6f}")
     label, share = largest_class(test_set.labels.numpy())
     print(f"Answering {printable(names[label])} every time would be right on {share:.1%}")
-    if low <= share:
-        print("The network is not clearly better than that: train it longer, or with another lr, optimizer or network")
+    if told := advice(accuracy, test_set.labels):
+        print(told)
     print(", ".join(f"{name}: {value:.3f}" for name, value in overall.items()))
     print(scores.assign(**{"class": [*map(printable, names)]}).to_string(index=False, float_format="%.3f"))
 

@@ -14,7 +14,7 @@ import pandas as pd
 from classifier import files
 from classifier.annotations import class_names
 from classifier.calibration import calibrated
-from classifier.card import model_card
+from classifier.card import model_card, next_steps
 from classifier.dataset import annotated
 from classifier.device import choose_kernels, environment, seed_everything, select_device, set_threads
 from classifier.errors import run_main
@@ -69,6 +69,7 @@ def main() -> None:
             tracker.log_files(files.EXPORT / "manifest.json")
             registered = (aside if onnx.parent == aside else files.EXPORT) / onnx.name
             tracker.register(params.registered_model, registered, files.EXPORT / "manifest.json")
+    print(next_steps([path.name for path in models]))
 
 
 if __name__ == "__main__":

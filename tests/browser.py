@@ -1,6 +1,7 @@
 """Headless Chromium, and the server behind `make ui`: what a person has on the screen."""
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -81,7 +82,7 @@ def take_screenshot(page: Page, path: Path) -> None:
 
 @contextmanager
 def mlflow_pages(project: Project) -> Iterator[str]:
-    """The address at which MLflow's pages for the project are served, as `make ui` serves them."""
+    """The address of the project's runs in MLflow's pages, as `make ui` prints it, while it serves them."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     log = project.root.parent / "server.log"
@@ -96,7 +97,8 @@ def mlflow_pages(project: Project) -> Iterator[str]:
         try:
             wait_for(lambda: process.poll() is not None or answers(f"{address}/health"))
             assert process.poll() is None, log.read_text()
-            yield address
+            (runs,) = re.findall(r"^Runs: (\S+)$", log.read_text(), re.MULTILINE)
+            yield runs
         finally:
             process.terminate()
 

@@ -13,8 +13,8 @@ from classifier.params import UNTRACKED, Params, modules_in
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("classifier/**/*.py"))
 
-# Decide what is told to MLflow, and no result: editing them, or what only they import, must not retrain anything.
-NO_RESULT = {"classifier/tracking.py"}
+# Decide what MLflow and the user are told, and no result: editing them, or what only they import, must not retrain.
+NO_RESULT = {"classifier/tracking.py", "classifier/progress.py"}
 # Found by name at run time, so the import statements do not show them: dvc.yaml names them by parameter.
 BY_NAME = {
     "classifier/sources/__init__.py": "classifier/sources/${source}.py",
@@ -24,7 +24,7 @@ BY_NAME = {
 
 def behind_source(name: str) -> set[str]:
     path = f"classifier/sources/{name}.py"
-    return project_files_behind(path) - {path}
+    return project_files_behind(path, NO_RESULT) - {path}
 
 
 def has_code(path: str) -> bool:

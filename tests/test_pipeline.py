@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import sqlite3
 import sys
 from pathlib import Path
@@ -296,5 +297,8 @@ def test_a_network_that_has_learnt_nothing_is_told(reproduced: Project, tmp_path
     project = reproduced.copy(tmp_path / "project")
     project.set_params(lr="1e-6", epochs="1")
     printed = project.dvc("repro", "evaluate").stdout
-    assert "every time would be right on 10.0%\nThe network is not clearly better than that: " in printed
+    warning = "The network is not clearly better than answering the largest class every time"
+    assert re.findall(rf"^{warning} \((.*)\): train it longer", printed, re.MULTILINE) == ["10.0%", "10.0%"]
+    assert re.search(rf"^Epoch 1: .*\n{warning}", printed, re.MULTILINE)  # by train, on the validation images
+    assert re.search(rf"every time would be right on 10.0%\n{warning}", printed)  # by evaluate, on the test images
     assert "not clearly better" not in (reproduced.root.parent / "printed.txt").read_text()

@@ -566,12 +566,18 @@ def test_the_machine_is_measured_while_a_training_runs(repository: Path) -> None
         sender.stdin.write(os.fsencode(tracker.journal.folder) + b"\0")
         with tracker.training(load_params(), {"device": "cpu"}, uuid4().hex, time.time()):
             key = "system/cpu_utilization_percentage"
+            time.sleep(3)
+            tracker.log_metrics({"train_loss": 1.0, "val_accuracy": 0.5}, step=1)
             wait_for(lambda: len(steps(repository / "mlflow.db", key)) >= 4)
         sender.stdin.close()
         assert sender.wait(120) == 0
     measured = steps(repository / "mlflow.db", key)
     assert len(set(measured)) == len(measured)
     assert statuses(repository / "mlflow.db") == ["FINISHED"]
+    # The comparison of runs opens on the first of them
+    names = [name for (name,) in query(repository / "mlflow.db", "SELECT key FROM latest_metrics ORDER BY rowid")]
+    assert names[:2] == ["val_accuracy", "train_loss"]
+    assert key in names
 
 
 # ---------------------------------------------------------------------------------------------------------------------

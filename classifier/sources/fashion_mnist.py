@@ -18,13 +18,12 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from classifier.errors import PipelineError
 from classifier.files import atomic, existing, hash_file, temporary_folder
+from classifier.progress import Bar, progress
 from classifier.sources import LabelledImages
 
 CLASS_NAMES = [
@@ -183,14 +182,14 @@ def _from_mirror(mirror: str, into: Path) -> None:
     for name in FILES:
         packed = into / f"{name}.gz"
         faults: list[Exception] = []
-        with tqdm(desc=packed.name, unit="B", unit_scale=True, disable=None) as progress:
+        with progress(packed.name, "B") as bar:
             # A thread can be left behind when it stalls. A timeout alone bounds the wait for each byte, not for all
             # of them, and not at all the search for the address.
-            arguments = (f"{mirror}{packed.name}", packed, progress, faults)
+            arguments = (f"{mirror}{packed.name}", packed, bar, faults)
             thread = threading.Thread(target=_receive, args=arguments, daemon=True)
             thread.start()
             try:
-                _watch(thread.is_alive, into, progress, STALL_SECONDS)
+                _watch(thread.is_alive, into, bar, STALL_SECONDS)
             except PlaceFailed as stalled:
                 raise PlaceFailed(f"{packed.name}: {stalled}") from None
         if faults:
@@ -198,14 +197,14 @@ def _from_mirror(mirror: str, into: Path) -> None:
         _unpack(packed, into / name)
 
 
-def _receive(url: str, target: Path, progress: "tqdm[Any]", faults: list[Exception]) -> None:
+def _receive(url: str, target: Path, bar: Bar, faults: list[Exception]) -> None:
     """Fetch one file, in a thread of its own. An exception is put into `faults`."""
     try:
         with (
             target.open("wb") as file,
             urllib.request.urlopen(url, timeout=2 * STALL_SECONDS) as response,
         ):  # _watch is first
-            length = progress.total = response.length  # None if the server does not say
+            length = bar.total = response.length  # None if the server does not say
             while chunk := response.read1(1 << 16):
                 file.write(chunk)
                 if file.tell() > LARGEST_BYTES:
@@ -216,13 +215,13 @@ def _receive(url: str, target: Path, progress: "tqdm[Any]", faults: list[Excepti
         faults.append(error)
 
 
-def _watch(working: Callable[[], bool], folder: Path, progress: "tqdm[Any]", stall_seconds: float) -> None:
+def _watch(working: Callable[[], bool], folder: Path, bar: Bar, stall_seconds: float) -> None:
     """Wait as long as `working()`. Raises PlaceFailed if `folder` gets too little within `stall_seconds`."""
     window_start, window_bytes, shown_bytes = time.monotonic(), _bytes_in(folder), 0
     while working():
         time.sleep(POLL_SECONDS)
         now_bytes = _bytes_in(folder)
-        progress.update(now_bytes - window_bytes - shown_bytes)
+        bar.update(now_bytes - window_bytes - shown_bytes)
         shown_bytes = now_bytes - window_bytes
         if time.monotonic() - window_start > stall_seconds:
             if abs(shown_bytes) < SLOWEST_BYTES:
@@ -275,7 +274,7 @@ def _run(command: list[str], folder: Path) -> str:
     log, name = folder / "log", " ".join(command[:2])
     with (
         log.open("wb") as output,
-        tqdm(desc=name, unit="B", unit_scale=True, disable=None) as progress,
+        progress(name, "B") as bar,
         subprocess.Popen(
             command,
             cwd=folder,
@@ -286,7 +285,7 @@ def _run(command: list[str], folder: Path) -> str:
         ) as process,
     ):
         try:
-            _watch(lambda: process.poll() is None, folder, progress, APT_STALL_SECONDS)
+            _watch(lambda: process.poll() is None, folder, bar, APT_STALL_SECONDS)
         except PlaceFailed as stalled:
             raise PlaceFailed(f"{name}: {stalled}") from None
         finally:

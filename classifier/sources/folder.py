@@ -24,12 +24,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from classifier.annotations import CONTROL, LISTED_FAULTS, Names, faulty_rows, name_fault, parse_rows, repeated, shown
 from classifier.archive import IMAGE_SUFFIXES, Images
 from classifier.errors import PipelineError, printable
 from classifier.files import atomic
+from classifier.progress import progress
 from classifier.sources import LabelledImages
 
 ZIP = "images.zip"  # in data/raw, whatever it was called, so that a new name does not make the data look changed
@@ -110,10 +110,12 @@ def fetch(raw: Path, data_path: Path) -> None:
             shutil.copyfile(data_path, folder / ZIP)
             return
         names = [*layout.tables, *(name for entries in layout.splits.values() for name in entries.names)]
-        for name in tqdm(names, desc="copying", unit="file", disable=None):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(images.read(name))
+        with progress("copying", "file", len(names)) as bar:
+            for name in names:
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(images.read(name))
+                bar.update()
 
 
 def class_names(raw: Path) -> list[str]:
