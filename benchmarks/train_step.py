@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measuring import Contender, Report, in_turns, median_ratio, parser, raw_data, summary
-from classifier.annotations import write_csv
-from classifier.errors import PipelineError, run_main
-from classifier.png import encode_png
+from classifier.data.png import encode_png
+from classifier.pipeline.annotations import write_csv
+from classifier.pipeline.errors import PipelineError, run_main
+from classifier.pipeline.zip_format import write_zip
 from classifier.sources.fashion_mnist import read
-from classifier.zip_format import write_zip
 
 BATCH, LR, SEED = 64, 1e-3, 42
 REPORTED = 100  # the loss of every such batch, as in the tutorial
@@ -90,7 +90,7 @@ def torch_network() -> Any:
     """The tutorial's network, the same weights in every process."""
     import torch
 
-    from classifier.device import set_threads
+    from classifier.compute.device import set_threads
     from classifier.networks.mlp import build
 
     set_threads("auto")
@@ -113,10 +113,10 @@ def tutorial_data(folder: Path) -> Any:
 def pipeline(folder: Path) -> Callable[[], Epoch]:
     import torch
 
-    from classifier.batches import Batches
-    from classifier.dataset import CustomImageDataset
-    from classifier.optimization import build_loss, build_optimizer, build_scheduler
-    from classifier.training import TrainState, train_loop
+    from classifier.data.dataset import CustomImageDataset
+    from classifier.data.loader import Batches
+    from classifier.training.loop import TrainState, train_loop
+    from classifier.training.optimization import build_loss, build_optimizer, build_scheduler
 
     network = torch_network()
     dataset = CustomImageDataset(folder / "train.csv", folder / "images.zip", classes=10)

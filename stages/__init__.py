@@ -68,13 +68,13 @@ if sys.argv[0] == "-m":  # as it is while `python -m stages.train` reads this fi
             signal.signal(_number, _leave)
 
 if sys.argv[0] == "-m" and sys.orig_argv[-1] == "stages.train":
-    from classifier.launch import launch
+    from classifier.compute.launch import launch
 
     launch("stages.train")
 
 # With several processes, the first alone tells MLflow
 if sys.argv[0] == "-m" and sys.orig_argv[-1] in TRACKED and os.environ.get("RANK", "0") == "0":
-    from classifier.tracking import start_sender_early
+    from classifier.tracking.tracker import start_sender_early
 
     start_sender_early()
 

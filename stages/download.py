@@ -6,10 +6,10 @@ Writes  data/raw/
 
 from pathlib import Path
 
-from classifier.errors import PipelineError, printable, run_main
-from classifier.files import RAW
-from classifier.interrupts import Interrupted
-from classifier.params import load_params
+from classifier.pipeline.errors import PipelineError, printable, run_main
+from classifier.pipeline.params import load_params
+from classifier.pipeline.paths import RAW
+from classifier.pipeline.signals import Interrupted
 from classifier.sources import load_source
 
 SHOWN_FILES = 8

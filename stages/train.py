@@ -8,20 +8,22 @@ Keeps   with validation images, the weights of the epoch with the best validatio
 
 from contextlib import ExitStack
 
-from classifier import files
-from classifier.annotations import class_names, write_csv
-from classifier.batches import batches_of, training_batches
-from classifier.checkpoint import checkpoints, going_on, makings
-from classifier.dataset import annotated
-from classifier.device import environment, keep_freed_memory, select_device, set_threads
-from classifier.distributed import Group, joined
-from classifier.errors import run_main
-from classifier.inference import save_weights
-from classifier.optimization import build_loss
-from classifier.params import Params, load_params
-from classifier.start import initial_state
-from classifier.tracking import Tracker
-from classifier.training import TrainState, train_epochs
+from classifier.compute.device import environment, keep_freed_memory, select_device, set_threads
+from classifier.compute.distributed import Group, joined
+from classifier.data.dataset import annotated
+from classifier.data.loader import batches_of, training_batches
+from classifier.data.lockfile import verified
+from classifier.pipeline import paths
+from classifier.pipeline.annotations import class_names, write_csv
+from classifier.pipeline.errors import run_main
+from classifier.pipeline.outputs import atomic, write_json
+from classifier.pipeline.params import Params, load_params
+from classifier.tracking.tracker import Tracker
+from classifier.training.checkpoint import checkpoints, going_on, makings
+from classifier.training.inference import save_weights
+from classifier.training.initial_state import initial_state
+from classifier.training.loop import TrainState, train_epochs
+from classifier.training.optimization import build_loss
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def train(params: Params, group: Group) -> None:
     # Before images are decoded: meanwhile, code may be edited
     made_of = makings("train", params.model_dump(), recorded) if group.is_first else None
 
-    names = class_names(files.verified(files.ANNOTATIONS))
+    names = class_names(verified(paths.ANNOTATIONS))
     train_set, val_set, test_set = annotated(["train", "val", "test"], len(names))
     train_batches = training_batches(train_set, names, params, device, group)
     # Without validation images there is nothing to select weights by; an epoch's figures are the tutorial's: on test
@@ -68,11 +70,11 @@ def train(params: Params, group: Group) -> None:
 
 def write(state: TrainState, recorded: dict[str, str | int]) -> None:
     """Write the outputs: the weights that were kept, the figures of each epoch, and where they were computed."""
-    save_weights(state.weights, files.WEIGHTS)
-    with files.atomic(files.EPOCHS) as path:
+    save_weights(state.weights, paths.WEIGHTS)
+    with atomic(paths.EPOCHS) as path:
         write_csv(path, {key: [figures[key] for figures in state.history] for key in state.history[0]})
-    files.write_json(files.TRAIN_METRICS, state.kept)
-    files.write_json(files.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
+    write_json(paths.TRAIN_METRICS, state.kept)
+    write_json(paths.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from project import python
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
-from classifier import checkpoint
-from classifier.batches import Batches
-from classifier.checkpoint import Checkpoints, checkpoints, makings
-from classifier.dataset import CustomImageDataset
-from classifier.device import choose_kernels, seed_everything
-from classifier.inference import test_loop
-from classifier.optimization import build_optimizer, build_scheduler
-from classifier.training import TrainState, train_loop
+from classifier.compute.device import choose_kernels, seed_everything
+from classifier.data.dataset import CustomImageDataset
+from classifier.data.loader import Batches
+from classifier.training import checkpoint
+from classifier.training.checkpoint import Checkpoints, checkpoints, makings
+from classifier.training.inference import test_loop
+from classifier.training.loop import TrainState, train_loop
+from classifier.training.optimization import build_optimizer, build_scheduler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -413,7 +413,7 @@ def test_a_process_with_the_same_makings_waits_and_gets_its_own_set_and_a_killed
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     holder = (
-        "import time; from classifier.checkpoint import checkpoints\n"
+        "import time; from classifier.training.checkpoint import checkpoints\n"
         "with checkpoints({'lr': 0.1}) as saved:\n"
         "    saved.save(0, 5, {'batch': 5}); print(saved.name, flush=True); time.sleep(60)"
     )

@@ -19,9 +19,9 @@ from project import TRAINED, Project, clean_environment, python, real_environmen
 from small_images import make_images
 from tracker import free_port, send_the_rest, wait_for
 
-from classifier.archive import Images
-from classifier.distributed import Group
-from classifier.zip_format import write_zip
+from classifier.compute.distributed import Group
+from classifier.pipeline.archive import Images
+from classifier.pipeline.zip_format import write_zip
 
 # Two epochs of the product's own loop; in float64, whose sums hardly depend on their order. With small batches the
 # training of a network with batch normalisation is chaotic: in float32 a change of 1e-6 grows a thousandfold.
@@ -30,14 +30,14 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import nn
-from classifier.batches import Batches
-from classifier.dataset import CustomImageDataset
-from classifier.device import set_threads
-from classifier.distributed import joined
+from classifier.data.loader import Batches
+from classifier.data.dataset import CustomImageDataset
+from classifier.compute.device import set_threads
+from classifier.compute.distributed import joined
 from classifier.networks import build_network
-from classifier.inference import predict
-from classifier.optimization import build_optimizer, build_scheduler
-from classifier.training import TrainState, train_loop
+from classifier.training.inference import predict
+from classifier.training.optimization import build_optimizer, build_scheduler
+from classifier.training.loop import TrainState, train_loop
 
 class Float64(nn.Module):
     def __init__(self, network):

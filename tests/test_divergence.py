@@ -10,11 +10,11 @@ import torch
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
-from classifier.batches import Batches
-from classifier.dataset import CustomImageDataset
-from classifier.errors import PipelineError
-from classifier.optimization import build_optimizer, build_scheduler
-from classifier.training import TrainState, train_loop
+from classifier.data.dataset import CustomImageDataset
+from classifier.data.loader import Batches
+from classifier.pipeline.errors import PipelineError
+from classifier.training.loop import TrainState, train_loop
+from classifier.training.optimization import build_optimizer, build_scheduler
 
 EPOCHS = 3
 

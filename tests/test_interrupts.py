@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 from imports import ROOT
 
-from classifier.errors import PipelineError
-from classifier.interrupts import SIGNALS, Interrupted, held_back, listen
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.signals import SIGNALS, Interrupted, held_back, listen
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 READY = "print('ready', flush=True)"
-IMPORTS = "import time; from classifier.errors import run_main; from classifier.interrupts import held_back"
+IMPORTS = (
+    "import time; from classifier.pipeline.errors import run_main; from classifier.pipeline.signals import held_back"
+)
 
 
 def start(body: str, *, ignored: bool = False) -> "subprocess.Popen[str]":
@@ -192,7 +194,10 @@ def send_held_back(*numbers: int, seconds: float = 10, wait: float = 0) -> tuple
 
 
 def test_a_process_ends_without_a_look_for_garbage_among_all_that_it_has_loaded() -> None:
-    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); import classifier"
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()));"
+        "from classifier.pipeline.errors import run_main; run_main(lambda: None)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 1000
 
@@ -201,7 +206,7 @@ def test_a_process_ends_without_a_look_for_garbage_among_all_that_it_has_loaded(
 @pytest.mark.parametrize("how", ["print('done')", "raise PipelineError('failed')"])
 def test_a_signal_while_a_command_exits_gives_no_traceback(number: signal.Signals, how: str) -> None:
     code = (
-        "import atexit, os\nfrom classifier.errors import *\n"
+        "import atexit, os\nfrom classifier.pipeline.errors import *\n"
         f"atexit.register(os.kill, os.getpid(), {int(number)})\ndef main(): {how}\nrun_main(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from project import Project, small_project
 
-from classifier.annotations import class_names
-from classifier.batches import training_batches
-from classifier.dataset import annotated as annotated_splits
-from classifier.errors import PipelineError
-from classifier.files import ANNOTATIONS
-from classifier.params import load_params
-from classifier.samples import draw_samples, first_images, streamed_batches, titles
+from classifier.cli.samples import draw_samples, first_images, streamed_batches, titles
+from classifier.data.dataset import annotated as annotated_splits
+from classifier.data.loader import training_batches
+from classifier.pipeline.annotations import class_names
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.params import load_params
+from classifier.pipeline.paths import ANNOTATIONS
 
 NAMES = ["cat", "dog", "eel"]
 

@@ -19,12 +19,16 @@ from hostile import RunsCodeWhenUnpickled, halve, write_nothing, write_text
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
 
-from classifier.batches import Batches
-from classifier.dataset import CustomImageDataset
-from classifier.errors import PipelineError
-from classifier.inference import load_weights, predict, saliency, score, test_loop
+from classifier.data.dataset import CustomImageDataset
+from classifier.data.loader import Batches
+from classifier.data.png import encode_png
+from classifier.data.transforms import one_hot
 from classifier.networks import build_network, describe
-from classifier.optimization import (
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.zip_format import write_zip
+from classifier.training.inference import load_weights, predict, saliency, score, test_loop
+from classifier.training.loop import TrainState, set_training_mode, train_loop
+from classifier.training.optimization import (
     build_loss,
     build_optimizer,
     build_scheduler,
@@ -32,10 +36,6 @@ from classifier.optimization import (
     lr_factor,
     weighted_cross_entropy,
 )
-from classifier.png import encode_png
-from classifier.training import TrainState, set_training_mode, train_loop
-from classifier.transforms import one_hot
-from classifier.zip_format import write_zip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from classifier.errors import PipelineError
-from classifier.files import atomic, existing, hash_file, temporary_folder
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import atomic, existing, hash_file, temporary_folder
 from classifier.sources import LabelledImages
 
 CLASS_NAMES = [
