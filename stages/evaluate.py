@@ -5,7 +5,7 @@ Writes  metrics/test.json, metrics/classes.csv, metrics/plots/
 """
 
 from classifier.compute.device import choose_kernels, environment, seed_everything, select_device, set_threads
-from classifier.data.dataset import annotated
+from classifier.data.dataset import load_splits
 from classifier.data.loader import batches_of
 from classifier.data.lockfile import verified
 from classifier.evaluation.metrics import class_scores, largest_class, overall_scores, wilson_interval
@@ -28,7 +28,7 @@ def main() -> None:
     seed_everything(params.seed)
 
     names = class_names(verified(paths.ANNOTATIONS))
-    (test_set,) = annotated(["test"], len(names))
+    (test_set,) = load_splits(["test"], len(names))
     network = trained_network(params.network, test_set.image_shape(), len(names), device, test_flip=params.test_flip)
     logits = predict(batches_of(test_set, params, device), network, params.precision)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from classifier.compute.device import choose_kernels, environment, seed_everything, select_device, set_threads
-from classifier.data.dataset import annotated
+from classifier.data.dataset import load_splits
 from classifier.data.lockfile import verified
 from classifier.export.calibration import calibrated
 from classifier.export.formats import write_checked
@@ -40,7 +40,7 @@ def main() -> None:
     seed_everything(params.seed)
 
     names = class_names(verified(paths.ANNOTATIONS))
-    splits = dict(zip(SPLITS, annotated(SPLITS, len(names)), strict=True))
+    splits = dict(zip(SPLITS, load_splits(SPLITS, len(names)), strict=True))
     scores = pd.read_csv(verified(paths.CLASS_METRICS), dtype={"class": str}, keep_default_na=False)
     scores["class"] = names  # which are quoted there, for spreadsheets
     shape = splits["test"].image_shape()

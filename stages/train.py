@@ -9,8 +9,8 @@ Keeps   with validation images, the weights of the epoch with the best validatio
 from contextlib import ExitStack
 
 from classifier.compute.device import environment, keep_freed_memory, select_device, set_threads
-from classifier.compute.distributed import Group, joined
-from classifier.data.dataset import annotated
+from classifier.compute.distributed import Group, process_group
+from classifier.data.dataset import load_splits
 from classifier.data.loader import batches_of, training_batches
 from classifier.data.lockfile import verified
 from classifier.pipeline import paths
@@ -19,7 +19,7 @@ from classifier.pipeline.errors import run_main
 from classifier.pipeline.outputs import atomic, write_json
 from classifier.pipeline.params import Params, load_params
 from classifier.tracking.tracker import Tracker
-from classifier.training.checkpoint import checkpoints, going_on, makings
+from classifier.training.checkpoint import checkpoints, resume, stage_fingerprint
 from classifier.training.inference import save_weights
 from classifier.training.initial_state import initial_state
 from classifier.training.loop import TrainState, train_epochs
@@ -28,7 +28,7 @@ from classifier.training.optimization import build_loss
 
 def main() -> None:
     params = load_params()
-    with joined() as group:
+    with process_group() as group:
         train(params, group)
 
 
@@ -39,10 +39,10 @@ def train(params: Params, group: Group) -> None:
     keep_freed_memory()
     recorded = environment(device)
     # Before images are decoded: meanwhile, code may be edited
-    made_of = makings("train", params.model_dump(), recorded) if group.is_first else None
+    fingerprint = stage_fingerprint("train", params.model_dump(), recorded) if group.is_first else None
 
     names = class_names(verified(paths.ANNOTATIONS))
-    train_set, val_set, test_set = annotated(["train", "val", "test"], len(names))
+    train_set, val_set, test_set = load_splits(["train", "val", "test"], len(names))
     train_batches = training_batches(train_set, names, params, device, group)
     # Without validation images there is nothing to select weights by; an epoch's figures are the tutorial's: on test
     selects = len(val_set) > 0
@@ -52,13 +52,13 @@ def train(params: Params, group: Group) -> None:
     state = initial_state(params, train_batches, len(names))
 
     with ExitStack() as stack:
-        saved = stack.enter_context(checkpoints(made_of)) if made_of else None
+        saved = stack.enter_context(checkpoints(fingerprint)) if fingerprint else None
         if tracker and saved:
             stack.enter_context(tracker.training(params, recorded, saved.name, saved.started))
             if state.pretrained:
                 tracker.tag({"sha256.weights": state.pretrained})
         every = params.checkpoint_steps * params.accumulate_steps
-        with going_on(state, group, saved, every=every, last=len(train_batches)) as after_update:
+        with resume(state, group, saved, every=every, last=len(train_batches)) as after_update:
             for figures in train_epochs(
                 train_batches, val_batches, state, loss_fn, params, keep_best=selects, after_update=after_update
             ):

@@ -250,7 +250,7 @@ import torch
 from torch import nn
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/tests"]
 from classifier import networks
-from classifier.training.checkpoint import checkpoints, going_on
+from classifier.training.checkpoint import checkpoints, resume
 from classifier.compute.distributed import ALONE
 from classifier.training.inference import save_weights
 from classifier.training.loop import train_loop
@@ -269,7 +269,7 @@ test_accelerator.start.build_network = lambda *given: Dropping(build(*given))
 device, kill_at, graphs = torch.device(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
 settings = {"network": "cnn", "augment": ["crop", "erase", "mixup"], "schedule": "cosine", "precision": sys.argv[5]}
 params, batches, state = begin(images(200, (1, 16, 16)), device, cuda_graphs=graphs, **settings)
-with checkpoints({"training": "this"}) as saved, going_on(state, ALONE, saved, every=4, last=len(batches)) as save:
+with checkpoints({"training": "this"}) as saved, resume(state, ALONE, saved, every=4, last=len(batches)) as save:
     def after_update():
         save()
         if state.epoch * len(batches) + state.batch == kill_at:
@@ -428,11 +428,11 @@ import torch
 from torch import nn
 from classifier.data.loader import training_batches
 from classifier.compute.device import select_device
-from classifier.compute.distributed import joined
+from classifier.compute.distributed import process_group
 from classifier.training.initial_state import initial_state
 from classifier.training.loop import train_loop
 from test_accelerator import SMALL, images, params_with
-with joined() as group:
+with process_group() as group:
     device = select_device(sys.argv[2])
     params = params_with(**SMALL)
     batches = training_batches(images(), ["0", "1", "2", "3"], params, device, group)

@@ -33,7 +33,7 @@ from torch import nn
 from classifier.data.loader import Batches
 from classifier.data.dataset import CustomImageDataset
 from classifier.compute.device import set_threads
-from classifier.compute.distributed import joined
+from classifier.compute.distributed import process_group
 from classifier.networks import build_network
 from classifier.training.inference import predict
 from classifier.training.optimization import build_optimizer, build_scheduler
@@ -48,7 +48,7 @@ class Float64(nn.Module):
 
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 set_threads(1)
-with joined() as group:
+with process_group() as group:
     device = torch.device("cpu")
     dataset = CustomImageDataset(folder / "images.csv", folder / "images.zip", classes=4)
     batches = Batches(dataset, settings["batch_size"], device, seed=1, shuffle=True, augmentations=settings["augment"],
@@ -57,7 +57,7 @@ with joined() as group:
     network = Float64(build_network(settings["network"], batches.image_shape, 4))
     optimizer = build_optimizer("sgd", list(network.parameters()), 0.05, 0.9, 0.0)
     state = TrainState(network, optimizer, build_scheduler("constant", optimizer, 100))
-    state.trained = group.train_together(network)
+    state.trained = group.ddp_network(network)
     losses = []
     for _ in range(2):
         losses.append(train_loop(batches, state, nn.CrossEntropyLoss(), accumulate_steps=settings["accumulate"],

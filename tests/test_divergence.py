@@ -200,10 +200,10 @@ def test_a_training_that_goes_on_names_the_same_place(batches: Batches) -> None:
     contents: list[dict[str, Any]] = []
     train_loop(
         batches, state, nn.CrossEntropyLoss(), accumulate_steps=1, precision="float32",
-        after_update=lambda: contents.append(copy.deepcopy(state.content())),
+        after_update=lambda: contents.append(copy.deepcopy(state.state_dict())),
     )  # fmt: skip
     resumed = build_state(batches, second, 0.1, "constant")
-    resumed.restore(contents[3])
+    resumed.load_state_dict(contents[3])
     second.passes = 4
     with pytest.raises(PipelineError) as caught:
         train_loop(batches, resumed, nn.CrossEntropyLoss(), accumulate_steps=1, precision="float32")

@@ -12,14 +12,15 @@ import pytest
 from imports import ROOT
 
 from classifier.pipeline.errors import PipelineError
-from classifier.pipeline.signals import SIGNALS, Interrupted, held_back, listen
+from classifier.pipeline.signals import SIGNALS, Interrupted, defer_signals, listen
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 READY = "print('ready', flush=True)"
 IMPORTS = (
-    "import time; from classifier.pipeline.errors import run_main; from classifier.pipeline.signals import held_back"
+    "import time; from classifier.pipeline.errors import run_main;"
+    "from classifier.pipeline.signals import defer_signals"
 )
 
 
@@ -53,7 +54,7 @@ def test_a_signal_ends_a_command_with_its_exit_code_and_one_line(number: signal.
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_is_held_back_ends_the_command_at_its_release(number: signal.Signals) -> None:
     body = f"""\
-with held_back(10) as held:
+with defer_signals(10) as held:
     {READY}
     while not held.number:
         time.sleep(0.01)
@@ -68,7 +69,7 @@ with held_back(10) as held:
 def test_several_sigterm_are_held_back_as_one() -> None:
     """As those of SLURM, torchrun and the end of DVC are."""
     body = f"""\
-with held_back(60) as held:
+with defer_signals(60) as held:
     {READY}
     while not held.number:
         time.sleep(0.01)
@@ -90,7 +91,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
 
 def test_a_signal_that_is_ignored_stays_ignored_while_others_are_held_back() -> None:
-    process = start(f"with held_back(10):\n    {READY}\n    input()\n    print('done')", ignored=True)
+    process = start(f"with defer_signals(10):\n    {READY}\n    input()\n    print('done')", ignored=True)
     process.send_signal(signal.SIGINT)
     assert ending(process, "\n") == (0, "done\n", "")
 
@@ -162,7 +163,7 @@ def test_after_the_block_time_does_not_run_out() -> None:
 
 @pytest.mark.usefixtures("listening")
 def test_without_a_signal_nothing_is_raised_and_the_next_one_is_not_held_back() -> None:
-    with held_back(0.1) as held:
+    with defer_signals(0.1) as held:
         held.release()
     with pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGINT)
@@ -171,7 +172,7 @@ def test_without_a_signal_nothing_is_raised_and_the_next_one_is_not_held_back() 
 @pytest.mark.usefixtures("listening")
 def test_an_error_of_the_block_is_told_rather_than_the_signal() -> None:
     def fail() -> None:
-        with held_back(10):
+        with defer_signals(10):
             os.kill(os.getpid(), signal.SIGTERM)
             raise PipelineError("diverged")
 
@@ -183,7 +184,7 @@ def send_held_back(*numbers: int, seconds: float = 10, wait: float = 0) -> tuple
     """Send signals to this process in a block that holds them back; those that it went on after, and what ended it."""
     passed: list[int] = []
     try:
-        with held_back(seconds):
+        with defer_signals(seconds):
             for number in numbers:
                 os.kill(os.getpid(), number)
                 time.sleep(wait)

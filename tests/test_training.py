@@ -238,7 +238,7 @@ def test_a_float16_update_that_overflows_is_skipped(make_batches: BatchMaker) ->
     assert not updates[0]
     assert updates[-1]
     assert math.isfinite(loss)
-    other.restore(copy.deepcopy(state.content()))
+    other.load_state_dict(copy.deepcopy(state.state_dict()))
     assert other.scaler.get_scale() == state.scaler.get_scale() < 2.0**40
 
 
@@ -499,9 +499,9 @@ def test_training_with_frozen_batch_normalisation_goes_on_to_the_same_weights(ma
     loop(batches, whole)
     with pytest.raises(Stopped):
         loop(batches, state, after_update=stop)
-    content = state.content()
+    content = state.state_dict()
     state = start()
-    state.restore(content)
+    state.load_state_dict(content)
     loop(batches, state)
     torch.testing.assert_close(state.network.state_dict(), whole.network.state_dict(), rtol=0, atol=0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from classifier.data.dataset import annotated
+from classifier.data.dataset import load_splits
 from classifier.data.loader import Batches, training_batches
 from classifier.data.lockfile import verified
 from classifier.evaluation.plots import save_grid
@@ -32,7 +32,7 @@ def draw_samples(target: Path) -> None:
 
 def streamed_batches(params: Params, names: list[str]) -> Batches:
     """The batches that the train stage has, but for one-hot targets; only images that are asked for are decoded."""
-    (train_set,) = annotated(["train"], len(names))
+    (train_set,) = load_splits(["train"], len(names))
     streamed = params.model_copy(update={"memory_limit_gib": 0, "workers": 0, "target_transform": None})
     return training_batches(train_set, names, streamed, torch.device("cpu"))
 

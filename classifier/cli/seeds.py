@@ -89,7 +89,7 @@ def _wait(names: list[str], workers: int) -> list[str]:
     Workers that were killed are started again, and continue what they had begun. Raises PipelineError if nobody works
     at the experiments any more for another reason.
     """
-    amiss = 0  # times in a row that something is, which may be as DVC's workers write what it reads
+    consecutive_failures = 0  # times in a row that something is, which may be as DVC's workers write what it reads
     restarts = 0
     with tqdm(total=len(names), desc="seeds", unit="seed", disable=None) as progress:
         while True:
@@ -106,10 +106,12 @@ def _wait(names: list[str], workers: int) -> list[str]:
             progress.update(max(len(ended) - progress.n, 0))
             if len(ended) == len(names):
                 return [name for name in names if states[name] == "Failed"]
-            amiss = amiss + 1 if NO_WORKER in status or not set(names) <= states.keys() else 0
-            if amiss > TOLERATED:
+            consecutive_failures = (
+                consecutive_failures + 1 if NO_WORKER in status or not set(names) <= states.keys() else 0
+            )
+            if consecutive_failures > TOLERATED:
                 if restarts == RESTARTS or not recover().names:
                     raise fault
                 _start(workers)
-                restarts, amiss = restarts + 1, 0
+                restarts, consecutive_failures = restarts + 1, 0
             time.sleep(POLL_SECONDS)

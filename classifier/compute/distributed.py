@@ -60,7 +60,7 @@ class Group:
         ]
         return torch.cat([rows for of_batch in zip(*parts, strict=True) for rows in of_batch])
 
-    def train_together(self, network: nn.Module) -> nn.Module:
+    def ddp_network(self, network: nn.Module) -> nn.Module:
         """The network, such that backward gives all processes the mean of their gradients.
 
         Batch normalisation becomes one over all processes' images. Parameters and their names stay.
@@ -137,7 +137,7 @@ ALONE = Group()
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
+def process_group() -> Iterator[Group]:
     """The processes that torchrun has started with this one.
 
     All but the first are silent, but for errors of their own. Raises PipelineError if another one is gone.

@@ -179,7 +179,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         return None
 
 
-def annotated(splits: Sequence[str], classes: int) -> list[CustomImageDataset]:
+def load_splits(splits: Sequence[str], classes: int) -> list[CustomImageDataset]:
     """Some of train, val and test, as the annotate stage has written them, all read from the same open zips."""
     images = Images(verified(IMAGES))
     csvs = verified(ANNOTATIONS)

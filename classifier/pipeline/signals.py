@@ -31,7 +31,7 @@ def leave_at_once() -> None:
             signal.signal(number, _leave)
 
 
-class Held:
+class PendingSignal:
     """What has arrived while signals are held back."""
 
     def __init__(self, seconds: float) -> None:
@@ -62,9 +62,9 @@ class Held:
 
 
 @contextmanager
-def held_back(seconds: float) -> Iterator[Held]:
+def defer_signals(seconds: float) -> Iterator[PendingSignal]:
     """Hold signals back, so that what is going on comes to a place where it can stop: for `seconds` at most."""
-    held = Held(seconds)
+    held = PendingSignal(seconds)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler == _raise:

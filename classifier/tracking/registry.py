@@ -31,7 +31,7 @@ from classifier.tracking.tracker import TEST_SET_TAG
 CHAMPION = "champion"
 EXPORT_TAG = "export"
 ABSENT = "RESOURCE_DOES_NOT_EXIST"  # as opposed to a store that cannot be asked
-NOISE = 0.05  # a difference that noise alone makes more often than this is not told apart from noise
+SIGNIFICANCE_LEVEL = 0.05  # a difference that noise alone makes more often than this is not told apart from noise
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _compared(candidate: Version, new: Evaluation, champion: Version, old: Evalu
     gained = int((new.correct & ~old.correct).sum())
     lost = int((old.correct & ~new.correct).sum())
     p_value = mcnemar(gained, lost)
-    is_told_apart = p_value < NOISE
+    is_told_apart = p_value < SIGNIFICANCE_LEVEL
     verdict = "more than noise" if is_told_apart else "may be noise"
     text = (
         f"{candidate}: accuracy {new.accuracy:.4f}; champion, version {champion.number}: {old.accuracy:.4f}\n"

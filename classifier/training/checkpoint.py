@@ -27,7 +27,7 @@ from classifier.pipeline.errors import disk_fault
 from classifier.pipeline.outputs import atomic, hash_bytes, hash_path, is_there
 from classifier.pipeline.paths import PIPELINE, repository_root
 from classifier.pipeline.safe_yaml import read_yaml
-from classifier.pipeline.signals import held_back
+from classifier.pipeline.signals import defer_signals
 from classifier.training.loop import TrainState
 
 FOLDER = ".checkpoints"
@@ -41,7 +41,7 @@ DIGEST_BYTES = 32  # SHA-256, before the content
 PATIENCE_SECONDS = 12
 
 
-def makings(stage: str, values: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
+def stage_fingerprint(stage: str, values: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides a stage's result, by name: the deps and params of its row in dvc.yaml, and the environment."""
     row = read_yaml(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
     deps = [re.sub(r"\$\{(\w+)\}", lambda key: str(values[key[1]]), dep) for dep in row["deps"]]
@@ -53,15 +53,15 @@ def makings(stage: str, values: Mapping[str, Any], environment: Mapping[str, Any
 
 
 @contextmanager
-def checkpoints(made_of: Mapping[str, Any]) -> Iterator["Checkpoints"]:
-    """The checkpoints of the training with these makings, for this process alone; they go if the block succeeds.
+def checkpoints(fingerprint: Mapping[str, Any]) -> Iterator["Checkpoints"]:
+    """The checkpoints of the training with this fingerprint, for this process alone; they go if the block succeeds.
 
     If a process has them already, it is waited for as long as one takes to end; then there is a second set.
     """
     home = repository_root() / FOLDER
     home.mkdir(exist_ok=True)
     told, give_up = False, time.monotonic() + PATIENCE_SECONDS
-    while not (claimed := _claim(home, made_of, time.monotonic() > give_up)):
+    while not (claimed := _claim(home, fingerprint, time.monotonic() > give_up)):
         if not told:
             print("The same training is under way in another process: waiting a moment for that to end", flush=True)
             told = True
@@ -77,7 +77,7 @@ def checkpoints(made_of: Mapping[str, Any]) -> Iterator["Checkpoints"]:
 
 
 @contextmanager
-def going_on(
+def resume(
     state: TrainState, group: Group, saved: "Checkpoints | None", *, every: int, last: int
 ) -> Iterator[Callable[[], None]]:
     """Go on where this training was killed, if it was; give what is to be called after each of its updates.
@@ -88,18 +88,18 @@ def going_on(
     """
     content = group.from_first(lambda: saved.load() if saved else None)
     if content:
-        state.restore(content | {"random": content["random"][group.rank]})
+        state.load_state_dict(content | {"random": content["random"][group.rank]})
         print(f"Going on in epoch {state.epoch + 1} after batch {state.batch}", flush=True)
     elif saved and (other := saved.given_up()):
         print(f"Starting anew, not from the checkpoint of a training that was given up: {other}", flush=True)
 
-    with held_back(LONGEST_STEP) as held:
+    with defer_signals(LONGEST_STEP) as held:
 
         def after_update() -> None:
             is_due = state.batch % every == 0 or state.batch == last
             is_late = saved is not None and time.monotonic() - saved.last > CHECKPOINT_SECONDS
             if group.any(is_due or is_late or held.number is not None):
-                content = state.content()
+                content = state.state_dict()
                 content["random"] = group.gather(content["random"])  # each draws its own numbers, as for dropout
                 if saved:
                     saved.save(state.epoch, state.batch, content)
@@ -108,9 +108,9 @@ def going_on(
         yield after_update
 
 
-def _claim(home: Path, made_of: Mapping[str, Any], another: bool) -> tuple[Path, FileLock] | None:
+def _claim(home: Path, fingerprint: Mapping[str, Any], another: bool) -> tuple[Path, FileLock] | None:
     """Lock one of a training's folders; if all are taken, make another if that is asked for."""
-    key = hash_bytes(json.dumps(made_of, sort_keys=True).encode())
+    key = hash_bytes(json.dumps(fingerprint, sort_keys=True).encode())
     with FileLock(home / ".lock"):
         folders = sorted(home.glob(f"{key}-*/")) or [home / f"{key}-1"]
         if another:
@@ -118,23 +118,23 @@ def _claim(home: Path, made_of: Mapping[str, Any], another: bool) -> tuple[Path,
         for folder in folders:
             if lock := _lock(folder):
                 folder.mkdir(exist_ok=True)
-                _ensure_record(folder, made_of)
+                _ensure_record(folder, fingerprint)
                 _give_up_old(home)
                 return folder, lock
     return None
 
 
-def _ensure_record(folder: Path, made_of: Mapping[str, Any]) -> None:
+def _ensure_record(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     """Have a folder say of which training it is: that of its name, also where the record is damaged."""
     record = folder / RECORD
     if not _read(record):
         if any(folder.iterdir()):
             print(f"{record}: damaged; the training goes on all the same, in another run of MLflow", file=sys.stderr)
-        _write_record(record, uuid4().hex, time.time(), made_of)
+        _write_record(record, uuid4().hex, time.time(), fingerprint)
 
 
-def _write_record(record: Path, name: str, started: float, made_of: Mapping[str, Any]) -> None:
-    content = {"name": name, "started": started, "made_of": dict(made_of)}
+def _write_record(record: Path, name: str, started: float, fingerprint: Mapping[str, Any]) -> None:
+    content = {"name": name, "started": started, "fingerprint": dict(fingerprint)}
     _write_durably(record, json.dumps(content, indent=2).encode())
 
 
@@ -171,7 +171,7 @@ def _read(record: Path) -> dict[str, Any]:
         content = json.loads(record.read_bytes())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) and {"name", "started", "made_of"} <= content.keys() else {}
+    return content if isinstance(content, dict) and {"name", "started", "fingerprint"} <= content.keys() else {}
 
 
 def _unpacked(packed: bytes) -> dict[str, Any] | None:
@@ -193,7 +193,7 @@ class Checkpoints:
         record = _read(folder / RECORD)
         self.name: str = record["name"]  # of the training, which it keeps when it goes on
         self.started: float = record["started"]  # seconds since 1970
-        self.made_of: dict[str, Any] = record["made_of"]
+        self.fingerprint: dict[str, Any] = record["fingerprint"]
         self.last = time.monotonic()  # when the last one was saved, or none yet
         self._is_warned = False
 
@@ -209,7 +209,7 @@ class Checkpoints:
         self.last = time.monotonic()
         try:
             if not (self.folder / RECORD).exists():
-                _write_record(self.folder / RECORD, self.name, self.started, self.made_of)
+                _write_record(self.folder / RECORD, self.name, self.started, self.fingerprint)
             _write_durably(path, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
         except OSError as error:
             if disk_fault(error):
@@ -234,11 +234,13 @@ class Checkpoints:
         home = self.folder.parent
         with FileLock(home / ".lock"):
             for folder in sorted(home.glob("*/"), key=lambda folder: -folder.stat().st_mtime):
-                theirs = _read(folder / RECORD).get("made_of")
+                theirs = _read(folder / RECORD).get("fingerprint")
                 if folder != self.folder and theirs and (lock := _lock(folder)):
                     lock.release()
-                    keys = [key for key in {**theirs, **self.made_of} if theirs.get(key) != self.made_of.get(key)]
-                    return ", ".join(f"{key} was {theirs.get(key)} and is {self.made_of.get(key)}" for key in keys)
+                    keys = [
+                        key for key in {**theirs, **self.fingerprint} if theirs.get(key) != self.fingerprint.get(key)
+                    ]
+                    return ", ".join(f"{key} was {theirs.get(key)} and is {self.fingerprint.get(key)}" for key in keys)
         return None
 
     def _files(self) -> list[Path]:

@@ -35,7 +35,7 @@ def initial_state(params: "Params", batches: Batches, classes: int) -> TrainStat
     print(describe(network), flush=True)
     optimizer = build_optimizer(params.optimizer, trainable, params.lr, params.momentum, params.weight_decay)
     updates = params.epochs * -(-len(batches) // params.accumulate_steps)
-    trained = group.train_together(network)
+    trained = group.ddp_network(network)
     state = TrainState(
         network,
         optimizer,

@@ -89,14 +89,14 @@ class TrainState:
         """Whether an epoch's validation accuracy is above that of the epoch whose weights are kept."""
         return not self.kept or val_accuracy > self.kept["val_accuracy"]
 
-    def content(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything, the random number generators' states included, as tensors and plain Python values."""
         self.flush()
         parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
         return parts | {name: getattr(self, name) for name in PLAIN} | {"random": _random_states()}
 
-    def restore(self, content: dict[str, Any]) -> None:
-        """Take over what `content` gave."""
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
         for name in STATEFUL:
             getattr(self, name).load_state_dict(content[name])
         for name in PLAIN:
