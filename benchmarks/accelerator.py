@@ -45,9 +45,12 @@ from classifier.networks import Mirrored, Normalization
 from classifier.pipeline.errors import run_main
 from classifier.training import initial_state as start
 from classifier.training.inference import test_loop
-from classifier.training.loop import TrainState, train_loop
+from classifier.training.state import TrainState
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from train_loop import train_loop  # noqa: E402, it is found only now
+
 SECTIONS = ("tests", "tutorial", "images", "waiting", "recipe")
 NEEDS_DATA = ("tutorial", "waiting", "recipe")
 # The recipe in classifier/networks/cnn.py, with more epochs, which an accelerator has the time for

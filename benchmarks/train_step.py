@@ -5,7 +5,7 @@ python -m benchmarks.train_step [--rounds N]
 60,000 images of Fashion-MNIST in file order, batches of 64, the 784-512-512-10 network, SGD at 1e-3. Each contender is
 a process of its own that stays alive, and trains one epoch in each of N rounds, after one that does not count:
 
-pipeline   this pipeline's train_loop and Batches, as the train stage uses them
+pipeline   this pipeline's TrainStep and Batches, as the train stage uses them
 tutorial   the loop of PyTorch's tutorial: DataLoader, ToTensor
 lightning  PyTorch Lightning, a DataLoader with two workers
 keras      model.fit of Keras, on JAX
@@ -115,23 +115,23 @@ def pipeline(folder: Path) -> Callable[[], Epoch]:
 
     from classifier.data.dataset import CustomImageDataset
     from classifier.data.loader import Batches
-    from classifier.training.loop import TrainState, train_loop
+    from classifier.training.loop import TrainStep
     from classifier.training.optimization import build_loss, build_optimizer, build_scheduler
+    from classifier.training.state import TrainState
 
     network = torch_network()
     dataset = CustomImageDataset(folder / "train.csv", folder / "images.zip", classes=10)
     batches = Batches(dataset, BATCH, torch.device("cpu"), memory_limit_gib=8, workers=2)
     optimizer = build_optimizer("sgd", list(network.parameters()), LR, momentum=0.0, weight_decay=0.0)
     state = TrainState(network, optimizer, build_scheduler("constant", optimizer, len(batches)))
-    loss_fn = build_loss(label_smoothing=0.0, class_weights=None)
+    step = TrainStep(state, batches, build_loss(label_smoothing=0.0, class_weights=None), 1, "float32")
 
     def epoch() -> Epoch:
         losses: list[float] = []
         started = perf_counter()
-        train_loop(
-            batches, state, loss_fn, accumulate_steps=1, precision="float32",
-            after_update=lambda: losses.append(state.last_loss),
-        )  # fmt: skip
+        for batch in step.rest_of_epoch():
+            step(*batch)
+            losses.append(state.last_loss)
         seconds = perf_counter() - started
         state.end_epoch({}, keep=False)
         return seconds, losses[::REPORTED]

@@ -20,6 +20,7 @@ import torch
 import yaml
 from imports import ROOT
 from torch import Tensor, nn
+from train_loop import train_loop
 
 from benchmarks.arrays import Arrays, fashion_mnist, random_images
 from classifier.compute.device import choose_kernels, select_device, usable_devices
@@ -31,8 +32,8 @@ from classifier.pipeline.errors import PipelineError
 from classifier.training import initial_state as start
 from classifier.training.cuda_graphs import WARM_UP
 from classifier.training.inference import load_weights, predict, save_weights, test_loop
-from classifier.training.loop import TrainState, train_loop
 from classifier.training.optimization import build_loss
+from classifier.training.state import TrainState
 
 NAME = os.environ.get("ACCELERATOR", usable_devices()[0])
 CPU = torch.device("cpu")
@@ -253,7 +254,7 @@ from classifier import networks
 from classifier.training.checkpoint import checkpoints, resume
 from classifier.compute.distributed import ALONE
 from classifier.training.inference import save_weights
-from classifier.training.loop import train_loop
+from train_loop import train_loop
 import test_accelerator
 from test_accelerator import begin, images
 
@@ -430,7 +431,7 @@ from classifier.data.loader import training_batches
 from classifier.compute.device import select_device
 from classifier.compute.distributed import process_group
 from classifier.training.initial_state import initial_state
-from classifier.training.loop import train_loop
+from train_loop import train_loop
 from test_accelerator import SMALL, images, params_with
 with process_group() as group:
     device = select_device(sys.argv[2])

@@ -23,6 +23,7 @@ from limits import no_file_above
 from project import python
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
+from train_loop import train_loop
 
 from classifier.compute.device import choose_kernels, seed_everything
 from classifier.data.dataset import CustomImageDataset
@@ -30,8 +31,8 @@ from classifier.data.loader import Batches
 from classifier.training import checkpoint
 from classifier.training.checkpoint import Checkpoints, checkpoints, stage_fingerprint
 from classifier.training.inference import test_loop
-from classifier.training.loop import TrainState, train_loop
 from classifier.training.optimization import build_optimizer, build_scheduler
+from classifier.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

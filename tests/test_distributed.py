@@ -29,6 +29,7 @@ TRAIN = """\
 import json, sys
 from pathlib import Path
 import torch
+sys.path.append("tests")
 from torch import nn
 from classifier.data.loader import Batches
 from classifier.data.dataset import CustomImageDataset
@@ -37,7 +38,8 @@ from classifier.compute.distributed import process_group
 from classifier.networks import build_network
 from classifier.training.inference import predict
 from classifier.training.optimization import build_optimizer, build_scheduler
-from classifier.training.loop import TrainState, train_loop
+from classifier.training.state import TrainState
+from train_loop import train_loop
 
 class Float64(nn.Module):
     def __init__(self, network):

@@ -9,12 +9,13 @@ import pytest
 import torch
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
+from train_loop import train_loop
 
 from classifier.data.dataset import CustomImageDataset
 from classifier.data.loader import Batches
 from classifier.pipeline.errors import PipelineError
-from classifier.training.loop import TrainState, train_loop
 from classifier.training.optimization import build_optimizer, build_scheduler
+from classifier.training.state import TrainState
 
 EPOCHS = 3
 

@@ -19,8 +19,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 READY = "print('ready', flush=True)"
 IMPORTS = (
-    "import time; from classifier.pipeline.errors import run_main;"
-    "from classifier.pipeline.signals import defer_signals"
+    "import time; from classifier.pipeline.errors import run_main;from classifier.pipeline.signals import defer_signals"
 )
 
 

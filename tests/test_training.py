@@ -18,6 +18,7 @@ import torch
 from hostile import RunsCodeWhenUnpickled, halve, write_nothing, write_text
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
+from train_loop import train_loop
 
 from classifier.data.dataset import CustomImageDataset
 from classifier.data.loader import Batches
@@ -27,7 +28,7 @@ from classifier.networks import build_network, describe
 from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.zip_format import write_zip
 from classifier.training.inference import load_weights, predict, saliency, score, test_loop
-from classifier.training.loop import TrainState, set_training_mode, train_loop
+from classifier.training.loop import set_training_mode
 from classifier.training.optimization import (
     build_loss,
     build_optimizer,
@@ -36,6 +37,7 @@ from classifier.training.optimization import (
     lr_factor,
     weighted_cross_entropy,
 )
+from classifier.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -74,9 +74,9 @@ class Tracker:
     def training(
         self, params: Params, environment: Mapping[str, str | int], name: str, started: float
     ) -> Iterator[None]:
-        """Have a run for a training, which ends FINISHED; KILLED if a signal ends the block, FAILED if an error does.
+        """Open a run for a training. It ends FINISHED; KILLED if a signal ends the block, FAILED if an error does.
 
-        name, started: of the training, the same (and so the same run) when it goes on after it was killed.
+        name, started: of the training, the same (and so the same run) when it is resumed after it was killed.
         """
         with self._run(params, name, _tags(environment), TRAINING_PATIENCE, started=started):
             yield
@@ -244,6 +244,20 @@ class Tracker:
                 "the next stage, or by `classifier sync`.",
                 file=sys.stderr,
             )
+
+
+class SilentTracker(Tracker):
+    """Logs nothing: of several processes, the first alone has a run."""
+
+    def __init__(self) -> None:
+        pass
+
+    @contextmanager
+    def training(self, *_: object) -> Iterator[None]:
+        yield
+
+    def _write(self, kind: str, content: Callable[[Journal], dict[str, Any]]) -> None:
+        pass
 
 
 _waiting: "list[subprocess.Popen[bytes]]" = []  # senders that no tracker has yet

@@ -7,6 +7,7 @@ data, code, parameters or machines never go on from them. They go when the train
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from classifier.pipeline.outputs import atomic, hash_bytes, hash_path, is_there
 from classifier.pipeline.paths import PIPELINE, repository_root
 from classifier.pipeline.safe_yaml import read_yaml
 from classifier.pipeline.signals import defer_signals
-from classifier.training.loop import TrainState
+from classifier.training.state import TrainState
 
 FOLDER = ".checkpoints"
 RECORD = "training.json"
@@ -78,31 +79,29 @@ def checkpoints(fingerprint: Mapping[str, Any]) -> Iterator["Checkpoints"]:
 
 @contextmanager
 def resume(
-    state: TrainState, group: Group, saved: "Checkpoints | None", *, every: int, last: int
+    state: TrainState, group: Group, saved: "Checkpoints", *, every: int, last: int
 ) -> Iterator[Callable[[], None]]:
-    """Go on where this training was killed, if it was; give what is to be called after each of its updates.
+    """Resume this training where it was killed, if it was; give a function to call after each update.
 
     It saves a checkpoint after batches `every`, twice `every` and so on of an epoch and after its `last`, and when
     CHECKPOINT_SECONDS have passed; and one when a signal has arrived, which then ends the block.
-    saved: where, in the first process of the group; None in the others.
     """
-    content = group.from_first(lambda: saved.load() if saved else None)
+    content = group.from_first(saved.load)
     if content:
         state.load_state_dict(content | {"random": content["random"][group.rank]})
         print(f"Going on in epoch {state.epoch + 1} after batch {state.batch}", flush=True)
-    elif saved and (other := saved.given_up()):
+    elif other := saved.given_up():
         print(f"Starting anew, not from the checkpoint of a training that was given up: {other}", flush=True)
 
     with defer_signals(LONGEST_STEP) as held:
 
         def after_update() -> None:
             is_due = state.batch % every == 0 or state.batch == last
-            is_late = saved is not None and time.monotonic() - saved.last > CHECKPOINT_SECONDS
+            is_late = time.monotonic() - saved.last > CHECKPOINT_SECONDS
             if group.any(is_due or is_late or held.number is not None):
                 content = state.state_dict()
                 content["random"] = group.gather(content["random"])  # each draws its own numbers, as for dropout
-                if saved:
-                    saved.save(state.epoch, state.batch, content)
+                saved.save(state.epoch, state.batch, content)
                 held.release()
 
         yield after_update
@@ -245,3 +244,19 @@ class Checkpoints:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("epoch-*.pt"))
+
+
+class NoCheckpoints(Checkpoints):
+    """Saves nothing: of several processes, the first alone has checkpoints."""
+
+    def __init__(self) -> None:
+        self.name, self.started, self.last = "", 0.0, math.inf
+
+    def save(self, epoch: int, batch: int, content: dict[str, Any]) -> None:
+        pass
+
+    def load(self) -> None:
+        pass
+
+    def given_up(self) -> None:
+        pass

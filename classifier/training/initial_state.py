@@ -9,8 +9,8 @@ from classifier.compute.device import choose_kernels, place, seed_everything
 from classifier.data.loader import Batches
 from classifier.networks import build_network, describe
 from classifier.pipeline.errors import PipelineError
-from classifier.training.loop import TrainState
 from classifier.training.optimization import build_optimizer, build_scheduler, freeze
+from classifier.training.state import TrainState
 
 if TYPE_CHECKING:  # benchmarks.accelerator runs where pydantic is not installed
     from classifier.pipeline.params import Params

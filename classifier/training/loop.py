@@ -1,255 +1,133 @@
-"""The training loop, and the state from which it goes on."""
+"""A training step: forward, backward, update."""
 
-import math
-import random
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from classifier.compute.device import Precision, naming_batch_size
 from classifier.data.loader import Batches
-from classifier.networks import Mirrored
-from classifier.pipeline.errors import PipelineError
 from classifier.training.cuda_graphs import GraphedStep
-from classifier.training.inference import autocast, test_loop
-
-if TYPE_CHECKING:  # benchmarks.accelerator runs where pydantic is not installed
-    from classifier.pipeline.params import Params
+from classifier.training.inference import autocast
+from classifier.training.state import TrainState
 
 REPORT_EVERY = 100  # batches, as in the tutorial
 
 
-@dataclass
-class TrainState:
-    """All that training goes on from: with the same data and parameters, the same state leads to the same weights."""
+class TrainStep:
+    """One batch's forward and backward, and after `accumulate_steps` batches an update.
 
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    trained: nn.Module | None = None  # the network as it is trained: compiled, or by several processes; else itself
-    # Of float16 gradients; in other precisions it is off, and does nothing
-    scaler: torch.amp.GradScaler = field(default_factory=partial(torch.amp.GradScaler, "cpu", enabled=False))
-    cuda_graphs: bool = False  # record the training step, if it can be: see GraphedStep
-    graphed_step: GraphedStep | None = None
-    pretrained: str | None = None  # the SHA-256 of the file of weights that it started from
-    epoch: int = 0  # epochs that are done
-    batch: int = 0  # batches of the epoch under way that are done
-    seconds: float = 0.0  # that they took
-    loss_sum: float = 0.0  # of theirs
-    last_loss: float = math.nan  # of the batch before
-    history: list[dict[str, float]] = field(default_factory=list)  # the figures of each epoch
-    kept: dict[str, float] = field(default_factory=dict)  # those of the epoch whose weights are kept
-    weights: dict[str, Tensor] = field(default_factory=dict)  # the weights kept, on the CPU
-    pending: list[tuple[int, float, str, Tensor]] = field(default_factory=list)  # see flush
-
-    def defer(self, batch: int, what: str, tensor: Tensor) -> None:
-        """Queue a batch's loss, or the norm of its gradients; reading it now would wait for the device."""
-        self.pending.append((batch, self.optimizer.param_groups[0]["lr"], what, tensor))
-
-    def flush(self) -> None:
-        """Read the queued figures, in one wait for the device, and add the losses to the sum.
-
-        Raises PipelineError for the first number that is not finite.
-        """
-        if not self.pending:
-            return
-        numbers = torch.stack([tensor for *_, tensor in self.pending]).tolist()
-        for (batch, lr, what, _), number in zip(self.pending, numbers, strict=True):
-            if not math.isfinite(number):
-                fault = f"loss is {number}" if what == "loss" else f"gradient of {self._broken()} is not finite"
-                self._diverged(f"batch {batch + 1}: the {fault}", lr)
-            if what == "loss":
-                self.loss_sum += number
-                self.last_loss = number
-        self.pending.clear()
-
-    def end_epoch(self, figures: dict[str, float], keep: bool) -> None:
-        """Note an epoch's figures, keep the weights that it ended with if they are better, and turn to the next.
-
-        Raises PipelineError if a figure is not finite: the last update can break what no training loss has met.
-        """
-        for name, figure in figures.items():
-            if not math.isfinite(figure):
-                self._diverged(f"after its last batch: {name} is {figure}", self.optimizer.param_groups[0]["lr"])
-        self.history.append({"epoch": self.epoch + 1} | figures)
-        if keep:
-            self.kept = self.history[-1]
-            self.weights = {name: tensor.cpu().clone() for name, tensor in self.network.state_dict().items()}
-        self.epoch, self.batch, self.seconds, self.loss_sum = self.epoch + 1, 0, 0.0, 0.0
-
-    def is_best(self, val_accuracy: float) -> bool:
-        """Whether an epoch's validation accuracy is above that of the epoch whose weights are kept."""
-        return not self.kept or val_accuracy > self.kept["val_accuracy"]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, the random number generators' states included, as tensors and plain Python values."""
-        self.flush()
-        parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
-        return parts | {name: getattr(self, name) for name in PLAIN} | {"random": _random_states()}
-
-    def load_state_dict(self, content: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        for name in STATEFUL:
-            getattr(self, name).load_state_dict(content[name])
-        for name in PLAIN:
-            setattr(self, name, content[name])
-        _set_random_states(content["random"])
-
-    def _broken(self) -> str:
-        """The first parameter whose gradient is not finite; on an accelerator, of a batch that may be a later one."""
-        gradients = ((name, parameter.grad) for name, parameter in self.network.named_parameters())
-        return next((name for name, grad in gradients if grad is not None and not grad.isfinite().all()), "a parameter")
-
-    def _diverged(self, what: str, lr: float) -> NoReturn:
-        before = "the first" if math.isnan(self.last_loss) else f"the last finite loss was {self.last_loss:.6g}"
-        best = f"; the best weights so far are of epoch {self.kept['epoch']:.0f}" if self.kept else ""
-        raise PipelineError(
-            f"epoch {self.epoch + 1}, {what} at lr {lr:g}, {before}{best}\n"
-            "Lower lr, or look at the images of this batch."
-        )
-
-
-STATEFUL = ("network", "optimizer", "scheduler", "scaler")
-NOT_SAVED = ("trained", "cuda_graphs", "graphed_step", "pretrained", "pending")
-PLAIN = [spec.name for spec in fields(TrainState) if spec.name not in (*STATEFUL, *NOT_SAVED)]
-
-
-def _random_states() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002, libraries use the global generator
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-    }
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state_all(states["cuda"])
-    if states["mps"] is not None:
-        torch.mps.set_rng_state(states["mps"])
-
-
-def train_epochs(
-    train_batches: Batches,
-    val_batches: Batches,
-    state: TrainState,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    params: "Params",
-    *,
-    keep_best: bool,
-    after_update: Callable[[], None],
-) -> Iterator[dict[str, float]]:
-    """Train from where the state is to the last epoch; after each, print its figures and give them.
-
-    val_batches: of the images that `val_loss` and `val_accuracy` are of.
-    keep_best: keep the weights of the epoch with the best `val_accuracy`, instead of the last ones.
-    Besides what `train_loop` raises, raises PipelineError if a figure is not finite.
+    loss_fn: of logits and targets of a batch, the mean over its images. accumulate_steps: this many batches make one
+    update, the same as that of one batch with all their images. With several processes, each call works on this
+    process's part of a batch; the losses are those of all of them.
     """
-    evaluated = Mirrored(state.network) if params.test_flip else state.network
-    while state.epoch < params.epochs:
-        train_loss = train_loop(
-            train_batches,
-            state,
-            loss_fn,
-            accumulate_steps=params.accumulate_steps,
-            precision=params.precision,
-            after_update=after_update,
-        )
-        images_per_second = train_batches.image_count / state.seconds
-        val_loss, val_accuracy = test_loop(val_batches, evaluated, params.precision)
-        print(
-            f"Epoch {state.epoch + 1}: Accuracy: {val_accuracy:.1%}, Avg loss: {val_loss:.6f}, "
-            f"train loss: {train_loss:.6f}, {images_per_second:,.0f} images/s",
-            flush=True,
-        )
-        figures = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy}
-        state.end_epoch(figures, keep=not keep_best or state.is_best(val_accuracy))
-        yield figures | {"images_per_second": images_per_second}
 
+    def __init__(
+        self,
+        state: TrainState,
+        batches: Batches,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        accumulate_steps: int,
+        precision: Precision,
+    ) -> None:
+        self.state = state
+        self.batches = batches
+        self.loss_fn = loss_fn
+        self.accumulate_steps = accumulate_steps
+        self.precision = precision
+        self.trained = state.network if state.trained is None else state.trained  # a compiled one has no truth value
+        self.reads_at_once = batches.device.type == "cpu"  # elsewhere, reading a figure waits for the device
+        self.started = 0.0
+        if state.scaler.is_enabled():
+            # The scheduler warns if the first update is skipped
+            state.optimizer._opt_called = True  # type: ignore[attr-defined]
+        if state.cuda_graphs and batches.device.type == "cuda" and accumulate_steps == batches.group.size == 1:
+            forward_backward = partial(training_step, self.trained, loss_fn, state.scaler, precision)
+            state.graphed_step = state.graphed_step or GraphedStep(forward_backward, state.network, batches.device)
 
-def train_loop(
-    batches: Batches,
-    state: TrainState,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    *,
-    accumulate_steps: int,
-    precision: Precision,
-    after_update: Callable[[], None] | None = None,
-) -> float:
-    """Train to the end of the state's epoch; return the mean of the batches' losses.
-
-    loss_fn: of logits and targets of a batch, the mean over its images.
-    accumulate_steps: so many batches make one update, the same as that of one batch with all their images.
-    after_update: called after each update, when the state is one to go on from.
-    The batches' group works on them together: what is returned and shown is of all its processes.
-    Raises PipelineError at the step whose loss or gradient is not finite, before its update; on an accelerator, which
-    would have to be waited for in every step, at the next report or checkpoint. Raises PipelineError if the device has
-    too little memory. The state's kept weights stay.
-    """
-    network, optimizer, group = state.network, state.optimizer, batches.group
-    set_training_mode(network)
-    trained = network if state.trained is None else state.trained  # a compiled network has no truth value
-    reads_at_once = batches.device.type == "cpu"  # where nothing has to be waited for
-    if state.scaler.is_enabled():
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # the scheduler warns if the first update is skipped
-    images_in_update = accumulate_steps * batches.batch_size
-    if state.cuda_graphs and batches.device.type == "cuda" and accumulate_steps == group.size == 1:
-        step = partial(training_step, trained, loss_fn, state.scaler, precision)
-        if state.graphed_step is None:
-            state.graphed_step = GraphedStep(step, network, batches.device)
-    started = perf_counter() - state.seconds
-    with (
-        naming_batch_size(batches.device, batches.batch_size, accumulate_steps),
-        tqdm(total=batches.image_count, desc=f"epoch {state.epoch + 1}", unit="image", disable=group.hides_bars) as bar,
-    ):
-        for number, (pixels, targets) in enumerate(batches.epoch(state.epoch, state.batch), state.batch):
-            count, is_last = batches.count(number), (number + 1) % accumulate_steps == 0 or number + 1 == len(batches)
-            images = min(images_in_update, batches.image_count - number // accumulate_steps * images_in_update)
-            if state.graphed_step:
-                loss, gradient_norm = state.graphed_step(pixels, targets)
-            else:
-                weight = len(pixels) / images * group.size  # of what the update takes the processes' mean
-                with nullcontext() if is_last else group.no_exchange(trained):
-                    loss, gradient_norm = training_step(
-                        trained, loss_fn, state.scaler, precision, pixels, targets, weight, is_last
-                    )
-            share = len(pixels) / count
-            state.defer(number, "loss", group.sum(loss * share if share != 1 else loss))
-            if reads_at_once or number % REPORT_EVERY == 0:
-                state.flush()
-            if number % REPORT_EVERY == 0:
-                seen = number * batches.batch_size + count
-                bar.set_postfix(loss=f"{state.last_loss:.4f}", refresh=False)
-                bar.update(seen - bar.n)
-            if is_last:
-                if not state.scaler.is_enabled():  # which skips updates whose gradients are not finite
-                    state.defer(number, "gradient", gradient_norm)
-                if reads_at_once:
+    def rest_of_epoch(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Number, pixels and targets of each batch of the state's epoch that is left, with progress."""
+        state, batches = self.state, self.batches
+        set_training_mode(state.network)
+        self.started = perf_counter() - state.seconds
+        with tqdm(
+            total=batches.image_count,
+            desc=f"epoch {state.epoch + 1}",
+            unit="image",
+            disable=batches.group.hides_bars,
+        ) as bar:
+            epoch = enumerate(batches.epoch(state.epoch, state.batch), state.batch)
+            while batch := self._next(epoch):
+                number, (pixels, targets) = batch
+                yield number, pixels, targets
+                if number % REPORT_EVERY == 0:
                     state.flush()
-                state.scaler.step(optimizer)
-                state.scaler.update()
-                state.scheduler.step()
-                optimizer.zero_grad()
-                state.batch, state.seconds = number + 1, perf_counter() - started
-                if after_update:
-                    after_update()
-        bar.update(batches.image_count - bar.n)
-    state.flush()
-    return state.loss_sum / len(batches)
+                    bar.set_postfix(loss=f"{state.last_loss:.4f}", refresh=False)
+                    bar.update(number * batches.batch_size + batches.count(number) - bar.n)
+            bar.update(batches.image_count - bar.n)
+        state.flush()
+
+    def __call__(self, number: int, pixels: Tensor, targets: Tensor) -> bool:
+        """Train on a batch; return whether it ended with an update, after which the state is one to resume from.
+
+        Raises PipelineError if the loss or a gradient is not finite, before the update; on an accelerator, where that
+        would wait for the device, at the next report or checkpoint. Raises PipelineError if the device has too little
+        memory. The state's kept weights stay.
+        """
+        with self._memory_named():
+            return self._train(number, pixels, targets)
+
+    def _train(self, number: int, pixels: Tensor, targets: Tensor) -> bool:
+        state, batches, group = self.state, self.batches, self.batches.group
+        is_last = (number + 1) % self.accumulate_steps == 0 or number + 1 == len(batches)
+        if state.graphed_step:
+            loss, gradient_norm = state.graphed_step(pixels, targets)
+        else:
+            images_in_update = self.accumulate_steps * batches.batch_size
+            before = number // self.accumulate_steps * images_in_update
+            images = min(images_in_update, batches.image_count - before)
+            weight = len(pixels) / images * group.size  # of what the update takes the processes' mean
+            with nullcontext() if is_last else group.no_exchange(self.trained):
+                loss, gradient_norm = training_step(
+                    self.trained, self.loss_fn, state.scaler, self.precision, pixels, targets, weight, is_last
+                )
+        share = len(pixels) / batches.count(number)
+        state.defer(number, "loss", group.sum(loss * share if share != 1 else loss))
+        if is_last and not state.scaler.is_enabled():  # which skips updates whose gradients are not finite
+            state.defer(number, "gradient", gradient_norm)
+        if self.reads_at_once:
+            state.flush()
+        if is_last:
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+            state.scheduler.step()
+            state.optimizer.zero_grad()
+            state.batch, state.seconds = number + 1, perf_counter() - self.started
+        return is_last
+
+    def mean_loss(self) -> float:
+        """Mean of the losses of the epoch's batches, when all are done."""
+        self.state.flush()
+        return self.state.loss_sum / len(self.batches)
+
+    def _next(self, batches: Iterator[tuple[int, tuple[Tensor, Tensor]]]) -> tuple[int, tuple[Tensor, Tensor]] | None:
+        with self._memory_named():
+            return next(batches, None)
+
+    def _memory_named(self) -> AbstractContextManager[None]:
+        return naming_batch_size(self.batches.device, self.batches.batch_size, self.accumulate_steps)
+
+
+def epoch_summary(epoch: int, figures: Mapping[str, float], images_per_second: float) -> str:
+    """A line about an epoch, as the tutorial prints it."""
+    return (
+        f"Epoch {epoch}: Accuracy: {figures['val_accuracy']:.1%}, Avg loss: {figures['val_loss']:.6f}, "
+        f"train loss: {figures['train_loss']:.6f}, {images_per_second:,.0f} images/s"
+    )
 
 
 def training_step(
