@@ -34,7 +34,7 @@ env: .venv/.synced  ## make .venv from requirements.lock
 	@touch $@
 
 repro: env  ## run what is out of date of the five stages
-	@$(RUN) classifier.params
+	@$(RUN) classifier.pipeline.params
 	$(RUN) dvc repro
 
 test: env  ## the fast tests (in a random order: make test SHUFFLE=7)

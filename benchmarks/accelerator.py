@@ -39,15 +39,18 @@ import yaml
 from torch import Tensor, nn
 
 from benchmarks.arrays import Arrays, fashion_mnist, random_images
-from classifier import start
-from classifier.batches import Batches, batches_of, training_batches
-from classifier.device import choose_kernels, environment, place, select_device, usable_devices
-from classifier.errors import run_main
-from classifier.inference import test_loop
+from classifier.compute.device import choose_kernels, environment, place, select_device, usable_devices
+from classifier.data.loader import Batches, batches_of, training_batches
 from classifier.networks import Mirrored, Normalization
-from classifier.training import TrainState, train_loop
+from classifier.pipeline.errors import run_main
+from classifier.training import initial_state as start
+from classifier.training.inference import test_loop
+from classifier.training.state import TrainState
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from train_loop import train_loop  # noqa: E402, it is found only now
+
 SECTIONS = ("tests", "tutorial", "images", "waiting", "recipe")
 NEEDS_DATA = ("tutorial", "waiting", "recipe")
 # The recipe in classifier/networks/cnn.py, with more epochs, which an accelerator has the time for
@@ -424,7 +427,7 @@ def waiting(bench: Bench) -> bool:
             photos, bench, "resnet50", dataset, size, deterministic=False, augment=AUGMENTED, workers=workers,
             memory_limit_gib=memory,
         )  # fmt: skip
-        with patch("classifier.batches.has_room", lambda *_, room=room: room):
+        with patch("classifier.data.loader.has_room", lambda *_, room=room: room):
             share = share_of_waiting(bench, rounds, make)
         bench.note("waiting", f"resnet50 at 224, augmented, images {where}, share of the time", share)
         if bench.quick:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classifier.dataset import CustomImageDataset
+from classifier.data.dataset import CustomImageDataset
 from classifier.sources.fashion_mnist import read
 
 

@@ -34,8 +34,8 @@ from benchmarks.measuring import (
     raw_data,
     summary,
 )
-from classifier.errors import PipelineError, run_main
-from classifier.files import hash_file
+from classifier.pipeline.errors import PipelineError, run_main
+from classifier.pipeline.outputs import hash_file
 
 sys.path.insert(0, str(ROOT / "tests"))
 from project import Project

@@ -3,8 +3,9 @@
 python -m benchmarks.inference [--seconds S] [--small]
 
 The files of models/export, with int8 made of the ONNX file where it was not exported, each opened by
-`classifier.exchange.open_model` in a process of its own, with the library's own number of threads. For batches of 1 and
-256 images of noise, the formats take turns of a second, after one that does not count, until each has had S seconds.
+`classifier.export.formats.open_model` in a process of its own, with the library's own number of threads. For batches of
+1 and 256 images of noise, the formats take turns of a second, after one that does not count, until each has had S
+seconds.
 
 With --small, the models are those of a project of its own, trained on 160 images: the same network, other weights.
 """
@@ -20,8 +21,9 @@ from time import perf_counter
 import numpy as np
 
 from benchmarks.measuring import ROOT, Contender, Report, in_turns, parser
-from classifier.errors import PipelineError, run_main
-from classifier.files import EXPORT, exported_name, read_json
+from classifier.pipeline.errors import PipelineError, run_main
+from classifier.pipeline.outputs import read_json
+from classifier.pipeline.paths import EXPORT, exported_name
 
 sys.path.insert(0, str(ROOT / "tests"))
 from project import small_project
@@ -75,7 +77,7 @@ def small_export(folder: Path) -> Path:
 
 def write_int8(onnx: Path, shape: tuple[int, ...], path: Path) -> None:
     """As export does, but calibrated on noise: the speed does not depend on the numbers."""
-    from classifier.quantization import quantize
+    from classifier.export.quantization import quantize
 
     quantize(onnx, noise(64, shape), path)
 
@@ -86,7 +88,7 @@ def noise(count: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def open_format(path: Path, batch: int, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    from classifier.exchange import open_model
+    from classifier.export.formats import open_model
 
     return partial(seconds_of_calls, open_model(path), noise(batch, shape))
 

@@ -44,9 +44,10 @@ import psutil
 import yaml
 
 from benchmarks.measuring import ROOT, machine
-from classifier.errors import PipelineError, run_main
-from classifier.files import WEIGHTS, hash_bytes, hash_file
-from classifier.tracking import WEIGHTS_TAG
+from classifier.pipeline.errors import PipelineError, run_main
+from classifier.pipeline.outputs import hash_bytes, hash_file
+from classifier.pipeline.paths import WEIGHTS
+from classifier.tracking.tracker import WEIGHTS_TAG
 
 sys.path.insert(0, str(ROOT / "tests"))
 from dvc_queue import processes_in, stop_queue, wait_for_queue

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from classifier.errors import PipelineError
+from classifier.pipeline.errors import PipelineError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_name("results.md")
@@ -78,7 +78,7 @@ def machine(packages: Sequence[str]) -> str:
     """Processor, threads, system and versions, in one line."""
     import torch
 
-    from classifier.device import environment, set_threads
+    from classifier.compute.device import environment, set_threads
 
     set_threads("auto")
     here = environment(torch.device("cpu"))

@@ -42,10 +42,10 @@ from benchmarks.measuring import (
     raw_data,
     summary,
 )
-from classifier.errors import PipelineError, run_main
-from classifier.png import encode_png
+from classifier.data.png import encode_png
+from classifier.pipeline.errors import PipelineError, run_main
+from classifier.pipeline.zip_format import write_zip
 from classifier.sources.fashion_mnist import read
-from classifier.zip_format import write_zip
 
 IMPORT_RUNS = 5
 RATES = (0.0011, 0.0012, 0.0013, 0.0014, 0.0015)  # of the experiments; none is the committed one
@@ -61,7 +61,7 @@ stages:
 # The train stage with a process beside it that takes what is to be sent, and sends nothing
 WITHOUT_SENDER = """\
 import os, runpy, subprocess
-from classifier import tracking
+from classifier.tracking import tracker as tracking
 def start_cat():
     cat = subprocess.Popen(["cat"], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     os.set_blocking(cat.stderr.fileno(), False)

@@ -21,14 +21,14 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.measuring import Report, parser
-from classifier.annotations import Names, write_csv
-from classifier.archive import SHARD_BYTES, shards, write_images
-from classifier.dataset import CustomImageDataset
-from classifier.device import keep_freed_memory
-from classifier.errors import run_main
-from classifier.files import hash_file
+from classifier.compute.device import keep_freed_memory
+from classifier.data.dataset import CustomImageDataset
 from classifier.networks import build_network
-from classifier.preprocessing import prepare
+from classifier.pipeline.annotations import Names, write_csv
+from classifier.pipeline.archive import SHARD_BYTES, shards, write_images
+from classifier.pipeline.errors import run_main
+from classifier.pipeline.outputs import hash_file
+from classifier.preparation.preprocessing import prepare
 from classifier.sources import LabelledImages
 
 CLASSES = 10

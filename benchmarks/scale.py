@@ -34,8 +34,8 @@ from benchmarks.measuring import (
     largest_child,
     parser,
 )
-from classifier.errors import PipelineError, run_main
-from classifier.png import encode_png
+from classifier.data.png import encode_png
+from classifier.pipeline.errors import PipelineError, run_main
 
 sys.path.insert(0, str(ROOT / "tests"))
 from project import Project

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measuring import ROOT, machine
-from classifier.errors import PipelineError, run_main
-from classifier.params import load_params
-from classifier.png import encode_png
+from classifier.data.png import encode_png
+from classifier.pipeline.errors import PipelineError, run_main
+from classifier.pipeline.params import load_params
 
 sys.path.insert(0, str(ROOT / "tests"))
 from model_server import SECONDS, model_server

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.utils import deterministic
 
 from benchmarks.measuring import Contender, Report, in_turns, median_ratio, parser, summary
-from classifier.device import choose_kernels, keep_freed_memory, seed_everything, set_threads
-from classifier.errors import run_main
+from classifier.compute.device import choose_kernels, keep_freed_memory, seed_everything, set_threads
+from classifier.data.transforms import augment, to_float
 from classifier.networks import cnn
 from classifier.networks.mlp import build
-from classifier.optimization import build_scheduler
-from classifier.transforms import augment, to_float
+from classifier.pipeline.errors import run_main
+from classifier.training.optimization import build_scheduler
 
 IMAGES, BATCH, LR = 60_000, 64, 1e-3
 STEPS = 200  # in a turn: short turns, so that a busy moment of the machine meets all variants

@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.measuring import DVC, ROOT, Contender, Report, isolated_environment, parser, raw_data
-from classifier.errors import PipelineError, run_main
+from classifier.pipeline.errors import PipelineError, run_main
 from classifier.sources.fashion_mnist import read
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -193,8 +193,8 @@ def torch_epoch(
     import torch
     from torch import nn
 
-    from classifier.device import set_threads
-    from classifier.transforms import augment, to_float
+    from classifier.compute.device import set_threads
+    from classifier.data.transforms import augment, to_float
 
     set_threads("auto")
     splits = {

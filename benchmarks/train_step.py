@@ -5,7 +5,7 @@ python -m benchmarks.train_step [--rounds N]
 60,000 images of Fashion-MNIST in file order, batches of 64, the 784-512-512-10 network, SGD at 1e-3. Each contender is
 a process of its own that stays alive, and trains one epoch in each of N rounds, after one that does not count:
 
-pipeline   this pipeline's train_loop and Batches, as the train stage uses them
+pipeline   this pipeline's TrainStep and Batches, as the train stage uses them
 tutorial   the loop of PyTorch's tutorial: DataLoader, ToTensor
 lightning  PyTorch Lightning, a DataLoader with two workers
 keras      model.fit of Keras, on JAX
@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measuring import Contender, Report, in_turns, median_ratio, parser, raw_data, summary
-from classifier.annotations import write_csv
-from classifier.errors import PipelineError, run_main
-from classifier.png import encode_png
+from classifier.data.png import encode_png
+from classifier.pipeline.annotations import write_csv
+from classifier.pipeline.errors import PipelineError, run_main
+from classifier.pipeline.zip_format import write_zip
 from classifier.sources.fashion_mnist import read
-from classifier.zip_format import write_zip
 
 BATCH, LR, SEED = 64, 1e-3, 42
 REPORTED = 100  # the loss of every such batch, as in the tutorial
@@ -90,7 +90,7 @@ def torch_network() -> Any:
     """The tutorial's network, the same weights in every process."""
     import torch
 
-    from classifier.device import set_threads
+    from classifier.compute.device import set_threads
     from classifier.networks.mlp import build
 
     set_threads("auto")
@@ -113,25 +113,25 @@ def tutorial_data(folder: Path) -> Any:
 def pipeline(folder: Path) -> Callable[[], Epoch]:
     import torch
 
-    from classifier.batches import Batches
-    from classifier.dataset import CustomImageDataset
-    from classifier.optimization import build_loss, build_optimizer, build_scheduler
-    from classifier.training import TrainState, train_loop
+    from classifier.data.dataset import CustomImageDataset
+    from classifier.data.loader import Batches
+    from classifier.training.loop import TrainStep
+    from classifier.training.optimization import build_loss, build_optimizer, build_scheduler
+    from classifier.training.state import TrainState
 
     network = torch_network()
     dataset = CustomImageDataset(folder / "train.csv", folder / "images.zip", classes=10)
     batches = Batches(dataset, BATCH, torch.device("cpu"), memory_limit_gib=8, workers=2)
     optimizer = build_optimizer("sgd", list(network.parameters()), LR, momentum=0.0, weight_decay=0.0)
     state = TrainState(network, optimizer, build_scheduler("constant", optimizer, len(batches)))
-    loss_fn = build_loss(label_smoothing=0.0, class_weights=None)
+    step = TrainStep(state, batches, build_loss(label_smoothing=0.0, class_weights=None), 1, "float32")
 
     def epoch() -> Epoch:
         losses: list[float] = []
         started = perf_counter()
-        train_loop(
-            batches, state, loss_fn, accumulate_steps=1, precision="float32",
-            after_update=lambda: losses.append(state.last_loss),
-        )  # fmt: skip
+        for batch in step.rest_of_epoch():
+            step(*batch)
+            losses.append(state.last_loss)
         seconds = perf_counter() - started
         state.end_epoch({}, keep=False)
         return seconds, losses[::REPORTED]

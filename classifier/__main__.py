@@ -1,5 +1,5 @@
 """`python -m classifier` is the command line."""
 
-from classifier.cli import main
+from classifier.cli.app import main
 
 main()

@@ -5,5 +5,5 @@
 bin=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 exec "$bin/python" -P -c 'import sys
 sys.path.insert(0, sys.argv.pop(1))
-from classifier.cli import main
+from classifier.cli.app import main
 main()' "$(dirname -- "$(dirname -- "$bin")")" "$@"

@@ -69,7 +69,7 @@ if sys.argv[0] == "-m":  # as it is while `python -m stages.train` reads this fi
 
     stage = sys.orig_argv[-1].removeprefix("stages.")
     if stage == "train":
-        from classifier.launch import launch
+        from classifier.compute.launch import launch
 
         launch("stages.train")
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first alone tells the user and MLflow
@@ -77,7 +77,7 @@ if sys.argv[0] == "-m":  # as it is while `python -m stages.train` reads this fi
 
         report(stage)
         if stage in TRACKED:
-            from classifier.tracking import start_sender_early
+            from classifier.tracking.tracker import start_sender_early
 
             start_sender_early()
 

@@ -9,14 +9,23 @@ from itertools import accumulate
 
 import numpy as np
 
-from classifier.annotations import Names, write_csv
-from classifier.archive import write_images
-from classifier.errors import printable, run_main
-from classifier.files import ANNOTATIONS, IMAGES, ORIGINALS, RAW, atomic, verified
-from classifier.params import load_params
-from classifier.preprocessing import common_shape, file_names, own_names, prepare, write_originals
+from classifier.data.lockfile import verified
+from classifier.pipeline.annotations import Names, write_csv
+from classifier.pipeline.archive import write_images
+from classifier.pipeline.errors import printable, run_main
+from classifier.pipeline.outputs import atomic
+from classifier.pipeline.params import load_params
+from classifier.pipeline.paths import ANNOTATIONS, IMAGES, ORIGINALS, RAW
+from classifier.preparation.preprocessing import common_shape, file_names, own_names, prepare, write_originals
+from classifier.preparation.splits import (
+    Duplicates,
+    assign_splits,
+    check_classes,
+    check_labels,
+    class_sizes,
+    find_duplicates,
+)
 from classifier.sources import LabelledImages, load_source
-from classifier.splits import Duplicates, assign_splits, check_classes, check_labels, class_sizes, find_duplicates
 
 SHOWN_GROUPS = 5
 

@@ -9,11 +9,12 @@ In DVC's copies of the repository, images that Git does not have are made availa
 
 from pathlib import Path
 
-from classifier.errors import PipelineError, run_main
-from classifier.files import CHECKED, PARAMS, atomic
-from classifier.launch import launcher_command
-from classifier.own_files import find_data, is_copy
-from classifier.params import load_params
+from classifier.compute.launch import launcher_command
+from classifier.pipeline.errors import PipelineError, run_main
+from classifier.pipeline.outputs import atomic
+from classifier.pipeline.params import load_params
+from classifier.pipeline.paths import CHECKED, PARAMS
+from classifier.preparation.own_files import find_data, is_copy
 
 
 def main() -> None:

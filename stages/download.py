@@ -6,9 +6,9 @@ Writes  data/raw/
 
 from pathlib import Path
 
-from classifier.errors import printable, run_main
-from classifier.files import RAW
-from classifier.params import load_params
+from classifier.pipeline.errors import printable, run_main
+from classifier.pipeline.params import load_params
+from classifier.pipeline.paths import RAW
 from classifier.sources import load_source
 
 SHOWN_FILES = 8

@@ -11,19 +11,21 @@ from typing import Any
 
 import pandas as pd
 
-from classifier import files
-from classifier.annotations import class_names
-from classifier.calibration import calibrated
-from classifier.card import model_card, next_steps
-from classifier.dataset import annotated
-from classifier.device import choose_kernels, environment, seed_everything, select_device, set_threads
-from classifier.errors import run_main
-from classifier.exchange import write_checked
-from classifier.inference import trained_network
-from classifier.manifest import manifest
-from classifier.params import UNTRACKED, load_params
-from classifier.quantization import write_int8
-from classifier.tracking import Tracker
+from classifier.compute.device import choose_kernels, environment, seed_everything, select_device, set_threads
+from classifier.data.dataset import load_splits
+from classifier.data.lockfile import verified
+from classifier.export.calibration import calibrated
+from classifier.export.formats import write_checked
+from classifier.export.manifest import manifest
+from classifier.export.model_card import model_card, next_steps
+from classifier.export.quantization import write_int8
+from classifier.pipeline import paths
+from classifier.pipeline.annotations import class_names
+from classifier.pipeline.errors import run_main
+from classifier.pipeline.outputs import atomic, temporary_folder, write_json
+from classifier.pipeline.params import UNTRACKED, load_params
+from classifier.tracking.tracker import Tracker
+from classifier.training.inference import trained_network
 
 SPLITS = ("train", "val", "test")
 CHECKED_IMAGES = 256
@@ -37,9 +39,9 @@ def main() -> None:
     choose_kernels(deterministic=True, precision="float32")
     seed_everything(params.seed)
 
-    names = class_names(files.verified(files.ANNOTATIONS))
-    splits = dict(zip(SPLITS, annotated(SPLITS, len(names)), strict=True))
-    scores = pd.read_csv(files.verified(files.CLASS_METRICS), dtype={"class": str}, keep_default_na=False)
+    names = class_names(verified(paths.ANNOTATIONS))
+    splits = dict(zip(SPLITS, load_splits(SPLITS, len(names)), strict=True))
+    scores = pd.read_csv(verified(paths.CLASS_METRICS), dtype={"class": str}, keep_default_na=False)
     scores["class"] = names  # which are quoted there, for spreadsheets
     shape = splits["test"].image_shape()
     network = trained_network(params.network, shape, len(names), device, test_flip=params.test_flip)
@@ -47,28 +49,28 @@ def main() -> None:
     if params.temperature_scaling:
         network, facts["calibration"] = calibrated(network, splits, params)
 
-    with files.temporary_folder(files.EXPORT) as aside:
-        with files.atomic(files.EXPORT) as folder:
+    with temporary_folder(paths.EXPORT) as aside:
+        with atomic(paths.EXPORT) as folder:
             folder.mkdir()
-            models = [folder / files.exported_name(name) for name in params.export_formats if name != "int8"]
+            models = [folder / paths.exported_name(name) for name in params.export_formats if name != "int8"]
             # Also where it is not asked for: the registered model computes with it, and int8 is made from it
-            onnx = (folder if "onnx" in params.export_formats else aside) / files.exported_name("onnx")
+            onnx = (folder if "onnx" in params.export_formats else aside) / paths.exported_name("onnx")
             pixels = splits["test"].pixels(range(min(CHECKED_IMAGES, len(splits["test"]))))
             write_checked(network, params.network, len(names), pixels, models, also=onnx)
             if "int8" in params.export_formats:
-                models.append(folder / files.exported_name("int8"))
+                models.append(folder / paths.exported_name("int8"))
                 facts["int8"] = write_int8(models[-1], onnx, splits, params)
             about = manifest(models, shape, names, params.model_dump(exclude=set(UNTRACKED))) | facts
-            files.write_json(folder / "manifest.json", about)
+            write_json(folder / "manifest.json", about)
             card = model_card(about, scores, {split: dataset.labels.numpy() for split, dataset in splits.items()})
             (folder / "README.md").write_text(card, encoding="utf-8")
 
         with tracker.weights(params, environment(device)):
             # Where DVC had the evaluation in its run cache
             tracker.log_evaluation(splits["test"].md5(), if_missing=True)
-            tracker.log_files(files.EXPORT / "manifest.json")
-            registered = (aside if onnx.parent == aside else files.EXPORT) / onnx.name
-            tracker.register(params.registered_model, registered, files.EXPORT / "manifest.json")
+            tracker.log_files(paths.EXPORT / "manifest.json")
+            registered = (aside if onnx.parent == aside else paths.EXPORT) / onnx.name
+            tracker.register(params.registered_model, registered, paths.EXPORT / "manifest.json")
     print(next_steps([path.name for path in models]))
 
 

@@ -10,7 +10,7 @@ import fork_server
 import pytest
 from imports import ROOT
 
-from classifier.files import hash_file
+from classifier.pipeline.outputs import hash_file
 from classifier.sources.fashion_mnist import FILES, fetch
 
 pytest_plugins = ["durations"]

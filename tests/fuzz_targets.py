@@ -19,15 +19,15 @@ if __name__ == "__main__":
     with atheris.instrument_imports(include=["classifier", "zipfile"]):
         import zipfile
 
-        from classifier.annotations import LISTED_FAULTS, class_names, read_annotations
-        from classifier.archive import Images
-        from classifier.errors import PipelineError
+        from classifier.pipeline.annotations import LISTED_FAULTS, class_names, read_annotations
+        from classifier.pipeline.archive import Images
+        from classifier.pipeline.errors import PipelineError
 else:
     import zipfile
 
-    from classifier.annotations import LISTED_FAULTS, class_names, read_annotations
-    from classifier.archive import Images
-    from classifier.errors import PipelineError
+    from classifier.pipeline.annotations import LISTED_FAULTS, class_names, read_annotations
+    from classifier.pipeline.archive import Images
+    from classifier.pipeline.errors import PipelineError
 
 CLASSES = 10
 

@@ -14,7 +14,7 @@ from filelock import FileLock
 from imports import ROOT
 from small_data import write_idx_dataset
 
-from classifier.files import hash_bytes, hash_file
+from classifier.pipeline.outputs import hash_bytes, hash_file
 
 if TYPE_CHECKING:  # the benchmarks have other environments too
     import pytest

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from classifier.png import encode_png
-from classifier.zip_format import write_zip
+from classifier.data.png import encode_png
+from classifier.pipeline.zip_format import write_zip
 
 CLASSES = 4
 

@@ -20,19 +20,20 @@ import torch
 import yaml
 from imports import ROOT
 from torch import Tensor, nn
+from train_loop import train_loop
 
 from benchmarks.arrays import Arrays, fashion_mnist, random_images
-from classifier import batches as batches_module
-from classifier import start
-from classifier.batches import Batches, training_batches
-from classifier.device import choose_kernels, select_device, usable_devices
-from classifier.errors import PipelineError
-from classifier.graphs import WARM_UP
-from classifier.inference import load_weights, predict, save_weights, test_loop
+from classifier.compute.device import choose_kernels, select_device, usable_devices
+from classifier.data import loader as batches_module
+from classifier.data.loader import Batches, training_batches
+from classifier.data.transforms import to_float
 from classifier.networks import build_network
-from classifier.optimization import build_loss
-from classifier.training import TrainState, train_loop
-from classifier.transforms import to_float
+from classifier.pipeline.errors import PipelineError
+from classifier.training import initial_state as start
+from classifier.training.cuda_graphs import WARM_UP
+from classifier.training.inference import load_weights, predict, save_weights, test_loop
+from classifier.training.optimization import build_loss
+from classifier.training.state import TrainState
 
 NAME = os.environ.get("ACCELERATOR", usable_devices()[0])
 CPU = torch.device("cpu")
@@ -211,7 +212,7 @@ def test_a_network_trained_here_says_the_same_on_the_cpu(device: torch.device, t
 def test_what_is_exported_says_the_same(device: torch.device, tmp_path: Path) -> None:
     for library in ("pydantic", "onnxruntime", "onnxscript", "safetensors"):
         pytest.importorskip(library)
-    from classifier.exchange import write_checked
+    from classifier.export.formats import write_checked
 
     dataset = images(160, (3, 16, 16))
     state = train(dataset, device, network="cnn")
@@ -250,10 +251,10 @@ import torch
 from torch import nn
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/tests"]
 from classifier import networks
-from classifier.checkpoint import checkpoints, going_on
-from classifier.distributed import ALONE
-from classifier.inference import save_weights
-from classifier.training import train_loop
+from classifier.training.checkpoint import checkpoints, resume
+from classifier.compute.distributed import ALONE
+from classifier.training.inference import save_weights
+from train_loop import train_loop
 import test_accelerator
 from test_accelerator import begin, images
 
@@ -269,7 +270,7 @@ test_accelerator.start.build_network = lambda *given: Dropping(build(*given))
 device, kill_at, graphs = torch.device(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
 settings = {"network": "cnn", "augment": ["crop", "erase", "mixup"], "schedule": "cosine", "precision": sys.argv[5]}
 params, batches, state = begin(images(200, (1, 16, 16)), device, cuda_graphs=graphs, **settings)
-with checkpoints({"training": "this"}) as saved, going_on(state, ALONE, saved, every=4, last=len(batches)) as save:
+with checkpoints({"training": "this"}) as saved, resume(state, ALONE, saved, every=4, last=len(batches)) as save:
     def after_update():
         save()
         if state.epoch * len(batches) + state.batch == kill_at:
@@ -358,8 +359,8 @@ import sys
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/tests"]
 import test_accelerator
 from torch import nn
-from classifier.device import select_device
-from classifier.errors import run_main
+from classifier.compute.device import select_device
+from classifier.pipeline.errors import run_main
 
 class Deciding(nn.Module):
     def __init__(self):
@@ -426,13 +427,13 @@ import os, sys
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/tests"]
 import torch
 from torch import nn
-from classifier.batches import training_batches
-from classifier.device import select_device
-from classifier.distributed import joined
-from classifier.start import initial_state
-from classifier.training import train_loop
+from classifier.data.loader import training_batches
+from classifier.compute.device import select_device
+from classifier.compute.distributed import process_group
+from classifier.training.initial_state import initial_state
+from train_loop import train_loop
 from test_accelerator import SMALL, images, params_with
-with joined() as group:
+with process_group() as group:
     device = select_device(sys.argv[2])
     params = params_with(**SMALL)
     batches = training_batches(images(), ["0", "1", "2", "3"], params, device, group)

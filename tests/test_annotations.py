@@ -8,8 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from classifier.annotations import Annotations, Names, class_names, csv_cell, read_annotations, repeated, write_csv
-from classifier.errors import PipelineError
+from classifier.pipeline.annotations import (
+    Annotations,
+    Names,
+    class_names,
+    csv_cell,
+    read_annotations,
+    repeated,
+    write_csv,
+)
+from classifier.pipeline.errors import PipelineError
 
 
 def read(folder: Path, content: str | bytes, classes: int | None = None) -> Annotations:

@@ -21,10 +21,10 @@ import pytest
 from imports import ROOT
 from torch.utils.data import DataLoader, Dataset
 
-from classifier.archive import Images
-from classifier.errors import PipelineError
-from classifier.files import hash_bytes
-from classifier.zip_format import LARGEST_FILE, write_zip
+from classifier.pipeline.archive import Images
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import hash_bytes
+from classifier.pipeline.zip_format import LARGEST_FILE, write_zip
 
 FILES = {f"train/{index:03d}.png": bytes([index]) * (100 + index) for index in range(40)} | {"grün/ä.png": b"\0" * 9}
 
@@ -308,7 +308,7 @@ def test_file_without_permission() -> None:
 
 
 def test_zip_bytes_do_not_depend_on_the_process(zipped: Path, tmp_path: Path) -> None:
-    code = "from classifier.zip_format import write_zip; from pathlib import Path; "
+    code = "from classifier.pipeline.zip_format import write_zip; from pathlib import Path; "
     code += f"write_zip(Path('o.zip'), {FILES}.items())"
     env = os.environ | {"PYTHONPATH": str(ROOT), "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, umask=0o077, check=True)

@@ -12,7 +12,7 @@ from project import python
 
 from benchmarks import accelerator
 from benchmarks.measuring import exponent, median_ratio, summary, write_section
-from classifier.device import usable_devices
+from classifier.compute.device import usable_devices
 
 PROGRAMS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()" in path.read_text())
 

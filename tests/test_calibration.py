@@ -10,13 +10,13 @@ from scipy.special import softmax
 from small_images import make_images
 from torch import nn
 
-from classifier.batches import batches_of
-from classifier.calibration import HIGHEST, LOWEST, calibrated, fit_temperature
-from classifier.dataset import CustomImageDataset
-from classifier.exchange import TemperatureScaled
-from classifier.inference import predict
-from classifier.metrics import expected_calibration_error, negative_log_likelihood
-from classifier.params import load_params
+from classifier.data.dataset import CustomImageDataset
+from classifier.data.loader import batches_of
+from classifier.evaluation.metrics import expected_calibration_error, negative_log_likelihood
+from classifier.export.calibration import HIGHEST, LOWEST, calibrated, fit_temperature
+from classifier.export.formats import TemperatureScaled
+from classifier.pipeline.params import load_params
+from classifier.training.inference import predict
 
 
 def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:

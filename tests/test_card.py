@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from classifier.card import model_card
+from classifier.export.model_card import model_card
 
 NAMES = ["bag", "boot", "hat"]
 TRAIN = np.array([0] * 1200 + [1] * 30 + [2] * 30)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from classifier.charts import curves, save_spread
+from classifier.cli.charts import curves, save_spread
 
 NAN, INF = float("nan"), float("inf")
 

@@ -23,15 +23,16 @@ from limits import no_file_above
 from project import python
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
+from train_loop import train_loop
 
-from classifier import checkpoint
-from classifier.batches import Batches
-from classifier.checkpoint import Checkpoints, checkpoints, makings
-from classifier.dataset import CustomImageDataset
-from classifier.device import choose_kernels, seed_everything
-from classifier.inference import test_loop
-from classifier.optimization import build_optimizer, build_scheduler
-from classifier.training import TrainState, train_loop
+from classifier.compute.device import choose_kernels, seed_everything
+from classifier.data.dataset import CustomImageDataset
+from classifier.data.loader import Batches
+from classifier.training import checkpoint
+from classifier.training.checkpoint import Checkpoints, checkpoints, stage_fingerprint
+from classifier.training.inference import test_loop
+from classifier.training.optimization import build_optimizer, build_scheduler
+from classifier.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,9 +52,9 @@ class Stopped(BaseException):
     """What a signal or a kill is here."""
 
 
-def give_up(**makings: Any) -> Path:
-    """A training with these makings that was interrupted after its first checkpoint; its folder."""
-    with suppress(Stopped), checkpoints(makings) as saved:
+def give_up(**fingerprint: Any) -> Path:
+    """A training with this fingerprint that was interrupted after its first checkpoint; its folder."""
+    with suppress(Stopped), checkpoints(fingerprint) as saved:
         saved.save(0, 1, {"batch": 1})
         raise Stopped
     return saved.folder
@@ -101,11 +102,11 @@ class Training:
         state = self.state
         with checkpoints(MAKINGS) as saved:
             if content := saved.load():
-                state.restore(content)
+                state.load_state_dict(content)
             while state.epoch < EPOCHS:
                 loss = train_loop(
                     self.batches, state, nn.CrossEntropyLoss(), accumulate_steps=ACCUMULATE, precision="float32",
-                    after_update=lambda: saved.save(state.epoch, state.batch, state.content()),
+                    after_update=lambda: saved.save(state.epoch, state.batch, state.state_dict()),
                 )  # fmt: skip
                 val_loss, _ = test_loop(self.batches, state.network, "float32")
                 state.end_epoch({"train_loss": loss, "val_loss": val_loss}, keep=True)
@@ -152,7 +153,7 @@ def test_the_random_states_come_back(batches: Batches) -> None:
         return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002, S311
 
     state = Training(batches, "adam").state
-    content = state.content()
+    content = state.state_dict()
     with suppress(Stopped), checkpoints(MAKINGS) as saved:
         saved.save(0, 0, content)
         raise Stopped
@@ -161,7 +162,7 @@ def test_the_random_states_come_back(batches: Batches) -> None:
     with checkpoints(MAKINGS) as saved:
         loaded = saved.load()
         assert loaded
-        state.restore(loaded)
+        state.load_state_dict(loaded)
     assert draw() == drawn
 
 
@@ -236,7 +237,7 @@ def test_a_training_whose_record_is_damaged_says_so_and_goes_on(
     record.write_text(content)
     with checkpoints({"lr": 0.1}) as saved:
         assert saved.load() == {"batch": 1}
-        assert saved.made_of == {"lr": 0.1}
+        assert saved.fingerprint == {"lr": 0.1}
     damaged = f"{record}: damaged; the training goes on all the same, in another run of MLflow\n"
     assert capsys.readouterr().err == damaged
 
@@ -272,12 +273,12 @@ def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"lr": 0.1, "network": "mlp", "weights": "start.pth", "workers": 2}
 
 
-def test_the_makings_are_deps_parameters_weights_and_environment(pipeline: dict[str, Any]) -> None:
-    found = makings("train", pipeline, {"torch": "2"})
+def test_the_fingerprint_is_deps_parameters_weights_and_environment(pipeline: dict[str, Any]) -> None:
+    found = stage_fingerprint("train", pipeline, {"torch": "2"})
     assert list(found) == ["train.py", "mlp.py", "data", "start.pth", "lr", "network", "weights", "torch"]
-    assert found == makings("train", pipeline | {"workers": 0}, {"torch": "2"})
+    assert found == stage_fingerprint("train", pipeline | {"workers": 0}, {"torch": "2"})
     too_long = "https://" + 300 * "x"  # for a name of a file, which is told when weights are read
-    assert makings("train", pipeline | {"weights": too_long}, {})["weights"] == too_long
+    assert stage_fingerprint("train", pipeline | {"weights": too_long}, {})["weights"] == too_long
 
 
 @pytest.mark.parametrize(
@@ -293,18 +294,18 @@ def test_the_makings_are_deps_parameters_weights_and_environment(pipeline: dict[
     ],
     ids=["parameter", "network", "code", "network's code", "data", "file names", "weights"],
 )
-def test_a_training_of_other_makings_has_its_own_checkpoints(
+def test_a_training_with_another_fingerprint_has_its_own_checkpoints(
     pipeline: dict[str, Any], change: Callable[[dict[str, Any]], None]
 ) -> None:
-    give_up(**makings("train", pipeline, {}))
+    give_up(**stage_fingerprint("train", pipeline, {}))
     change(pipeline)
-    with checkpoints(makings("train", pipeline, {})) as saved:
+    with checkpoints(stage_fingerprint("train", pipeline, {})) as saved:
         assert saved.load() is None
 
 
 def test_a_training_in_another_environment_has_its_own_checkpoints(pipeline: dict[str, Any]) -> None:
-    give_up(**makings("train", pipeline, {"torch": "2"}))
-    with checkpoints(makings("train", pipeline, {"torch": "3"})) as saved:
+    give_up(**stage_fingerprint("train", pipeline, {"torch": "2"}))
+    with checkpoints(stage_fingerprint("train", pipeline, {"torch": "3"})) as saved:
         assert saved.load() is None
 
 
@@ -318,7 +319,7 @@ def test_a_training_that_goes_on_keeps_its_name_and_start() -> None:
         assert third.name != first.name
 
 
-def test_the_order_of_the_makings_makes_no_other_training() -> None:
+def test_the_order_of_the_fingerprint_makes_no_other_training() -> None:
     give_up(lr=0.1, epochs=3)
     with checkpoints({"epochs": 3, "lr": 0.1}) as saved:
         assert saved.load() == {"batch": 1}
@@ -409,11 +410,11 @@ def test_the_oldest_given_up_trainings_go_but_none_under_way(home: Path, capsys:
         assert capsys.readouterr().out == f"removed the checkpoints of a training that was given up: {folders[0]}\n"
 
 
-def test_a_process_with_the_same_makings_waits_and_gets_its_own_set_and_a_killed_ones_lock_is_free(
+def test_a_process_with_the_same_fingerprint_waits_and_gets_its_own_set_and_a_killed_ones_lock_is_free(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     holder = (
-        "import time; from classifier.checkpoint import checkpoints\n"
+        "import time; from classifier.training.checkpoint import checkpoints\n"
         "with checkpoints({'lr': 0.1}) as saved:\n"
         "    saved.save(0, 5, {'batch': 5}); print(saved.name, flush=True); time.sleep(60)"
     )

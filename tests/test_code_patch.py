@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from project import Project
 
-from classifier.code_patch import code_patch
+from classifier.tracking.code_patch import code_patch
 
 # Pieces, so that this file holds no secret
 KEY, TOKEN = "AKIA" + "Z7Q4ABCDEFGH2345", "ghp_" + "16C7e42F292c6912E7710c838347Ae178B4a"
@@ -96,7 +96,7 @@ def test_a_secret_that_is_removed_does_not_matter_and_a_file_may_become_a_link(p
 def test_changes_that_are_too_long_to_be_scanned_are_left_out(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("classifier.code_patch.MOST_LINES", 100)
+    monkeypatch.setattr("classifier.tracking.code_patch.MOST_LINES", 100)
     Path("classifier/a.py").write_text("x = 1\n" * 90)
     Path("classifier/b.py").write_text("x = 1\n" * 90)
     found = code_patch(".")

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from classifier.batches import Batches, _generator, epoch_order
-from classifier.dataset import TOGETHER, CustomImageDataset
-from classifier.errors import PipelineError
-from classifier.png import encode_png
+from classifier.data.dataset import TOGETHER, CustomImageDataset
+from classifier.data.loader import Batches, _generator, epoch_order
+from classifier.data.png import encode_png
+from classifier.data.transforms import augment, one_hot, to_float
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.zip_format import write_zip
 from classifier.sources import fashion_mnist
-from classifier.transforms import augment, one_hot, to_float
-from classifier.zip_format import write_zip
 
 CPU = torch.device("cpu")
 ALL_AUGMENTATIONS = ["crop", "flip", "erase", "color", "mixup", "cutmix"]

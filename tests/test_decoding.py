@@ -13,8 +13,8 @@ from hostile import png
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from classifier.decoding import FORMATS, LARGEST_PIXELS, decode_image, read_header
-from classifier.png import encode_png
+from classifier.data.decoding import FORMATS, LARGEST_PIXELS, decode_image, read_header
+from classifier.data.png import encode_png
 
 GENERATOR = np.random.default_rng(0)
 GREY = GENERATOR.integers(0, 256, (6, 5), dtype=np.uint8)
@@ -235,7 +235,7 @@ def test_a_small_tiff_of_one_large_tile_is_not_unpacked() -> None:
 
 
 def test_limit_of_pixels_holds_for_stored_pictures_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("classifier.decoding.LARGEST_PIXELS", 30)
+    monkeypatch.setattr("classifier.data.decoding.LARGEST_PIXELS", 30)
     decode_image(encode_png(GREY))
     assert refused(encode_png(np.zeros((1, 31), np.uint8))) == "it has more than 30 pixels"
 

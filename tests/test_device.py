@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from classifier import device
-from classifier.device import (
+from classifier.compute import device
+from classifier.compute.device import (
     Precision,
     choose_kernels,
     environment,
@@ -26,7 +26,7 @@ from classifier.device import (
     set_threads,
     usable_devices,
 )
-from classifier.errors import PipelineError
+from classifier.pipeline.errors import PipelineError
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_auto_threads_are_the_cores_of_this_process() -> None:
 def test_freed_memory_is_kept() -> None:
     """The next tensor takes the pages of the one before: in a process of its own, for malloc stays as it is set."""
     script = (
-        "import resource, torch; from classifier.device import keep_freed_memory\n"
+        "import resource, torch; from classifier.compute.device import keep_freed_memory\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    for _ in range(10): torch.ones(50_000_000, dtype=torch.uint8)\n"

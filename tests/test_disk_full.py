@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from project import Project, clean_environment, python, reproduced_project, small_project
 
-from classifier.errors import run_main
-from classifier.files import hash_file
+from classifier.pipeline.errors import run_main
+from classifier.pipeline.outputs import hash_file
 from classifier.sources.fashion_mnist import DEBIAN_FOLDER, FILES
 
 PAGE = 4096  # bytes that a small disk gives at a time

@@ -19,9 +19,9 @@ from project import TRAINED, Project, clean_environment, python, real_environmen
 from small_images import make_images
 from tracker import free_port, send_the_rest, wait_for
 
-from classifier.archive import Images
-from classifier.distributed import Group
-from classifier.zip_format import write_zip
+from classifier.compute.distributed import Group
+from classifier.pipeline.archive import Images
+from classifier.pipeline.zip_format import write_zip
 
 # Two epochs of the product's own loop; in float64, whose sums hardly depend on their order. With small batches the
 # training of a network with batch normalisation is chaotic: in float32 a change of 1e-6 grows a thousandfold.
@@ -29,15 +29,17 @@ TRAIN = """\
 import json, sys
 from pathlib import Path
 import torch
+sys.path.append("tests")
 from torch import nn
-from classifier.batches import Batches
-from classifier.dataset import CustomImageDataset
-from classifier.device import set_threads
-from classifier.distributed import joined
+from classifier.data.loader import Batches
+from classifier.data.dataset import CustomImageDataset
+from classifier.compute.device import set_threads
+from classifier.compute.distributed import process_group
 from classifier.networks import build_network
-from classifier.inference import predict
-from classifier.optimization import build_optimizer, build_scheduler
-from classifier.training import TrainState, train_loop
+from classifier.training.inference import predict
+from classifier.training.optimization import build_optimizer, build_scheduler
+from classifier.training.state import TrainState
+from train_loop import train_loop
 
 class Float64(nn.Module):
     def __init__(self, network):
@@ -48,7 +50,7 @@ class Float64(nn.Module):
 
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 set_threads(1)
-with joined() as group:
+with process_group() as group:
     device = torch.device("cpu")
     dataset = CustomImageDataset(folder / "images.csv", folder / "images.zip", classes=4)
     batches = Batches(dataset, settings["batch_size"], device, seed=1, shuffle=True, augmentations=settings["augment"],
@@ -57,7 +59,7 @@ with joined() as group:
     network = Float64(build_network(settings["network"], batches.image_shape, 4))
     optimizer = build_optimizer("sgd", list(network.parameters()), 0.05, 0.9, 0.0)
     state = TrainState(network, optimizer, build_scheduler("constant", optimizer, 100))
-    state.trained = group.train_together(network)
+    state.trained = group.ddp_network(network)
     losses = []
     for _ in range(2):
         losses.append(train_loop(batches, state, nn.CrossEntropyLoss(), accumulate_steps=settings["accumulate"],

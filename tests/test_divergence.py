@@ -9,12 +9,13 @@ import pytest
 import torch
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
+from train_loop import train_loop
 
-from classifier.batches import Batches
-from classifier.dataset import CustomImageDataset
-from classifier.errors import PipelineError
-from classifier.optimization import build_optimizer, build_scheduler
-from classifier.training import TrainState, train_loop
+from classifier.data.dataset import CustomImageDataset
+from classifier.data.loader import Batches
+from classifier.pipeline.errors import PipelineError
+from classifier.training.optimization import build_optimizer, build_scheduler
+from classifier.training.state import TrainState
 
 EPOCHS = 3
 
@@ -200,10 +201,10 @@ def test_a_training_that_goes_on_names_the_same_place(batches: Batches) -> None:
     contents: list[dict[str, Any]] = []
     train_loop(
         batches, state, nn.CrossEntropyLoss(), accumulate_steps=1, precision="float32",
-        after_update=lambda: contents.append(copy.deepcopy(state.content())),
+        after_update=lambda: contents.append(copy.deepcopy(state.state_dict())),
     )  # fmt: skip
     resumed = build_state(batches, second, 0.1, "constant")
-    resumed.restore(contents[3])
+    resumed.load_state_dict(contents[3])
     second.passes = 4
     with pytest.raises(PipelineError) as caught:
         train_loop(batches, resumed, nn.CrossEntropyLoss(), accumulate_steps=1, precision="float32")

@@ -1,20 +1,27 @@
 """dvc.yaml against the code: what a stage imports and reads is what DVC watches; and the import rules."""
 
 import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from imports import ROOT, imported_names, project_file, project_files_behind
 
-from classifier import files
-from classifier.params import UNTRACKED, Params, modules_in
+from classifier.pipeline import paths
+from classifier.pipeline.params import UNTRACKED, Params, modules_in
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+NETWORKS = "classifier/networks"
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("classifier/**/*.py"))
 
+# Upper packages import lower ones; a package stands above those behind it.
+LAYERS = (
+    "cli", "provenance", "tracking", "export", "evaluation", "training", "networks", "preparation", "data", "sources",
+    "compute", "pipeline", "progress",
+)  # fmt: skip
 # Decide what MLflow and the user are told, and no result: editing them, or what only they import, must not retrain.
-NO_RESULT = {"classifier/tracking.py", "classifier/progress.py"}
+NO_RESULT = {"classifier/progress.py", *(path for path in MODULES if path.startswith("classifier/tracking/"))}
 # Found by name at run time, so the import statements do not show them: dvc.yaml names them by parameter.
 BY_NAME = {
     "classifier/sources/__init__.py": "classifier/sources/${source}.py",
@@ -27,31 +34,68 @@ def behind_source(name: str) -> set[str]:
     return project_files_behind(path, NO_RESULT) - {path}
 
 
-def has_code(path: str) -> bool:
+def is_code(path: str) -> bool:
     """Whether a file holds more than a docstring."""
     return any(not isinstance(node, ast.Expr) for node in ast.parse((ROOT / path).read_text()).body)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_module_a_stage_imports_is_among_its_deps(stage: str) -> None:
-    code = {path for path in project_files_behind(f"stages/{stage}.py", NO_RESULT) if has_code(path)}
+def code_behind(stage: str) -> set[str]:
+    """The files of code that a stage imports, directly or not."""
+    code = project_files_behind(f"stages/{stage}.py", NO_RESULT)
     if "classifier/sources/__init__.py" in code:  # and what any of the sources imports, which is not known by name
-        code |= {path for name in modules_in("sources") for path in behind_source(name) if has_code(path)}
-    code |= {BY_NAME[path] for path in code if path in BY_NAME}
-    declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
-    assert declared == code
+        code |= {path for name in modules_in("sources") for path in behind_source(name)}
+    return {path for path in code if is_code(path)} | {BY_NAME[path] for path in code if path in BY_NAME}
 
 
-@pytest.mark.parametrize("name", [f"networks/{name}" for name in modules_in("networks")])
+def declared_code(stage: str) -> set[str]:
+    """The files and packages of code among the deps of a stage."""
+    return {dep for dep in STAGES[stage]["deps"] if dep.startswith(("classifier/", "stages/"))}
+
+
+def watched(stage: str, path: str) -> bool:
+    """Whether DVC runs a stage again when a file of code changes."""
+    return not declared_code(stage).isdisjoint([path, *(str(folder) for folder in Path(path).parents)])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_code_a_stage_imports_is_among_its_deps_and_no_other_package(stage: str) -> None:
+    code = code_behind(stage)
+    assert {path for path in code if not watched(stage, path)} == set()
+    used = code | {str(Path(path).parent) for path in code}
+    assert declared_code(stage) <= used
+
+
+@pytest.mark.parametrize("stage", ["download", "train"])
+def test_an_edit_of_code_that_they_do_not_use_reruns_neither_download_nor_train(stage: str) -> None:
+    """They take longest; the other stages may run again for a little more than they import."""
+    modules = [path for path in MODULES if is_code(path) and not path.startswith(("classifier/sources", NETWORKS))]
+    beside = set() if stage == "download" else {"classifier/compute/launch.py"}  # which starts it
+    assert {path for path in modules if watched(stage, path)} <= code_behind(stage) | beside
+
+
+@pytest.mark.parametrize("name", modules_in("networks"))
 def test_a_network_imports_nothing_that_dvc_does_not_watch(name: str) -> None:
-    watched = set(STAGES["train"]["deps"]) & set(STAGES["evaluate"]["deps"]) & set(STAGES["export"]["deps"])
-    assert project_files_behind(f"classifier/{name}.py") - {f"classifier/{name}.py"} <= watched
+    path = f"classifier/networks/{name}.py"
+    for stage in ("train", "evaluate", "export"):
+        assert {
+            file for file in project_files_behind(path) - {path} if is_code(file) and not watched(stage, file)
+        } == set()
 
 
-@pytest.mark.parametrize("name", [f"sources/{name}" for name in modules_in("sources")])
+@pytest.mark.parametrize("name", modules_in("sources"))
 def test_a_source_imports_nothing_that_dvc_does_not_watch(name: str) -> None:
-    watched = set(STAGES["download"]["deps"]) & set(STAGES["annotate"]["deps"])
-    assert behind_source(name.removeprefix("sources/")) <= watched
+    for stage in ("download", "annotate"):
+        assert {path for path in behind_source(name) if is_code(path) and not watched(stage, path)} == set()
+
+
+def test_packages_import_only_those_below_them() -> None:
+    for path in MODULES:
+        if len(Path(path).parts) > 2:
+            layer = LAYERS.index(Path(path).parts[1])
+            for name in imported_names(ROOT / path):
+                _, _, rest = name.partition("classifier.")
+                if rest:
+                    assert LAYERS.index(rest.split(".")[0]) >= layer, f"{path} imports {name}"
 
 
 def parameters_read(stage: str) -> set[str]:
@@ -111,7 +155,7 @@ def test_the_check_and_the_manifest_are_of_all_params_that_decide_results(stage:
 
 
 def test_every_stage_waits_for_the_check() -> None:
-    assert str(files.CHECKED) in STAGES["download"]["deps"]
+    assert str(paths.CHECKED) in STAGES["download"]["deps"]
     made = {out for stage in STAGES.values() for out in stage["outs"]}
     assert all(made & set(STAGES[name]["deps"]) for name in STAGES if name != "check")
 
@@ -124,9 +168,9 @@ def test_outputs_are_the_files_of_the_contract() -> None:
     assert sorted(written) == sorted(
         str(path)
         for path in (
-            files.CHECKED, files.RAW, files.IMAGES, files.ANNOTATIONS, files.ORIGINALS, files.WEIGHTS, files.EPOCHS,
-            files.TRAIN_METRICS, files.ENVIRONMENT, files.CLASS_METRICS, files.PREDICTIONS, files.PLOTS,
-            files.TEST_METRICS, files.EXPORT,
+            paths.CHECKED, paths.RAW, paths.IMAGES, paths.ANNOTATIONS, paths.ORIGINALS, paths.WEIGHTS, paths.EPOCHS,
+            paths.TRAIN_METRICS, paths.ENVIRONMENT, paths.CLASS_METRICS, paths.PREDICTIONS, paths.PLOTS,
+            paths.TEST_METRICS, paths.EXPORT,
         )
     )  # fmt: skip
 
@@ -140,10 +184,10 @@ def test_metrics_stay_in_git_and_other_outputs_in_the_cache() -> None:
 @pytest.mark.parametrize(
     ("package", "only"),
     [
-        ("mlflow", {"store", "sync", "registry", "serving"}),
-        ("matplotlib", {"plots", "charts"}),
-        ("dvc", {"storage", "experiment_queue"}),
-        ("typer", {"cli"}),
+        ("mlflow", {"tracking/store", "tracking/sender", "tracking/registry", "tracking/pyfunc_model"}),
+        ("matplotlib", {"evaluation/plots", "cli/charts"}),
+        ("dvc", {"provenance/storage", "cli/experiment_queue"}),
+        ("typer", {"cli/app"}),
     ],
 )
 def test_few_modules_import_what_the_others_do_without(package: str, only: set[str]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from project import Project, reproduced_project
 
-from classifier.files import hash_file, locked_md5s
+from classifier.data.lockfile import locked_md5s
+from classifier.pipeline.outputs import hash_file
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,9 @@ from hostile import RunsCodeWhenUnpickled
 from project import python
 from torch import Tensor, nn
 
-from classifier.errors import PipelineError
-from classifier.exchange import TOLERANCE, TemperatureScaled, checking, read_logits, write, write_weights
+from classifier.export.formats import TOLERANCE, TemperatureScaled, checking, read_logits, write, write_weights
 from classifier.networks import Mirrored, build_network
+from classifier.pipeline.errors import PipelineError
 
 FORMATS = ["pth", "pt2", "onnx", "safetensors"]
 IMAGE_SHAPE, CLASSES = (3, 6, 6), 5
@@ -29,7 +29,7 @@ import sys
 import numpy as np
 from contextlib import nullcontext
 from pathlib import Path
-from classifier.exchange import read_logits
+from classifier.export.formats import read_logits
 folder = Path(sys.argv[1])
 pixels = np.load(folder / "pixels.npy")
 for suffix in {FORMATS}:
@@ -41,7 +41,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 import torch
-from classifier.exchange import write, write_weights
+from classifier.export.formats import write, write_weights
 from classifier.networks import build_network
 torch.manual_seed(0)
 network = build_network("mlp", {IMAGE_SHAPE}, {CLASSES})

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from project import Project, small_project
 
-from classifier.dataset import CustomImageDataset
-from classifier.exchange import TOLERANCE, TemperatureScaled, read_logits
-from classifier.inference import load_weights
+from classifier.data.dataset import CustomImageDataset
+from classifier.export.formats import TOLERANCE, TemperatureScaled, read_logits
 from classifier.networks import Mirrored, build_network
+from classifier.training.inference import load_weights
 
 pytestmark = pytest.mark.slow
 

@@ -29,8 +29,8 @@ from imports import ROOT
 from project import python
 from small_data import write_idx, write_idx_dataset
 
-from classifier.errors import PipelineError
-from classifier.files import hash_file
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import hash_file
 from classifier.sources import fashion_mnist
 from classifier.sources.fashion_mnist import FILES, LARGEST_BYTES, MIRRORS, read_idx
 

@@ -10,16 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from classifier.errors import PipelineError
-from classifier.files import (
-    atomic,
-    existing,
-    hash_file,
-    locked_md5s,
-    read_json,
-    temporary_folder,
-    write_json,
-)
+from classifier.data.lockfile import locked_md5s
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import atomic, existing, hash_file, read_json, temporary_folder, write_json
 
 LOCK = """\
 schema: '2.0'

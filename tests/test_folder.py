@@ -12,9 +12,9 @@ from digits import LAYOUTS, write_digits
 from PIL import Image
 from project import Project
 
-from classifier.annotations import Names
-from classifier.archive import IMAGE_SUFFIXES, Images
-from classifier.errors import PipelineError
+from classifier.pipeline.annotations import Names
+from classifier.pipeline.archive import IMAGE_SUFFIXES, Images
+from classifier.pipeline.errors import PipelineError
 from classifier.sources.folder import Layout, _finder, class_names, fetch, find_layout, read
 
 PICTURE = io.BytesIO()
@@ -389,7 +389,7 @@ def test_images_that_git_would_take_are_refused(repository: Path, place: str, ad
 
 
 def test_the_suffixes_are_pillows_for_the_formats_that_are_decoded() -> None:
-    from classifier.decoding import FORMATS
+    from classifier.data.decoding import FORMATS
 
     Image.init()
     of_pillow = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}

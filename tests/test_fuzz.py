@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from imports import ROOT
 
-from classifier.annotations import class_names, read_annotations, write_csv
-from classifier.archive import Images
-from classifier.decoding import decode_image
-from classifier.errors import PipelineError, masked
-from classifier.params import Params, load_params, modules_in
-from classifier.png import decode_stored_png, encode_png
-from classifier.zip_format import write_zip
+from classifier.data.decoding import decode_image
+from classifier.data.png import decode_stored_png, encode_png
+from classifier.pipeline.annotations import class_names, read_annotations, write_csv
+from classifier.pipeline.archive import Images
+from classifier.pipeline.errors import PipelineError, masked
+from classifier.pipeline.params import Params, load_params, modules_in
+from classifier.pipeline.zip_format import write_zip
 
 FUZZER_SECONDS = 10
 NIGHTLY_FUZZER_SECONDS = 600

@@ -10,13 +10,14 @@ import torch
 from imports import ROOT
 from project import Project
 from torch import nn
+from train_loop import train_loop
 
-from classifier.batches import Batches
-from classifier.dataset import CustomImageDataset
-from classifier.device import choose_kernels, seed_everything, set_threads
+from classifier.compute.device import choose_kernels, seed_everything, set_threads
+from classifier.data.dataset import CustomImageDataset
+from classifier.data.loader import Batches
 from classifier.networks import build_network
-from classifier.optimization import build_optimizer, build_scheduler
-from classifier.training import TrainState, train_loop
+from classifier.training.optimization import build_optimizer, build_scheduler
+from classifier.training.state import TrainState
 
 GOLDEN = json.loads((ROOT / "tests/golden/tutorial_seed42.json").read_text())
 

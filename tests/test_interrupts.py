@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 from imports import ROOT
 
-from classifier.errors import PipelineError
-from classifier.interrupts import SIGNALS, Interrupted, held_back, listen
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.signals import SIGNALS, Interrupted, defer_signals, listen
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 READY = "print('ready', flush=True)"
-IMPORTS = "import time; from classifier.errors import run_main; from classifier.interrupts import held_back"
+IMPORTS = (
+    "import time; from classifier.pipeline.errors import run_main;from classifier.pipeline.signals import defer_signals"
+)
 
 
 def start(body: str, *, ignored: bool = False) -> "subprocess.Popen[str]":
@@ -51,7 +53,7 @@ def test_a_signal_ends_a_command_with_its_exit_code_and_one_line(number: signal.
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_is_held_back_ends_the_command_at_its_release(number: signal.Signals) -> None:
     body = f"""\
-with held_back(10) as held:
+with defer_signals(10) as held:
     {READY}
     while not held.number:
         time.sleep(0.01)
@@ -66,7 +68,7 @@ with held_back(10) as held:
 def test_several_sigterm_are_held_back_as_one() -> None:
     """As those of SLURM, torchrun and the end of DVC are."""
     body = f"""\
-with held_back(60) as held:
+with defer_signals(60) as held:
     {READY}
     while not held.number:
         time.sleep(0.01)
@@ -88,7 +90,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
 
 def test_a_signal_that_is_ignored_stays_ignored_while_others_are_held_back() -> None:
-    process = start(f"with held_back(10):\n    {READY}\n    input()\n    print('done')", ignored=True)
+    process = start(f"with defer_signals(10):\n    {READY}\n    input()\n    print('done')", ignored=True)
     process.send_signal(signal.SIGINT)
     assert ending(process, "\n") == (0, "done\n", "")
 
@@ -160,7 +162,7 @@ def test_after_the_block_time_does_not_run_out() -> None:
 
 @pytest.mark.usefixtures("listening")
 def test_without_a_signal_nothing_is_raised_and_the_next_one_is_not_held_back() -> None:
-    with held_back(0.1) as held:
+    with defer_signals(0.1) as held:
         held.release()
     with pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGINT)
@@ -169,7 +171,7 @@ def test_without_a_signal_nothing_is_raised_and_the_next_one_is_not_held_back() 
 @pytest.mark.usefixtures("listening")
 def test_an_error_of_the_block_is_told_rather_than_the_signal() -> None:
     def fail() -> None:
-        with held_back(10):
+        with defer_signals(10):
             os.kill(os.getpid(), signal.SIGTERM)
             raise PipelineError("diverged")
 
@@ -181,7 +183,7 @@ def send_held_back(*numbers: int, seconds: float = 10, wait: float = 0) -> tuple
     """Send signals to this process in a block that holds them back; those that it went on after, and what ended it."""
     passed: list[int] = []
     try:
-        with held_back(seconds):
+        with defer_signals(seconds):
             for number in numbers:
                 os.kill(os.getpid(), number)
                 time.sleep(wait)
@@ -192,7 +194,10 @@ def send_held_back(*numbers: int, seconds: float = 10, wait: float = 0) -> tuple
 
 
 def test_a_process_ends_without_a_look_for_garbage_among_all_that_it_has_loaded() -> None:
-    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); import classifier"
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()));"
+        "from classifier.pipeline.errors import run_main; run_main(lambda: None)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 1000
 
@@ -201,7 +206,7 @@ def test_a_process_ends_without_a_look_for_garbage_among_all_that_it_has_loaded(
 @pytest.mark.parametrize("how", ["print('done')", "raise PipelineError('failed')"])
 def test_a_signal_while_a_command_exits_gives_no_traceback(number: signal.Signals, how: str) -> None:
     code = (
-        "import atexit, os\nfrom classifier.errors import *\n"
+        "import atexit, os\nfrom classifier.pipeline.errors import *\n"
         f"atexit.register(os.kill, os.getpid(), {int(number)})\ndef main(): {how}\nrun_main(main)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from classifier.intervals import intervals
-from classifier.metrics import wilson_interval
+from classifier.cli.intervals import intervals
+from classifier.evaluation.metrics import wilson_interval
 
 
 def answers(count: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,11 +13,11 @@ from limits import no_file_above
 from project import clean_environment
 from tracker import wait_for
 
-from classifier.journal import Journal, find_end, home, journals
+from classifier.tracking.journal import Journal, find_end, home, journals
 
 WRITE_UNTIL_KILLED = """
 import sys
-from classifier.journal import Journal
+from classifier.tracking.journal import Journal
 journal = Journal.create()
 for number in range(10**9):
     journal.write("metrics", number=number, values={"loss": number / 7} | {str(n): "x" * 99 for n in range(40)})
@@ -189,6 +189,8 @@ def test_an_experiment_in_a_temporary_copy_writes_to_the_main_checkout(
 
 
 def test_what_a_stage_imports_to_write_does_not_import_mlflow() -> None:
-    code = "import sys, classifier.tracking; sys.exit(not {'mlflow', 'pandas', 'torch'}.isdisjoint(sys.modules))"
+    code = (
+        "import sys, classifier.tracking.tracker; sys.exit(not {'mlflow', 'pandas', 'torch'}.isdisjoint(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

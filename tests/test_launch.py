@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from project import Project
 
-from classifier.errors import PipelineError
-from classifier.launch import launcher_command
+from classifier.compute.launch import launcher_command
+from classifier.pipeline.errors import PipelineError
 
 
 @pytest.mark.parametrize(

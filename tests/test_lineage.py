@@ -13,9 +13,10 @@ import pytest
 from mlflow import MlflowClient
 from project import Project, clean_environment, python, reproduced_project
 
-from classifier.errors import PipelineError
-from classifier.files import hash_file, hash_path, locked_md5s
-from classifier.lineage import Lineage, describe, trace, trace_here
+from classifier.data.lockfile import locked_md5s
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import hash_file, hash_path
+from classifier.provenance.lineage import Lineage, describe, trace, trace_here
 
 pytestmark = pytest.mark.slow
 
@@ -212,13 +213,13 @@ def test_a_commit_whose_runs_were_deleted_says_so_and_still_comes_back(history: 
 
 
 def test_a_commit_whose_code_is_not_that_of_its_lock_says_so(copied: Project) -> None:
-    training = copied.root / "classifier/training.py"
+    training = copied.root / "classifier/training/loop.py"
     training.write_text(training.read_text() + "\n# changed\n")
     copied.set_params(lr="0.7")
     copied.commit()
     (note,) = lineage(copied, "HEAD").unknown
     assert note.startswith("the code: dvc.lock of this commit was made with other content of")
-    assert note.endswith("classifier/training.py, lr in params.yaml")
+    assert note.endswith("classifier/training/loop.py, lr in params.yaml")
 
 
 def test_the_text_has_the_whole_chain(history: History) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from classifier.metrics import (
+from classifier.evaluation.metrics import (
     CALIBRATION_BINS,
     calibration_bins,
     class_scores,

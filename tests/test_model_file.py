@@ -15,10 +15,10 @@ import torch
 from hostile import RunsCodeWhenUnpickled
 from onnx import TensorProto, helper, numpy_helper
 
-from classifier.errors import PipelineError
-from classifier.exchange import write, write_weights
-from classifier.model_file import open_model_file
+from classifier.export.formats import write, write_weights
 from classifier.networks import build_network
+from classifier.pipeline.errors import PipelineError
+from classifier.provenance.model_file import open_model_file
 
 SHAPE, CLASSES = (1, 4, 6), ["cat", "dog"]
 WEIGHTS = np.ones((24, 2), np.float32)

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional
 from torchvision import models
 
-from classifier.errors import PipelineError
-from classifier.exchange import TOLERANCE, read_logits, write
+from classifier.export.formats import TOLERANCE, read_logits, write
 from classifier.networks import MEAN, STD, Mirrored, build_network, cnn
 from classifier.networks.vgg16 import averages
-from classifier.params import modules_in
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.params import modules_in
 
 NETWORKS = modules_in("networks")
 OF_TORCHVISION = ["resnet18", "vgg16"]

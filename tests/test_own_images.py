@@ -14,7 +14,7 @@ import pytest
 from digits import LAYOUTS, write_digits
 from project import Project
 
-from classifier.files import hash_file
+from classifier.pipeline.outputs import hash_file
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from project import Project
 
-from classifier.files import hash_path, md5s_in, read_yaml
+from classifier.data.lockfile import md5s_in
+from classifier.pipeline.outputs import hash_path
+from classifier.pipeline.safe_yaml import read_yaml
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import pytest
 from imports import ROOT
 from project import python
 
-from classifier.errors import PipelineError
-from classifier.params import UNTRACKED, Params, data_name, load_params, modules_in
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.params import UNTRACKED, Params, data_name, load_params, modules_in
 
 COMMITTED = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
@@ -46,7 +46,7 @@ def complaints(folder: Path, text: str) -> list[str]:
 
 def run_module(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [python(), "-m", "classifier.params"],
+        [python(), "-m", "classifier.pipeline.params"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

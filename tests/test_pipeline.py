@@ -14,7 +14,7 @@ import pytest
 import yaml
 from project import Project, reproduced_project
 
-from classifier.dataset import CustomImageDataset
+from classifier.data.dataset import CustomImageDataset
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from classifier.plots import save_grid, save_reliability, save_saliency, title
+from classifier.evaluation.plots import save_grid, save_reliability, save_saliency, title
 
 Draw = Callable[[Path, int, int], None]  # a path, the number of images and of channels
 

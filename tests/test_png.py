@@ -10,7 +10,7 @@ import pytest
 from hostile import png
 from PIL import Image
 
-from classifier.png import decode_stored_png, decode_stored_pngs, encode_png
+from classifier.data.png import decode_stored_png, decode_stored_pngs, encode_png
 
 # MD5 of the PNG of `ramp()`. If it changes, data/images.zip changes for everyone.
 RAMP_MD5 = "628ca7b2872ee25b2c704fffec1e480a"

@@ -24,25 +24,17 @@ from PIL import Image
 from project import Project, clean_environment, python, reproduced_project
 from scipy.special import softmax
 
-from classifier.batches import Batches
-from classifier.dataset import CustomImageDataset
-from classifier.errors import PipelineError, printable
-from classifier.exchange import write
-from classifier.inference import load_weights
-from classifier.inference import predict as logits_of
-from classifier.model_file import BATCH, Model
+from classifier.cli.prediction import Answer, find_images, opened, predict, write_csv, write_json, write_table
+from classifier.data.dataset import CustomImageDataset
+from classifier.data.loader import Batches
+from classifier.data.png import encode_png
+from classifier.export.formats import write
 from classifier.networks import build_network
-from classifier.png import encode_png
-from classifier.prediction import (
-    Answer,
-    find_images,
-    opened,
-    predict,
-    write_csv,
-    write_json,
-    write_table,
-)
-from classifier.zip_format import write_zip
+from classifier.pipeline.errors import PipelineError, printable
+from classifier.pipeline.zip_format import write_zip
+from classifier.provenance.model_file import BATCH, Model
+from classifier.training.inference import load_weights
+from classifier.training.inference import predict as logits_of
 
 CLASSES = ["dark", "bright, or\nnot"]
 FORMATS = ["pth", "pt2", "onnx", "safetensors"]
@@ -336,7 +328,7 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.M
 
 def command(*arguments: str, folder: Path, code: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command `classifier` of a checkout in another folder, as its script does."""
-    run = "import sys; sys.path.insert(0, sys.argv.pop(1)); from classifier.cli import main; main()"
+    run = "import sys; sys.path.insert(0, sys.argv.pop(1)); from classifier.cli.app import main; main()"
     return subprocess.run(
         [python(), "-P", "-c", run, code, *arguments], cwd=folder, env=clean_environment(folder.parent),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, **options,
@@ -381,7 +373,7 @@ def test_the_command_writes_a_file_whole_or_not_at_all(photos: Path, tmp_path: P
 def test_a_reader_that_goes_away_ends_the_command_quietly(photos: Path, tmp_path: Path) -> None:
     export_brightness(tmp_path)
     shell = f'{sys.executable} -P -c "$0" {ROOT} predict photos --model model.onnx | true'
-    run = "import sys; sys.path.insert(0, sys.argv.pop(1)); from classifier.cli import main; main()"
+    run = "import sys; sys.path.insert(0, sys.argv.pop(1)); from classifier.cli.app import main; main()"
     done = subprocess.run(["bash", "-c", shell, run], cwd=tmp_path, capture_output=True, text=True)
     assert done.stderr == ""
 
@@ -393,7 +385,7 @@ def test_an_onnx_file_is_answered_without_torch_and_mlflow(photos: Path, tmp_pat
 import sys
 sys.modules["torch"] = sys.modules["mlflow"] = None
 sys.path.insert(0, sys.argv.pop(1))
-from classifier.cli import main
+from classifier.cli.app import main
 main()
 """
     done = subprocess.run(

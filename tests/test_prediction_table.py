@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from classifier.annotations import write_csv
-from classifier.prediction_table import Predicted, own_names, write_predictions
+from classifier.evaluation.prediction_table import Predicted, own_names, write_predictions
+from classifier.pipeline.annotations import write_csv
 
 LOGITS = np.array([[0, 2, 1], [3, 0, 0]], np.float32)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classifier.decoding import decode_image
-from classifier.errors import PipelineError
-from classifier.png import decode_stored_png
-from classifier.preprocessing import common_shape, prepare
+from classifier.data.decoding import decode_image
+from classifier.data.png import decode_stored_png
+from classifier.pipeline.errors import PipelineError
+from classifier.preparation.preprocessing import common_shape, prepare
 from classifier.sources import LabelledImages
 
 GENERATOR = np.random.default_rng(0)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torchvision import models
 from tracker import send_the_rest
 
-from classifier import pretrained
-from classifier.errors import PipelineError
 from classifier.networks import build_network
-from classifier.pretrained import load_pretrained
+from classifier.pipeline.errors import PipelineError
+from classifier.training import pretrained
+from classifier.training.pretrained import load_pretrained
 
 IMAGE_SHAPE, CLASSES = (3, 8, 8), 5
 FIRST, MIDDLE, LAST = "stages.0.0.weight", "stages.2.0.weight", ("classifier.weight", "classifier.bias")

@@ -11,11 +11,11 @@ from project import python
 from small_images import CLASSES, make_images
 from torch import nn
 
-from classifier.batches import Batches
-from classifier.dataset import CustomImageDataset
-from classifier.errors import PipelineError
-from classifier.exchange import read_logits, write
-from classifier.quantization import BATCH, accuracy_cost, quantize
+from classifier.data.dataset import CustomImageDataset
+from classifier.data.loader import Batches
+from classifier.export.formats import read_logits, write
+from classifier.export.quantization import BATCH, accuracy_cost, quantize
+from classifier.pipeline.errors import PipelineError
 
 SIZE = 12
 
@@ -23,7 +23,7 @@ QUANTIZE = """
 import sys
 from pathlib import Path
 import numpy as np
-from classifier.quantization import quantize
+from classifier.export.quantization import quantize
 folder = Path(sys.argv[1])
 quantize(folder / "model.onnx", np.load(folder / "pixels.npy"), Path(sys.argv[2]))
 """

@@ -23,15 +23,15 @@ from test_decoding import tiled_tiff
 from torch import nn
 from tracker import without_sender
 
-from classifier import registry
-from classifier.decoding import decode_image
-from classifier.errors import PipelineError
-from classifier.exchange import write
-from classifier.params import Params, load_params
-from classifier.registry import Version, find_champion, find_versions, promote, version_called
-from classifier.store import find_runs
-from classifier.sync import Sender
-from classifier.tracking import Tracker
+from classifier.data.decoding import decode_image
+from classifier.export.formats import write
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.params import Params, load_params
+from classifier.tracking import registry
+from classifier.tracking.registry import Version, find_champion, find_versions, promote, version_called
+from classifier.tracking.sender import Sender
+from classifier.tracking.store import find_runs
+from classifier.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 

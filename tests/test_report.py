@@ -16,10 +16,10 @@ from imports import ROOT
 from PIL import Image
 from project import Project
 
-from classifier.annotations import write_csv
-from classifier.errors import PipelineError
-from classifier.files import hash_file
-from classifier.report import write_report
+from classifier.cli.report import write_report
+from classifier.pipeline.annotations import write_csv
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import hash_file
 
 NAMES = ["T-shirt/top", "Trouser", "Ankle boot"]
 COLOURS = """["body", ".matrix .right", "svg text"].map(place => {

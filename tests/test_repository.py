@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from project import Project
 
-from classifier import repository
-from classifier.repository import LARGEST_CODE, changes, commit_of, commits_holding, experiments, metrics_at, read_at
+from classifier.tracking import git as repository
+from classifier.tracking.git import LARGEST_CODE, changes, commit_of, commits_holding, experiments, metrics_at, read_at
 
 
 @pytest.fixture

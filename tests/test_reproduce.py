@@ -13,8 +13,8 @@ import pytest
 from imports import ROOT
 from project import Project
 
-from classifier.archive import Images
-from classifier.verify import DRIFTED, State, compare
+from classifier.pipeline.archive import Images
+from classifier.provenance.verify import DRIFTED, State, compare
 
 
 @pytest.mark.slow

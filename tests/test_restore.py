@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from project import Project, reproduced_project
 
-from classifier.errors import PipelineError
-from classifier.files import hash_bytes, hash_file, locked_md5s
-from classifier.restore import restore_committed
+from classifier.data.lockfile import locked_md5s
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import hash_bytes, hash_file
+from classifier.provenance.restore import restore_committed
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +117,7 @@ def test_everything_comes_back_and_edits_are_kept(project: Project) -> None:
     edited = (project.root / "params.yaml").read_text()
     (project.root / "dvc.lock").write_text((project.root / "dvc.lock").read_text()[:3000])  # DVC was killed
     (project.root / ".dvc/tmp/rwlock").write_text('{"wri')
-    (project.root / "classifier/png.py").write_text("# an edit\n")
+    (project.root / "classifier/data/png.py").write_text("# an edit\n")
     for path in ("models/export", "data/images.zip", "metrics/train.json"):
         shutil.rmtree(project.root / path, ignore_errors=True)
         (project.root / path).unlink(missing_ok=True)
@@ -124,11 +125,11 @@ def test_everything_comes_back_and_edits_are_kept(project: Project) -> None:
 
     told = restore(project)
     assert project.outputs() == before
-    assert status(project) == ["classifier/png.py"]
+    assert status(project) == ["classifier/data/png.py"]
     assert "restored from Git: dvc.lock, metrics/train.json, params.yaml\n" in told
     assert f"moved to {ASIDE}, since no cache has them: {WEIGHTS}\n" in told
     assert "restored from DVC: data/images.zip, models/export, models/model_weights.pth\n" in told
-    assert told.endswith("not touched, and other than committed: classifier/png.py")
+    assert told.endswith("not touched, and other than committed: classifier/data/png.py")
     assert (project.root / ASIDE / WEIGHTS).read_text() == "in no cache"
     project.run("git", "apply", str(ASIDE / "changes.patch"))
     assert (project.root / "params.yaml").read_text() == edited

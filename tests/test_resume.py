@@ -227,15 +227,15 @@ def test_after_a_changed_parameter_training_starts_anew_and_says_what_was_change
 CHANGED_STAGE = """
 from pathlib import Path
 from stages import train
-from classifier.errors import run_main
+from classifier.pipeline.errors import run_main
 {change}
 run_main(train.main)
 """
-SAVING_ALWAYS = "from classifier import checkpoint; checkpoint.CHECKPOINT_SECONDS = 0"
+SAVING_ALWAYS = "from classifier.training import checkpoint; checkpoint.CHECKPOINT_SECONDS = 0"
 EDITING_WHILE_DECODING = """
 training_batches = train.training_batches
 def edit_and_load(*arguments, **options):
-    with Path("classifier/training.py").open("a") as code:
+    with Path("classifier/training/loop.py").open("a") as code:
         code.write("# edited")
     return training_batches(*arguments, **options)
 train.training_batches = edit_and_load
@@ -259,7 +259,7 @@ def test_code_that_is_edited_while_images_are_decoded_does_not_go_on_from_the_co
     assert kill_changed(project, EDITING_WHILE_DECODING) == ["epoch-000000-batch-000000004.pt"]
     repeated = project.dvc("repro", "train")
     assert "Going on" not in repeated.stdout
-    assert "a training that was given up: classifier/training.py was " in repeated.stdout
+    assert "a training that was given up: classifier/training/loop.py was " in repeated.stdout
 
 
 # Experiments

@@ -12,12 +12,12 @@ from imports import ROOT
 from project import Project, small_project
 from tracker import Server, contents, statuses, waiting, without_sender
 
-from classifier.errors import PipelineError, masked
-from classifier.journal import Journal
-from classifier.params import load_params
-from classifier.storage import _first_line
-from classifier.store import store_errors
-from classifier.tracking import Tracker
+from classifier.pipeline.errors import PipelineError, masked
+from classifier.pipeline.params import load_params
+from classifier.provenance.storage import _first_line
+from classifier.tracking.journal import Journal
+from classifier.tracking.store import store_errors
+from classifier.tracking.tracker import Tracker
 
 TRACKER_SECRET, REMOTE_SECRET = "tr4cker-s3cret", "r3mote-s3cret"
 REMOTE = f"https://me:{REMOTE_SECRET}@127.0.0.1:9/dvc"
@@ -65,7 +65,7 @@ def test_a_journal_holds_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("params.yaml").write_text(f"{Path('params.yaml').read_text()}address: {REMOTE}\n")
     without_sender(monkeypatch)
     tracker = Tracker()
-    monkeypatch.setattr("classifier.tracking.hash_file", lambda path: "0" * 32)
+    monkeypatch.setattr("classifier.tracking.tracker.hash_file", lambda path: "0" * 32)
     with tracker.training(params, {"device": "cpu"}, "name", time.time()):
         pass
     (first, *_) = Journal(tracker.journal.folder).records()

@@ -11,11 +11,11 @@ from dvc_queue import stop_queue
 from PIL import Image
 from project import Project, reproduced_project
 
-from classifier import seeds
-from classifier.errors import PipelineError
-from classifier.experiment_queue import Recovered
-from classifier.files import md5s_in
-from classifier.seeds import _wait
+from classifier.cli import seeds
+from classifier.cli.experiment_queue import Recovered
+from classifier.cli.seeds import _wait
+from classifier.data.lockfile import md5s_in
+from classifier.pipeline.errors import PipelineError
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from model_server import SECONDS, model_server, post
 from PIL import Image
 from project import Project, python, reproduced_project
 
-from classifier.archive import Images
+from classifier.pipeline.archive import Images
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,10 @@ import pytest
 from imports import ROOT
 from project import Project, reproduced_project
 
-from classifier.archive import Images, shards, write_images
-from classifier.errors import PipelineError
-from classifier.files import hash_file
-from classifier.zip_format import write_zip
+from classifier.pipeline.archive import Images, shards, write_images
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import hash_file
+from classifier.pipeline.zip_format import write_zip
 
 FILES = {f"train/{index:02d}.png": bytes([index]) * 100 for index in range(40)}
 
@@ -86,8 +86,8 @@ def test_a_broken_zip_is_named(sharded: Path) -> None:
 READ_ALL = """
 import resource, sys
 from pathlib import Path
-from classifier.archive import Images
-from classifier.errors import run_main
+from classifier.pipeline.archive import Images
+from classifier.pipeline.errors import run_main
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
 def main():
     images = Images(Path(sys.argv[1]))
@@ -129,7 +129,7 @@ def test_a_pipe_with_the_name_of_a_zip_is_not_waited_for(tmp_path: Path) -> None
 def test_the_results_are_those_of_one_zip(tmp_path_factory: pytest.TempPathFactory) -> None:
     one = reproduced_project(tmp_path_factory, export_formats="[pth]")
     several = one.copy_without_results(tmp_path_factory.mktemp("several") / "project")
-    code = several.root / "classifier/archive.py"
+    code = several.root / "classifier/pipeline/archive.py"
     small = code.read_text().replace("SHARD_BYTES = 2**30", "SHARD_BYTES = 2**16")
     assert small != code.read_text()
     code.write_text(small)

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from classifier.errors import PipelineError
-from classifier.sources import LabelledImages, fashion_mnist
-from classifier.splits import (
+from classifier.pipeline.errors import PipelineError
+from classifier.preparation.splits import (
     Duplicates,
     assign_splits,
     check_classes,
@@ -16,6 +15,7 @@ from classifier.splits import (
     find_duplicates,
     hold_out,
 )
+from classifier.sources import LabelledImages, fashion_mnist
 
 NAMES = [f"class {label}" for label in range(10)]
 BALANCED = np.repeat(np.arange(10), 30)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from classifier.errors import PipelineError
-from classifier.experiment_queue import recover
-from classifier.storage import Storage, push_results
+from classifier.cli.experiment_queue import recover
+from classifier.pipeline.errors import PipelineError
+from classifier.provenance.storage import Storage, push_results
 
 
 @pytest.mark.parametrize("ask", [Storage, push_results, recover])

@@ -9,10 +9,10 @@ import pytest
 from test_tracking_faults import track, write_outputs
 from tracker import dripping_server, without_sender
 
-from classifier import registry, store
-from classifier.registry import find_champion
-from classifier.store import StoreAway, connect, find_runs, time_limit
-from classifier.sync import send_to_every_store
+from classifier.tracking import registry, store
+from classifier.tracking.registry import find_champion
+from classifier.tracking.sender import send_to_every_store
+from classifier.tracking.store import StoreAway, connect, find_runs, time_limit
 
 
 @pytest.fixture(autouse=True)

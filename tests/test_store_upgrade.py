@@ -11,8 +11,8 @@ from alembic.script import ScriptDirectory
 from mlflow.store.db.utils import _get_alembic_config
 from mlflow.store.tracking.dbmodels.initial_models import Base
 
-from classifier.errors import PipelineError
-from classifier.store import find_runs, upgrade_store
+from classifier.pipeline.errors import PipelineError
+from classifier.tracking.store import find_runs, upgrade_store
 
 pytestmark = pytest.mark.slow
 

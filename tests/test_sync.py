@@ -40,12 +40,13 @@ from tracker import (
     without_sender,
 )
 
-from classifier import store, sync
-from classifier.files import hash_file
-from classifier.journal import Journal, home, journals
-from classifier.params import load_params
-from classifier.sync import Sender, send_to_every_store
-from classifier.tracking import Tracker
+from classifier.pipeline.outputs import hash_file
+from classifier.pipeline.params import load_params
+from classifier.tracking import sender as sync
+from classifier.tracking import store
+from classifier.tracking.journal import Journal, home, journals
+from classifier.tracking.sender import Sender, send_to_every_store
+from classifier.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 
@@ -525,7 +526,7 @@ def test_with_nothing_to_send_it_says_so_and_makes_no_store(prepared: Project, t
 
 KILL_WHILE_IT_IS_MADE = """
 import os, random, signal, sys, time
-from classifier.sync import Sender
+from classifier.tracking.sender import Sender
 seed = random.Random(7)
 for attempt in range(10):
     child = os.fork()
@@ -556,7 +557,7 @@ def test_a_store_whose_making_is_cut_off_again_and_again_is_made_in_the_end(repo
 
 
 def test_the_machine_is_measured_while_a_training_runs(repository: Path) -> None:
-    code = "from classifier import sync; sync.SAMPLE_SECONDS = 1; sync.main()"
+    code = "from classifier.tracking import sender as sync; sync.SAMPLE_SECONDS = 1; sync.main()"
     tracker = Tracker()
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, bufsize=0,

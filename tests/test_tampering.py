@@ -17,8 +17,9 @@ from hostile import RunsCodeWhenUnpickled
 from imports import ROOT
 from project import Project, reproduced_project
 
-from classifier.errors import PipelineError
-from classifier.files import hash_file, hash_path, verified
+from classifier.data.lockfile import verified
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import hash_file, hash_path
 
 # By output: the stages that read it
 READERS = {
@@ -220,7 +221,7 @@ def test_weights_that_are_code_are_refused_and_not_run(copied: Project, tmp_path
 
 # Where the code may read pickles: exchange.read_logits, of what the export has just written, in a process of its own
 SAFE_LOADERS = ("yaml.SafeLoader", "_FastLoader if is_flat else _Loader")
-READS_PICKLES = {("classifier/exchange.py", "torch.load"), ("classifier/exchange.py", "torch.export.load")}
+READS_PICKLES = {("classifier/export/formats.py", "torch.load"), ("classifier/export/formats.py", "torch.export.load")}
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -274,7 +275,7 @@ def test_a_new_one_would_be_found(source: str) -> None:
 
 
 def test_the_loader_of_yaml_makes_no_objects(tmp_path: Path) -> None:
-    from classifier.files import read_yaml
+    from classifier.pipeline.safe_yaml import read_yaml
 
     with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
         read_yaml(f"lr: !!python/object/apply:os.mkdir [{tmp_path / 'ran'}]")

@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from project import Project, real_environment
 from tracker import finish, paced, send_the_rest, statuses, wait_for
 
-from classifier.tracking import _user
+from classifier.tracking.tracker import _user
 
 pytestmark = pytest.mark.slow
 
@@ -137,8 +137,8 @@ def test_what_is_edited_after_a_stage_has_begun_is_not_in_its_run(project: Proje
     edited = """
 import time
 from pathlib import Path
-from classifier.params import load_params
-from classifier.tracking import Tracker
+from classifier.pipeline.params import load_params
+from classifier.tracking.tracker import Tracker
 params, tracker = load_params(), Tracker()
 Path("params.yaml").write_text(Path("params.yaml").read_text().replace("lr: 0.001", "lr: 0.5"))
 Path("models").mkdir()
@@ -171,7 +171,7 @@ sys.exit(3)
 """
 
 
-@pytest.mark.parametrize(("rank", "started"), [("0", ["-m classifier.sync"]), ("1", [])])
+@pytest.mark.parametrize(("rank", "started"), [("0", ["-m classifier.tracking.sender"]), ("1", [])])
 @pytest.mark.parametrize("stage", ["train", "evaluate", "export"])
 def test_the_process_that_sends_starts_before_torch_is_imported_and_ends_with_its_stage(
     tmp_path: Path, stage: str, rank: str, started: list[str]

@@ -14,9 +14,9 @@ from imports import ROOT
 from project import clean_environment
 from tracker import without_sender
 
-from classifier.journal import Journal, home, journals
-from classifier.params import load_params
-from classifier.tracking import Tracker
+from classifier.pipeline.params import load_params
+from classifier.tracking.journal import Journal, home, journals
+from classifier.tracking.tracker import Tracker
 
 LARGEST = 20_000  # bytes of a file, where the disk is full: more than the first record has, less than the pictures
 
@@ -163,7 +163,7 @@ def test_a_journal_folder_that_is_closed(tmp_path: Path, owner: int, mode: int) 
     assert "Traceback" not in done.stderr
 
     (tmp_path / ".journal").chmod(0o777)  # so that others may write there, but not read what waits
-    send = "from classifier.sync import send_to_every_store; print(*send_to_every_store().values())"
+    send = "from classifier.tracking.sender import send_to_every_store; print(*send_to_every_store().values())"
     done = subprocess.run(
         [*powerless, sys.executable, "-c", send], cwd=tmp_path, env=env, capture_output=True, text=True
     )

@@ -18,13 +18,18 @@ import torch
 from hostile import RunsCodeWhenUnpickled, halve, write_nothing, write_text
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
+from train_loop import train_loop
 
-from classifier.batches import Batches
-from classifier.dataset import CustomImageDataset
-from classifier.errors import PipelineError
-from classifier.inference import load_weights, predict, saliency, score, test_loop
+from classifier.data.dataset import CustomImageDataset
+from classifier.data.loader import Batches
+from classifier.data.png import encode_png
+from classifier.data.transforms import one_hot
 from classifier.networks import build_network, describe
-from classifier.optimization import (
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.zip_format import write_zip
+from classifier.training.inference import load_weights, predict, saliency, score, test_loop
+from classifier.training.loop import set_training_mode
+from classifier.training.optimization import (
     build_loss,
     build_optimizer,
     build_scheduler,
@@ -32,10 +37,7 @@ from classifier.optimization import (
     lr_factor,
     weighted_cross_entropy,
 )
-from classifier.png import encode_png
-from classifier.training import TrainState, set_training_mode, train_loop
-from classifier.transforms import one_hot
-from classifier.zip_format import write_zip
+from classifier.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -238,7 +240,7 @@ def test_a_float16_update_that_overflows_is_skipped(make_batches: BatchMaker) ->
     assert not updates[0]
     assert updates[-1]
     assert math.isfinite(loss)
-    other.restore(copy.deepcopy(state.content()))
+    other.load_state_dict(copy.deepcopy(state.state_dict()))
     assert other.scaler.get_scale() == state.scaler.get_scale() < 2.0**40
 
 
@@ -499,9 +501,9 @@ def test_training_with_frozen_batch_normalisation_goes_on_to_the_same_weights(ma
     loop(batches, whole)
     with pytest.raises(Stopped):
         loop(batches, state, after_update=stop)
-    content = state.content()
+    content = state.state_dict()
     state = start()
-    state.restore(content)
+    state.load_state_dict(content)
     loop(batches, state)
     torch.testing.assert_close(state.network.state_dict(), whole.network.state_dict(), rtol=0, atol=0)
 

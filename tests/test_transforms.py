@@ -11,7 +11,7 @@ from torch.nn import functional
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from classifier.transforms import (
+from classifier.data.transforms import (
     COLOR_JITTER,
     CROP_PADDING,
     ERASE_AREA,

@@ -20,7 +20,7 @@ from project import Project, clean_environment, python, reproduced_project
 from small_data import write_idx_dataset
 from tracker import wait_for
 
-from classifier.files import hash_bytes
+from classifier.pipeline.outputs import hash_bytes
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,18 @@ from dvc_queue import processes_in
 from project import Project, clean_environment, python, small_project
 from tracker import wait_for
 
-from classifier.errors import PipelineError
-from classifier.verify import DRIFTED, IDENTICAL, WITHIN, State, _fewest_images, _link_own_files, _make_clone, compare
-from classifier.zip_format import write_zip
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.zip_format import write_zip
+from classifier.provenance.verify import (
+    DRIFTED,
+    IDENTICAL,
+    WITHIN,
+    State,
+    _fewest_images,
+    _link_own_files,
+    _make_clone,
+    compare,
+)
 
 RECORDED = State(
     md5s={
@@ -202,7 +211,7 @@ def test_one_changed_image_and_a_changed_training_loop_are_drift(reproduced: Pro
     members[7] = (name, content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
     archive.chmod(0o644)
     write_zip(archive, members)
-    training = project.root / "classifier/training.py"
+    training = project.root / "classifier/training/loop.py"
     changed = training.read_text().replace("else loss).backward()", "else loss * 0.5).backward()")
     assert changed != training.read_text()
     training.write_text(changed)
@@ -213,7 +222,7 @@ def test_one_changed_image_and_a_changed_training_loop_are_drift(reproduced: Pro
     assert rows["data/images.zip"] == (
         f"DRIFTED: the file is not the one that dvc.lock names; differing images: {name}"
     )
-    assert rows["dvc.lock"] == "DRIFTED: was made with other content of classifier/training.py"
+    assert rows["dvc.lock"] == "DRIFTED: was made with other content of classifier/training"
     assert rows["metrics/train.json"].startswith("DRIFTED: train ")
     assert rows["models/model_weights.pth"] == "DRIFTED: other bytes in the same environment"
     assert rows["data/annotations"] == IDENTICAL

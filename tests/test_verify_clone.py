@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from project import clean_environment
 
-from classifier.errors import PipelineError
-from classifier.verify import _make_clone
+from classifier.pipeline.errors import PipelineError
+from classifier.provenance.verify import _make_clone
 
 FILES = {"params.yaml": b"seed: 1\n", "code.py": b"print()\n", "crlf.txt": b"a\r\nb\r\n", "run.sh": b"#!/bin/sh\n"}
 # The last three with commands that would show in the files

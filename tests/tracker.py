@@ -19,17 +19,17 @@ from typing import Any
 import pytest
 from project import Project, clean_environment, python
 
-from classifier.files import hash_file
-from classifier.journal import Journal
+from classifier.pipeline.outputs import hash_file
+from classifier.tracking.journal import Journal
 
 # A training that tells five epochs, waits for a line from the test, and does so again until the line is "end".
 PACED = """
 import sys, time
 from pathlib import Path
 from uuid import uuid4
-from classifier.errors import PipelineError, run_main
-from classifier.params import load_params
-from classifier.tracking import Tracker
+from classifier.pipeline.errors import PipelineError, run_main
+from classifier.pipeline.params import load_params
+from classifier.tracking.tracker import Tracker
 def main():
     tracker, epoch = Tracker(), 0
     Path("models").mkdir(exist_ok=True)
@@ -267,4 +267,4 @@ class _NoSender:
 
 def without_sender(patch: pytest.MonkeyPatch) -> None:
     """Have trackers of this process write their journals, and no process beside it send them."""
-    patch.setattr("classifier.tracking._start_sender", _NoSender)
+    patch.setattr("classifier.tracking.tracker._start_sender", _NoSender)

@@ -14,8 +14,8 @@ kept for the test, after 5 epochs of `optimizer: adamw`, `lr: 0.001`, `weight_de
 from torch import Tensor, nn
 from torchvision import models
 
-from classifier.errors import PipelineError
 from classifier.networks import Normalization
+from classifier.pipeline.errors import PipelineError
 
 SMALL = 64  # pixels a side: below it, the first layers keep the image's size
 

@@ -13,8 +13,8 @@ not deterministic on CUDA. Max pooling is not among the operations that torch li
 from torch import Tensor, nn, zeros
 from torchvision import models
 
-from classifier.errors import PipelineError
 from classifier.networks import Normalization
+from classifier.pipeline.errors import PipelineError
 
 REDUCTION = 32  # of an image's sides by the five poolings
 SIDE = 7  # of the maps that the classifier takes

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from classifier.errors import PipelineError
-from classifier.files import atomic, existing, hash_file, temporary_folder
+from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import atomic, existing, hash_file, temporary_folder
 from classifier.progress import Bar, progress
 from classifier.sources import LabelledImages
 

@@ -25,10 +25,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from classifier.annotations import CONTROL, LISTED_FAULTS, Names, faulty_rows, name_fault, parse_rows, repeated, shown
-from classifier.archive import IMAGE_SUFFIXES, Images
-from classifier.errors import PipelineError, printable
-from classifier.files import atomic
+from classifier.pipeline.annotations import (
+    CONTROL,
+    LISTED_FAULTS,
+    Names,
+    faulty_rows,
+    name_fault,
+    parse_rows,
+    repeated,
+    shown,
+)
+from classifier.pipeline.archive import IMAGE_SUFFIXES, Images
+from classifier.pipeline.errors import PipelineError, printable
+from classifier.pipeline.outputs import atomic
 from classifier.progress import progress
 from classifier.sources import LabelledImages
 

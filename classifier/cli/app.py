@@ -1,0 +1,305 @@
+"""The command line: `classifier lineage`, and what else is asked of a trained model after the pipeline has run."""
+
+import dataclasses
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from classifier.pipeline.errors import PipelineError, printable, run_main
+from classifier.pipeline.outputs import atomic
+from classifier.pipeline.params import load_params
+from classifier.pipeline.paths import WEIGHTS
+from classifier.tracking.git import git
+from classifier.tracking.journal import journals
+
+REPORTS = Path("reports")  # what is written about the outputs; Git ignores it
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+queue = typer.Typer(no_args_is_help=True, help="DVC's experiment queue.")
+app.add_typer(queue, name="queue")
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(git("describe", "--tags", "--always", "--dirty"))
+        raise typer.Exit
+
+
+@app.callback()
+def classifier(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_tell_version,
+            is_eager=True,
+            help="The Git tag, or what there has been since, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Trace, verify and promote the models of this repository."""
+    if context.invoked_subcommand != "sync" and any(not journal.is_being_written() for journal in journals()):
+        _send_journals()
+
+
+@app.command()
+def sync() -> None:
+    """Send MLflow what stages had to tell it while it was away. Exits with 1 if something is left."""
+    waiting = len(journals())
+    if not _send_journals():
+        raise PipelineError(f"{len(journals())} of {waiting} journals are not sent")
+    print(f"{waiting} journals were waiting; nothing is left to send" if waiting else "Nothing is waiting to be sent")
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="Of this machine, to serve the pages on.")] = 5000) -> None:
+    """Serve MLflow's pages for the repository's store, until Ctrl-C."""
+    from classifier.tracking.store import connect, serve_pages
+
+    serve_pages(port, connect(load_params().experiment))
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE|FOLDER|ZIP...", help="Images, folders or zips of them.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="An exported file with its manifest.json beside it, or champion; by default models/export/model.onnx."
+        ),
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Open a .pth or .pt2 file, which can hold code, that is not from here.")
+    ] = False,
+    form: Annotated[
+        Literal["table", "csv", "json"] | None,
+        typer.Option("--format", help="By default a table on a terminal, and CSV elsewhere."),
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+) -> None:
+    """Say what is on images. Exits with 1 if one of them cannot be used; the others are answered."""
+    from tqdm import tqdm
+
+    from classifier.cli import prediction
+
+    faults = 0
+
+    def complain(fault: str) -> None:
+        nonlocal faults
+        faults += 1
+        tqdm.write(fault, file=sys.stderr)
+
+    caller = Path(context.obj)
+    found = prediction.find_images(images, caller, complain)
+    if not found:
+        raise PipelineError("No image is named: give image files, or folders or zips of them")
+    on_terminal = output is None and sys.stdout.isatty()
+    with ExitStack() as stack:
+        chosen = stack.enter_context(prediction.opened(model, caller, load_params().registered_model, trust))
+        # A bar among the lines of a table would be in the way
+        answers = prediction.predict(chosen, found, complain, hide_progress=on_terminal)
+        file = sys.stdout
+        if output is not None:
+            written = stack.enter_context(atomic(caller / output))
+            file = stack.enter_context(written.open("w", encoding="utf-8", newline=""))
+        form = form or ("table" if on_terminal else "csv")
+        if form == "table":
+            width = max(len(image.name) for image in found)
+            prediction.write_table(answers, chosen.classes, width, file)
+        else:
+            write = prediction.write_csv if form == "csv" else prediction.write_json
+            write(answers, chosen.classes, file)
+        file.flush()
+    if faults:
+        raise PipelineError(f"Not answered: {faults}, for the reasons above; all other images are")
+
+
+@app.command()
+def lineage(
+    context: typer.Context,
+    target: Annotated[
+        str | None,
+        typer.Argument(help="A model file, MLflow run id, DVC experiment or Git commit; by default the model here."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all runs and versions.")] = False,
+    patch: Annotated[bool, typer.Option("--patch", help="Print the uncommitted code of a run, for git apply.")] = False,
+) -> None:
+    """Print what made a model, and the commands that bring exactly that state back."""
+    from classifier.provenance.lineage import describe, patch_of, trace, trace_here
+
+    if patch:
+        sys.stdout.buffer.write(patch_of(target or "no target"))
+        return
+    found = trace(_from_caller(context, target)) if target else trace_here()
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        _print_lines(describe(found))
+
+
+@app.command()
+def restore() -> None:
+    """Bring the committed parameters and results back, wherever DVC has them. Code is not touched."""
+    from classifier.provenance.restore import restore_committed
+
+    _print_lines("\n".join(restore_committed(REPORTS / "before-restore")))
+
+
+@app.command()
+def verify(
+    revision: Annotated[str | None, typer.Argument(help="A Git commit; without it, this checkout as it is.")] = None,
+) -> None:
+    """Make every output again in a clean clone with an empty cache, and compare. Exits with 1 if one has drifted."""
+    from classifier.provenance.verify import verify
+
+    found = verify(revision)
+    width = max(len(verdict.path) for verdict in found.verdicts)
+    for verdict in found.verdicts:
+        _print_lines(f"{verdict.path:{width}}  {verdict.verdict}{verdict.reason and ': '}{verdict.reason}")
+    for key, (recorded, here) in found.environment.items():
+        print(f"environment: {key}: recorded {recorded}, here {here}")
+    if not found.environment:
+        print("environment: the same as recorded")
+    if found.drifted:
+        raise PipelineError(
+            f"{len(found.drifted)} of {len(found.verdicts)} outputs drifted: {', '.join(found.drifted)}"
+        )
+
+
+@app.command()
+def push() -> None:
+    """Send every result in DVC's cache to its remote: `dvc repro --pull` of another clone then need not run it."""
+    from classifier.provenance.storage import push_results
+
+    print(f"{push_results()} files pushed")
+
+
+@app.command()
+def promote(
+    context: typer.Context,
+    target: Annotated[
+        str, typer.Argument(help="A model file, MLflow run id, DVC experiment or Git commit, or a version number.")
+    ] = str(WEIGHTS),
+    force: Annotated[
+        bool, typer.Option("--force", help="Also if it is not clearly better, or not comparable.")
+    ] = False,
+) -> None:
+    """Make a registered version the champion if it is clearly more accurate than the present one on the same images."""
+    from classifier.provenance.lineage import trace
+    from classifier.tracking.registry import find_version, promote, version_called
+
+    name = load_params().registered_model
+    if target.isdecimal():
+        found = find_version(name, target)
+        versions = [found] if found else []
+    else:
+        versions = trace(_from_caller(context, target)).versions
+    version = version_called(name, versions, target)
+    _print_lines(promote(version, force))
+
+
+@app.command()
+def seeds(
+    count: Annotated[int, typer.Option("--count", "-n", min=2, help="Seeds, from the one in params.yaml on.")] = 5,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set-param", "-S", help="Another parameter, such as lr=0.01; may be repeated.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Experiments at the same time.")] = 1,
+) -> None:
+    """Run one recipe with several seeds through DVC's queue; print mean and standard deviation of each metric."""
+    from classifier.cli.seeds import run_seeds
+
+    table = run_seeds(count, settings or [], workers, REPORTS)
+    print(f"\n{count} seeds, mean ± standard deviation (lowest to highest)")
+    for metric, row in table.iterrows():
+        print(f"{metric:20} {row['mean']:.4f} ± {row['std']:.4f} ({row['min']:.4f} to {row['max']:.4f})")
+    print(f"Each seed: {REPORTS / 'seeds.csv'}; picture: {REPORTS / 'seeds.png'}")
+
+
+@app.command()
+def upgrade_store() -> None:
+    """Bring mlflow.db to the schema of the installed MLflow, after a copy of it was made."""
+    from classifier.tracking.store import upgrade_store
+
+    print(f"Upgraded; the store as it was: {upgrade_store()}")
+
+
+@queue.command()
+def resume(
+    workers: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Experiments at the same time.")] = 1,
+) -> None:
+    """Continue experiments whose workers were killed, and remove the copies of the repository that they left."""
+    from classifier.cli.experiment_queue import dvc, recover
+
+    names, copies = recover()
+    print(f"Queued again: {', '.join(names) or 'nothing'}")
+    print(f"Abandoned copies removed: {len(copies)}")
+    print(dvc("queue", "start", "--jobs", str(workers)).strip())
+
+
+@app.command()
+def report(
+    against: Annotated[
+        str | None,
+        typer.Option(help="A commit or DVC experiment to compare with; by default HEAD, or the commit before."),
+    ] = None,
+) -> None:
+    """Write a page about the model in this checkout that needs no network to be read."""
+    from classifier.cli.report import write_report
+    from classifier.provenance.lineage import describe, trace_here
+
+    target = REPORTS / "report.html"
+    try:
+        text = describe(trace_here())
+    except PipelineError as unknown:  # a report is one without its lineage too
+        text = str(unknown)
+    write_report(target, against, text)
+    print(f"Written: {target}")
+
+
+@app.command()
+def samples() -> None:
+    """Draw the first training images as the network sees them: augmented, balanced and mixed as params.yaml says."""
+    from classifier.cli.samples import draw_samples
+
+    target = REPORTS / "samples.png"
+    draw_samples(target)
+    print(f"Written: {target}")
+
+
+def _print_lines(text: str) -> None:
+    """Print text that holds names from files, Git or MLflow: these must not reach the terminal raw."""
+    for line in text.split("\n"):
+        print(printable(line))
+
+
+def _send_journals() -> bool:
+    """Send what stages had to tell MLflow while it was away; print what is in the way. True if nothing is left."""
+    from classifier.tracking.sender import send_to_every_store
+
+    faults = send_to_every_store()
+    for folder, fault in faults.items():
+        print(f"{folder}: not sent: {printable(str(fault))}", file=sys.stderr)
+    return not faults
+
+
+def _from_caller(context: typer.Context, target: str) -> str:
+    """A file is named from the folder in which the command was called."""
+    file = Path(context.obj) / target
+    return str(file) if file.is_file() else target
+
+
+def main() -> None:
+    """Run the command in the repository that this code belongs to, wherever it is called."""
+    called_in = Path.cwd()
+    os.chdir(Path(__file__).parents[2])
+    run_main(lambda: app(prog_name="classifier", obj=called_in))

@@ -1,0 +1,56 @@
+"""What the network sees: a picture of the first training images, drawn and augmented as the train stage has them."""
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from classifier.data.dataset import load_splits
+from classifier.data.loader import Batches, training_batches
+from classifier.data.lockfile import verified
+from classifier.evaluation.plots import save_grid
+from classifier.pipeline import paths
+from classifier.pipeline.annotations import class_names
+from classifier.pipeline.outputs import atomic
+from classifier.pipeline.params import Params, load_params
+
+ROWS, COLUMNS = 5, 8  # a row a batch: mixup and cutmix draw their shares for a batch
+
+
+def draw_samples(target: Path) -> None:
+    """Write a PNG of images of the first batches of the first epoch with the parameters of now, atomically.
+
+    It needs the outputs of annotate alone. Raises PipelineError if they are missing, were changed or cannot be used.
+    """
+    names = class_names(verified(paths.ANNOTATIONS))
+    pixels, targets = first_images(streamed_batches(load_params(), names), ROWS, COLUMNS)
+    with atomic(target) as path:
+        save_grid(path, pixels.numpy(), titles(targets, names), ROWS, COLUMNS)
+
+
+def streamed_batches(params: Params, names: list[str]) -> Batches:
+    """The batches that the train stage has, but for one-hot targets; only images that are asked for are decoded."""
+    (train_set,) = load_splits(["train"], len(names))
+    streamed = params.model_copy(update={"memory_limit_gib": 0, "workers": 0, "target_transform": None})
+    return training_batches(train_set, names, streamed, torch.device("cpu"))
+
+
+def first_images(batches: Batches, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Pixels (n, C, H, W) and targets of the first `columns` images of each of the first `rows` batches.
+
+    Where batches, or the epoch, have fewer: of as many batches as it takes, or there are.
+    """
+    count = rows * columns
+    parts = islice(batches.epoch(), -(-count // min(columns, batches.batch_size)))
+    pixels, targets = (torch.cat([part[:columns] for part in of_batches]) for of_batches in zip(*parts, strict=True))
+    return pixels[:count], targets[:count]
+
+
+def titles(targets: Tensor, names: Sequence[str]) -> list[str]:
+    """The class of each image; of mixed ones, whose targets are (N, classes) shares, both, the larger share first."""
+    if targets.ndim == 1:
+        return [names[label] for label in targets.tolist()]
+    mixed = [sorted(zip(row, names, strict=True), reverse=True) for row in targets.tolist()]
+    return ["\n".join(f"{name} {share:.0%}" for share, name in row if share > 0) for row in mixed]

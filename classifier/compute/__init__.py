@@ -1,0 +1,1 @@
+"""The device policy, threads, and training in several processes."""

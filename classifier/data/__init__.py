@@ -1,0 +1,1 @@
+"""From the files of annotate to batches on the device: dataset, loader, transforms, decoding."""

@@ -1,0 +1,64 @@
+"""What the evaluate stage draws of a trained network: confusion, samples, mistakes, reliability, saliency."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.special import softmax
+from torch import nn
+
+from classifier.data.dataset import CustomImageDataset
+from classifier.evaluation import plots
+from classifier.evaluation.metrics import calibration_bins, most_confident_mistakes
+from classifier.pipeline.annotations import csv_cell
+from classifier.training.inference import saliency
+
+SAMPLES = (3, 3)  # rows and columns of the picture; the tutorial's grid
+MISTAKES = (3, 5)
+SALIENCIES = 8  # images
+
+
+def draw(
+    folder: Path,
+    network: nn.Module,
+    test_set: CustomImageDataset,
+    logits: np.ndarray,
+    names: list[str],
+    own: Mapping[str, str],
+    seed: int,
+) -> None:
+    """Write the confusion table (a row an image, as DVC's template wants it) and the pictures.
+
+    logits: (N, classes) of all N test images; names: of the classes; own: the users' names of the images' files, by
+    those in images.zip; seed: of the choice of samples.
+    """
+    labels, answers = test_set.labels.numpy(), logits.argmax(1)
+    cells = np.array([*map(csv_cell, names)])
+    pd.DataFrame({"actual": cells[labels], "predicted": cells[answers]}).to_csv(
+        folder / "confusion.csv", index=False, lineterminator="\n"
+    )
+
+    chosen = np.random.default_rng(seed).permutation(len(labels))
+    samples = chosen[: math.prod(SAMPLES)]
+    titles = [plots.title(f"true: {names[labels[i]]}", file=own[test_set.files[i]]) for i in samples]
+    plots.save_grid(folder / "samples.png", test_set.pixels(samples).numpy(), titles, *SAMPLES)
+
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+
+    def compared(index: int) -> str:
+        predicted = f"predicted: {probabilities[index].max():.0%} {names[answers[index]]}"
+        return plots.title(f"true: {names[labels[index]]}", predicted, file=own[test_set.files[index]])
+
+    mistakes = most_confident_mistakes(logits, labels, math.prod(MISTAKES))
+    titles = [compared(index) for index in mistakes]
+    plots.save_grid(folder / "mistakes.png", test_set.pixels(mistakes).numpy(), titles, *MISTAKES)
+
+    plots.save_reliability(folder / "reliability.png", calibration_bins(probabilities, labels))
+
+    explained = chosen[:SALIENCIES]
+    pixels = test_set.pixels(explained)
+    device = next(network.parameters()).device
+    titles = [compared(index) for index in explained]
+    plots.save_saliency(folder / "saliency.png", pixels.numpy(), saliency(network, pixels.to(device)).numpy(), titles)

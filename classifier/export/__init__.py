@@ -1,0 +1,1 @@
+"""The exported formats, their checks, calibration, the manifest and the model card."""

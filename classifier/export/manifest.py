@@ -1,0 +1,45 @@
+"""The manifest: what exported files are and what made them, for programs."""
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from classifier.data.lockfile import locked_md5s, verified
+from classifier.pipeline import paths
+from classifier.pipeline.outputs import hash_file, read_json
+
+PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors")
+
+
+def manifest(
+    models: list[Path], image_shape: tuple[int, ...], names: list[str], parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What holds of every export: nothing that differs from one rebuild to the next.
+
+    image_shape: (C, H, W); names: of the classes; parameters: all that decide results.
+    """
+    md5s = locked_md5s()
+    return {
+        "input": {"name": "pixels", "shape": ["batch", *image_shape], "dtype": "float32", "range": [0, 1]},
+        "output": {"name": "logits", "shape": ["batch", len(names)], "dtype": "float32"},
+        "classes": names,
+        "files": {
+            model.name: {
+                "sha256": hash_file(model, "sha256"),
+                "bytes": model.stat().st_size,
+                # torch reads parts of the other two as pickles
+                "trusted_source_only": model.suffix not in (".onnx", ".safetensors"),
+            }
+            for model in models
+        },
+        "md5": {str(path): md5s.get(str(path)) for path in (paths.RAW, paths.IMAGES, paths.ANNOTATIONS)}
+        | {str(paths.WEIGHTS): hash_file(paths.WEIGHTS)},
+        "parameters": dict(parameters),
+        "metrics": {
+            "train": read_json(verified(paths.TRAIN_METRICS)),
+            "test": read_json(verified(paths.TEST_METRICS)),
+        },
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+    }

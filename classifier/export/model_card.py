@@ -1,0 +1,76 @@
+"""The model card: what an exported model is, what made it, how good it is, and how it is read; for people.
+
+Its bytes depend on the model alone: no time, no host, no run id.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from classifier.pipeline.errors import masked
+from classifier.pipeline.paths import EXPORT, repository_root
+
+WEAKEST_SHOWN = 3  # classes
+
+
+def model_card(manifest: dict[str, Any], scores: pd.DataFrame, labels: dict[str, np.ndarray]) -> str:
+    """The card as Markdown.
+
+    manifest: what manifest.json holds. scores: the table of metrics/classes.csv. labels: (N,) int64 of each split by
+    its name, `train` among them.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,  # noqa: S701, it is no HTML; what comes from users goes through `text` or stands in code
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"percent": "{:.2%}".format, "count": "{:,}".format, "text": _text}
+    names = manifest["classes"]
+    in_training = np.bincount(labels["train"], minlength=len(names))
+    tested = scores[scores["images"] > 0]
+    parameters = {key: masked(json.dumps(value)) for key, value in manifest["parameters"].items()}
+    return environment.get_template("card.md.j2").render(
+        manifest,
+        parameter=parameters,
+        test=manifest["metrics"]["test"],
+        channels=manifest["input"]["shape"][1],
+        size=manifest["input"]["shape"][2:],
+        counts={split: len(of_split) for split, of_split in labels.items()},
+        scores=scores.assign(train=in_training).to_dict("records"),
+        weakest=tested.sort_values("recall", kind="stable").head(WEAKEST_SHOWN).to_dict("records"),
+        untested=scores[scores["images"] == 0]["class"].tolist(),
+        fewest=(names[in_training.argmin()], in_training.min()),
+        most=(names[in_training.argmax()], in_training.max()),
+    )
+
+
+def next_steps(names: Sequence[str]) -> str:
+    """Where the exported model is, and what can be done next; in an experiment's copy, how it gets into the checkout.
+
+    names: of the files of the model.
+    """
+    if repository_root() == Path.cwd():
+        return (
+            f"The model is in {EXPORT}: {', '.join(names)}; README.md there shows how to load each.\n"
+            "Next: `classifier predict image.jpg`, `make report` for a page about the model, `make ui` for all runs."
+        )
+    experiment = os.environ.get("DVC_EXP_NAME", "EXPERIMENT")
+    return (
+        f"The model belongs to the experiment {experiment}: `dvc exp apply {experiment}` brings it to {EXPORT}.\n"
+        "Next: `dvc exp show` to compare the experiments, `make ui` for all runs."
+    )
+
+
+def _text(value: str) -> str:
+    """A text within a line as it is: what Markdown, its tables or HTML would take for their own is escaped."""
+    return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", value)

@@ -1,0 +1,1 @@
+"""What every stage uses: parameters, paths, outputs that appear whole, dvc.lock, errors, signals, tables."""

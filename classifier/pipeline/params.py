@@ -1,0 +1,209 @@
+"""params.yaml as one frozen, typed model: every key known, every value checked, no default hidden in code.
+
+`python -m classifier.pipeline.params` checks the file and prints nothing when it is right.
+"""
+
+import difflib
+import re
+import reprlib
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from classifier.pipeline.errors import PipelineError, masked, run_main
+from classifier.pipeline.paths import PARAMS
+from classifier.pipeline.safe_yaml import read_yaml
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def modules_in(folder: str) -> list[str]:
+    """Names of the networks or data sources: the modules in classifier/<folder>."""
+    return sorted(path.stem for path in (PACKAGE / folder).glob("*.py") if not path.stem.startswith("_"))
+
+
+def _one_of_modules(folder: str) -> AfterValidator:
+    def check(name: str) -> str:
+        names = modules_in(folder)
+        if name not in names:
+            raise ValueError(f"one of {', '.join(names)} (the modules in classifier/{folder})")
+        return name
+
+    return AfterValidator(check)
+
+
+def _count_or_fraction(value: int | float) -> int | float:
+    if value < 0 or (isinstance(value, float) and value >= 1):
+        raise ValueError("a count of images (0 or more), or a fraction below 1")
+    return value
+
+
+def _without_password(text: str) -> str:
+    if masked(text) != text:
+        raise ValueError("free of passwords, which Git, MLflow and the manifest would keep")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Params(BaseModel):
+    """The parameters, named as in params.yaml. A field's description says which values are allowed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+    device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:<number>")
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        description="auto or a whole number from 1 to 1024"
+    )
+    launcher: str = Field(
+        pattern=r"^(python|torchrun( [\w./:=, -]*)?)$", description="python, or a torchrun command line"
+    )
+
+    source: Annotated[str, _one_of_modules("sources")] = Field(description="a module in classifier/sources")
+    data_path: Text = Field(description="a path")
+    val_size: Annotated[int | float, AfterValidator(_count_or_fraction)] = Field(
+        description="a count of images (0 or more), or a fraction below 1"
+    )
+    test_size: Annotated[int | float, AfterValidator(_count_or_fraction)] = Field(
+        description="a count of images (0 or more), or a fraction below 1"
+    )
+    split_seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        description="a whole number of pixels from 1 to 4096, or empty"
+    )
+    channels: Literal[1, 3] | None = Field(description="1, 3, or empty")
+
+    network: Annotated[str, _one_of_modules("networks")] = Field(description="a module in classifier/networks")
+    weights: Text | None = Field(description="a weights file, a name of torchvision's weights, or empty")
+    freeze: list[Text] = Field(description="a list of parameter-name patterns")
+
+    epochs: Count = Field(description="a whole number above 0")
+    batch_size: Count = Field(description="a whole number above 0")
+    accumulate_steps: Count = Field(description="a whole number above 0")
+    shuffle: bool = Field(description="true or false")
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = Field(description="one of sgd, adam, adamw, rmsprop")
+    lr: float = Field(gt=0, description="a number above 0")
+    momentum: Fraction = Field(description="a number from 0 to below 1")
+    weight_decay: float = Field(ge=0, description="a number, 0 or more")
+    schedule: Literal["constant", "linear", "cosine", "onecycle"] = Field(
+        description="one of constant, linear, cosine, onecycle"
+    )
+    label_smoothing: Fraction = Field(description="a number from 0 to below 1")
+    target_transform: Literal["one_hot"] | None = Field(description="one_hot, or empty")
+    augment: list[Literal["crop", "flip", "erase", "color", "mixup", "cutmix"]] = Field(
+        description="a list of any of crop, flip, erase, color, mixup, cutmix"
+    )
+    balance: Literal["none", "sampler", "loss"] = Field(description="one of none, sampler, loss")
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = Field(
+        description="one of float32, tf32, bfloat16, float16"
+    )
+    deterministic: bool = Field(description="true or false")
+    compile: bool = Field(description="true or false")
+    test_flip: bool = Field(description="true or false")
+
+    export_formats: list[Literal["pth", "pt2", "onnx", "safetensors", "int8"]] = Field(
+        min_length=1, description="a list of at least one of pth, pt2, onnx, safetensors, int8"
+    )
+    int8_max_drop: Fraction = Field(description="a number from 0 to below 1")
+    temperature_scaling: bool = Field(description="true or false")
+
+    checkpoint_steps: Count = Field(description="a whole number above 0")
+    cuda_graphs: bool = Field(description="true or false")
+    workers: int = Field(ge=0, description="a whole number, 0 or more")
+    memory_limit_gib: float = Field(gt=0, description="a number above 0")
+    experiment: Text = Field(description="a name, or empty")
+    registered_model: str = Field(pattern=r"^[^/:'\"`]+$", description="a name without / and : and quotes, or empty")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_data(cls, content: dict[str, Any]) -> dict[str, Any]:
+        name = data_name(str(content.get("source")), str(content.get("data_path")))
+        empty = [key for key in ("experiment", "registered_model") if key in content and content[key] is None]
+        return content | dict.fromkeys(empty, name)
+
+
+def data_name(source: str, data_path: str) -> str:
+    """The name of a data set: of your own images that of their folder or zip, else that of the source.
+
+    MLflow takes it in its addresses, so it has letters, digits, `.`, `_` and `-` alone.
+    """
+    own = re.sub(r"\.zip$", "", PurePath(data_path).name, flags=re.IGNORECASE)
+    name = own if source == "folder" else source.replace("_", "-")
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
+
+
+# They change no result: no stage tracks them, and they are not part of what made a model.
+UNTRACKED = frozenset(
+    {"checkpoint_steps", "cuda_graphs", "workers", "memory_limit_gib", "experiment", "registered_model"}
+)
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Read and check the parameters.
+
+    Raises PipelineError with one line for each key at fault: the key, its value and what is allowed.
+    """
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: missing; run from the folder that holds dvc.yaml") from None
+    except IsADirectoryError:
+        raise PipelineError(f"{path}: a folder, not a file") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2026-13-01
+        raise PipelineError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise PipelineError(f"{path}: not a list of `key: value` lines")
+    content = {str(key): value for key, value in content.items()}  # `yes: 1` has the key True
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        # A list or a union can fail in several places, and a misspelt key is also a missing one: each is told once.
+        keys = dict.fromkeys(str(fault["loc"][0]) for fault in error.errors())
+        misspelt = {_closest_key(key) for key in keys if key not in Params.model_fields}
+        complaints = [
+            f"{path}: {_complaint(key, content, error)}" for key in keys if key not in misspelt - set(content)
+        ]
+        raise PipelineError("\n".join(complaints)) from None
+
+
+def _closest_key(key: str) -> str | None:
+    return next(iter(difflib.get_close_matches(key, Params.model_fields, n=1)), None)
+
+
+def _complaint(key: str, content: dict[str, Any], error: ValidationError) -> str:
+    """One line on what is wrong with `key` and what would be right."""
+    fields = Params.model_fields
+    if key not in fields:
+        close = _closest_key(key)
+        hint = f"did you mean {close}?" if close else f"the keys are {', '.join(fields)}"
+        return f"{key}: {_shown(content[key])} is given, but there is no such key; {hint}"
+    allowed = fields[key].description
+    for fault in error.errors():
+        if fault["loc"][0] == key and "error" in fault.get("ctx", {}):
+            allowed = str(fault["ctx"]["error"])  # a validator above knows it better
+    if key not in content:
+        return f"{key}: missing; it must be {allowed}"
+    return f"{key}: {_shown(content[key])} is not {allowed}"
+
+
+_SHORT = reprlib.Repr()  # a few lines of YAML can hold gigabytes: lists of the same lists
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else masked(_SHORT.repr(value))
+
+
+def main() -> None:
+    load_params()
+
+
+if __name__ == "__main__":
+    run_main(main)

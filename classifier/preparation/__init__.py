@@ -1,0 +1,1 @@
+"""From source files to images of one size, and their splits."""

@@ -1,0 +1,1 @@
+"""Which data, code and parameters made a model; verification; remote storage."""
