@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from classifier.evaluation.plots import save_grid, save_reliability, save_saliency, title
+from classifier.evaluation.plots import LETTERS, save_grid, save_reliability, save_saliency, title
 
 Draw = Callable[[Path, int, int], None]  # a path, the number of images and of channels
 
@@ -105,7 +105,7 @@ def test_fewer_images_than_places(tmp_path: Path, draw: Draw, count: int, channe
 def test_lines_that_are_too_long_lose_their_end_and_names_of_files_their_beginning() -> None:
     assert title("true: hat", file="hats/1.jpg") == "true: hat\nhats/1.jpg"
     of_class, file = title(f"true: {'x' * 50}", file=f"{'x' * 50}/1.jpg").split("\n")
-    assert (len(of_class), len(file)) == (25, 25)
+    assert (len(of_class), len(file)) == (LETTERS, LETTERS)
     assert of_class.startswith("true: xxx")
     assert of_class.endswith("x…")
     assert file.startswith("…x")

@@ -186,7 +186,7 @@ def test_headline_figures_have_95_percent_intervals(project: Project) -> None:
         r'<tr><th scope="row">([^<]*)</th>.*?<td class="number">[^<]*(?:<span class="interval">([^<]*))?', page
     )
     shown = dict(cells)
-    assert shown["Test accuracy"] == shown["Validation accuracy"] == "74.15% to 97.68%"
+    assert shown["Test accuracy"] == shown["Validation accuracy"] == "74.2% to 97.7%"
     low, high = (float(end.rstrip("%")) for end in shown["Macro F1"].split(" to "))
     assert 70 < low < 91.55 < high <= 100
     low, high = map(float, shown["Test loss"].split(" to "))
@@ -305,6 +305,13 @@ def test_names_and_contents_are_shown_as_text_and_never_read_as_html(outputs: Pa
     text = words(page)
     assert "NA 100.00%" in text
     assert "</pre><script>alert(2)</script>" in text
+
+
+def test_names_that_are_quoted_for_spreadsheets_are_shown_as_they_are(outputs: Path) -> None:
+    write_outputs(outputs, ["'=1+1", "Trouser"])
+    text = words(report())
+    assert "=1+1 Trouser 2 25.00%" in text
+    assert "'=1+1" not in text
 
 
 @pytest.mark.parametrize(("count", "numbers"), [(2, 3), (20, 21), (100, 0)])

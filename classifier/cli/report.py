@@ -38,6 +38,7 @@ MISTAKES_SHOWN = 15  # as many as the picture of them has
 SPLITS = ("train", "val", "test")
 MOST_IN_MATRIX = 100  # classes; with more, cells are too small to be told apart
 PERCENT, LOSS = "{:.2%}", "{:.5f}"
+ENDS = {PERCENT: "{:.1%}", LOSS: "{:.3f}"}  # of an interval: more digits than it is sure of would say nothing
 # Smaller differences are not seen in the digits shown; between two processors they are 3e-6 (provenance/verify.py)
 UNSEEN = {PERCENT: 5e-5, LOSS: 5e-6}
 
@@ -170,11 +171,18 @@ def _numbers(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def _table(path: Path, **columns: type) -> pd.DataFrame:
-    """A CSV file's columns, read as their types. A class may be called NA."""
+    """A CSV file's columns, read as their types, texts as they are without the quotes of `csv_cell`.
+
+    A class may be called NA.
+    """
     empty = {name: "" for name, kind in columns.items() if kind is float}  # how pandas writes a NaN
     options: dict[str, Any] = {"usecols": list(columns), "dtype": columns, "na_values": empty, "keep_default_na": False}
     table: pd.DataFrame = _read(path, lambda path: pd.read_csv(path, **options))
-    return table
+    return _unquoted(table, [name for name, kind in columns.items() if kind is str])
+
+
+def _unquoted(table: pd.DataFrame, texts: list[str]) -> pd.DataFrame:
+    return table.assign(**{name: table[name].str.removeprefix("'") for name in texts})
 
 
 def _stale() -> list[str]:
@@ -191,7 +199,7 @@ def _predictions() -> pd.DataFrame:
         # A file or a class may be called NA
         table = pd.read_csv(path, dtype=known, na_values={name: [] for name in known}, keep_default_na=False)
         probabilities = table.iloc[:, len(known) :].to_numpy(np.float64)
-        return table[list(known)].assign(probabilities=list(probabilities))
+        return _unquoted(table[list(known)], list(known)).assign(probabilities=list(probabilities))
 
     table: pd.DataFrame = _read(paths.PREDICTIONS, parse)
     return table
@@ -364,8 +372,16 @@ def _row(
     same: by split, whether both are of the same images: else nothing is subtracted.
     """
     now, before = here[metric.key], there.get(metric.key)
-    row = {"label": metric.label, "now": metric.shown.format(now), "before": "–", "difference": "", "verdict": ""}
-    row["interval"] = " to ".join(map(metric.shown.format, interval or ()))
+    row = {
+        "label": metric.label,
+        "now": metric.shown.format(now),
+        "before": "–",
+        "difference": "",
+        "verdict": "",
+        "interval": "",
+    }
+    if interval:
+        row["interval"] = " to ".join(map(ENDS[metric.shown].format, interval))
     if before is None:
         return row
     row["before"] = metric.shown.format(before)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 # Pixels: a place with its title, and the longer side of the image in it
 WIDTH, HEIGHT = 160, 194
 SIDE = 142
-LETTERS = 25  # that fit above an image
+LETTERS = 26  # that fit above an image
 
 # A user's matplotlibrc must not change the pictures.
 _default_style = matplotlib.rc_context(
