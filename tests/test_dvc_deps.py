@@ -197,6 +197,18 @@ def test_few_modules_import_what_the_others_do_without(package: str, only: set[s
     assert not stage_importers
 
 
+@pytest.mark.parametrize("name", ["sync", "registry"])
+def test_mlflow_is_imported_after_what_it_reads_is_set(name: str) -> None:
+    """That it sends nobody how it is used, among others: classifier/tracking/store.py sets that before its own import of it."""
+    names = [
+        node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in ast.parse((ROOT / f"classifier/{name}.py").read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    first = next(index for index, module in enumerate(names) if module.split(".")[0] == "mlflow")
+    assert {"classifier", "classifier.tracking.store"} & set(names[:first])
+
+
 def test_imports_go_one_way() -> None:
     for path in MODULES:
         assert not any(name.split(".")[0] == "stages" for name in imported_names(ROOT / path)), path

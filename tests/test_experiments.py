@@ -50,7 +50,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         (project.root / NETWORK).write_text(committed.replace("512", str(width)))
         return ["--name", name, *(option for key, value in params.items() for option in ("-S", f"{key}={value}"))]
 
-    project.dvc("exp", "run", *prepare("workspace"))
+    printed = project.dvc("exp", "run", *prepare("workspace")).stdout
+    (project.root.parent / "workspace.txt").write_text(printed)
     project.run("git", "restore", "params.yaml")
     with subprocess.Popen(
         [python(), "-m", "dvc", "exp", "run", "--temp", *prepare("temp")],
@@ -62,6 +63,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         (project.root / NETWORK).write_text(committed)
         output, _ = process.communicate()
     assert process.returncode == 0, output
+    (project.root.parent / "temp.txt").write_text(output)
 
     project.dvc("exp", "run", "--queue", *prepare("queued"))
     (project.root / NETWORK).write_text(committed)
@@ -92,6 +94,13 @@ def test_every_way_to_run_leaves_one_finished_run_that_bears_the_name_dvc_gave_i
     assert sorted(str(run.info.run_name) for run in runs) == sorted(EXPERIMENTS)
     assert all(run.data.tags["dvc.exp_name"] == run.info.run_name for run in runs)
     assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_the_end_says_where_the_model_is_and_how_it_comes_out_of_a_copy(project: Project) -> None:
+    folder = project.root.parent
+    assert "The model is in models/export: model.pth; README.md there" in (folder / "workspace.txt").read_text()
+    told = "The model belongs to the experiment temp: `dvc exp apply temp` brings it to models/export.\n"
+    assert told in (folder / "temp.txt").read_text()
 
 
 def test_a_run_has_the_parameters_in_its_experiments_params_yaml(project: Project, experiment: Experiment) -> None:

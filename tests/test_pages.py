@@ -26,6 +26,7 @@ ELSEWHERE = {
     "make report": "test_report.py::test_it_is_compared_with_the_commit_or_experiment_that_is_named",
     # docs/experiments.md
     "dvc exp run --name lr-0.01": "test_experiments.py::test_the_artifacts_of_a_run_open",
+    "dvc exp run train": "test_pipeline.py::test_a_trial_ends_with_the_training_and_is_evaluated_and_exported_when_applied",
     "dvc exp run --temp": "test_experiments.py::test_a_run_used_its_experiments_own_copy_of_the_code",
     "dvc exp run -S lr=abc": "test_restore.py::test_a_wrong_parameter_is_found_before_dvc_removes_anything",
     "dvc exp run --queue": "test_ui.py::test_a_grid_leaves_one_finished_run_for_each_pair_of_values",

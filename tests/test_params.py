@@ -1,5 +1,6 @@
 """params.yaml: what is accepted, and the one line that each mistake gets."""
 
+import ast
 import os
 import re
 import subprocess
@@ -248,6 +249,21 @@ def test_a_module_that_is_not_there(tmp_path: Path, key: str, folder: str, name:
     names = ", ".join(modules_in(folder))
     expected = f"{key}: {name!r} is not one of {names} (the modules in classifier/{folder})"
     assert complaints(tmp_path, with_values({key: f"'{name}'"})) == [expected]
+
+
+def test_values_that_do_not_go_together(tmp_path: Path) -> None:
+    text = with_values({"shuffle": "false", "balance": "sampler"})
+    assert complaints(tmp_path, text) == [
+        "balance: 'sampler' is not possible with shuffle: false; set shuffle: true, or balance: loss"
+    ]
+
+
+@pytest.mark.parametrize("stage", ["download", "annotate", "train", "evaluate", "export"])
+def test_every_stage_checks_all_parameters_before_anything_else(stage: str) -> None:
+    """So a wrong `augment` is told by annotate, if that is the first to run."""
+    script = ast.parse((ROOT / f"stages/{stage}.py").read_text())
+    (main,) = [node for node in script.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    assert ast.unparse(main.body[0]) == "params = load_params()"
 
 
 # Keys

@@ -278,6 +278,21 @@ def test_an_experiment_runs_only_what_its_parameter_reaches(tmp_path_factory: py
 
 
 @pytest.mark.slow
+def test_a_trial_ends_with_the_training_and_is_evaluated_and_exported_when_applied(copied: Project) -> None:
+    copied.commit()
+    committed = read_json(copied.root / "metrics/train.json")["val_accuracy"]
+    assert copied.stages_run(copied.dvc("exp", "run", "train", "--name", "worse", "-S", "lr=1e-6").stdout) == ["train"]
+    table = pd.read_csv(io.StringIO(copied.dvc("exp", "show", "--csv").stdout)).set_index("Experiment")
+    assert table.loc["worse", "val_accuracy"] < committed
+    copied.run("git", "restore", "params.yaml", "dvc.lock", "metrics")
+    copied.dvc("checkout")
+
+    copied.dvc("exp", "apply", "worse")
+    assert copied.stages_run(copied.dvc("repro").stdout) == ["evaluate", "export"]
+    assert read_json(copied.root / "models/export/manifest.json")["parameters"]["lr"] == 1e-6
+
+
+@pytest.mark.slow
 def test_parameters_that_change_no_result_rerun_nothing(copied: Project) -> None:
     copied.set_params(workers="0", memory_limit_gib="1", experiment="other", registered_model="other")
     assert copied.stages_run(copied.dvc("repro").stdout) == []

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from classifier.pipeline.errors import PipelineError, masked, run_main
 from classifier.pipeline.paths import PARAMS
@@ -38,6 +38,12 @@ def _count_or_fraction(value: int | float) -> int | float:
     if value < 0 or (isinstance(value, float) and value >= 1):
         raise ValueError("a count of images (0 or more), or a fraction below 1")
     return value
+
+
+def _possible_with_shuffle(balance: str, info: ValidationInfo) -> str:
+    if balance == "sampler" and info.data.get("shuffle") is False:
+        raise ValueError("possible with shuffle: false; set shuffle: true, or balance: loss")
+    return balance
 
 
 def _without_password(text: str) -> str:
@@ -99,7 +105,9 @@ class Params(BaseModel):
     augment: list[Literal["crop", "flip", "erase", "color", "mixup", "cutmix"]] = Field(
         description="a list of any of crop, flip, erase, color, mixup, cutmix"
     )
-    balance: Literal["none", "sampler", "loss"] = Field(description="one of none, sampler, loss")
+    balance: Annotated[Literal["none", "sampler", "loss"], AfterValidator(_possible_with_shuffle)] = Field(
+        description="one of none, sampler, loss"
+    )
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = Field(
         description="one of float32, tf32, bfloat16, float16"
     )

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import mlflow
 import pandas as pd
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 from classifier.evaluation.metrics import mcnemar
 from classifier.pipeline.errors import PipelineError
@@ -27,6 +23,13 @@ from classifier.tracking.store import (
     time_limit,
 )
 from classifier.tracking.tracker import TEST_SET_TAG
+
+# isort: split
+# After classifier.tracking.store, which sets what is read when mlflow is imported
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 CHAMPION = "champion"
 EXPORT_TAG = "export"
