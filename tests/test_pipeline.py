@@ -161,6 +161,12 @@ def test_mlflow_has_one_finished_run_with_all_that_made_the_model(reproduced: Pr
     assert version.run_id == run.info.run_id
 
 
+def test_the_report_tells_how_long_the_training_took_by_its_run(reproduced: Project) -> None:
+    reproduced.run(sys.executable, "-m", "classifier", "report")
+    page = (reproduced.root / "reports/report.html").read_text(encoding="utf-8")
+    assert re.search(r"Trained for \d+ s, without validation \(4 epochs\)\.", page)
+
+
 def test_the_registered_model_answers_as_evaluate_did(reproduced: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
