@@ -35,7 +35,7 @@ if shutil.disk_usage(os.path.dirname(__file__)).free < 2**26:  # noqa: PTH120
 
 
 def _end_with_dvc() -> None:
-    """End this stage, as SIGTERM does, when DVC is gone: nobody would take its outputs, and the next one may start.
+    """Terminate this stage if the parent DVC process dies: its outputs would be lost, and another run may start.
 
     Between DVC and a stage there may be a shell and a launcher, which have the environment that DVC gives a stage. They
     outlive DVC; but a process whose parent has ended has another one from then on.

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def report(found: Duplicates) -> None:
-    """Print how many images have the same pixels, and which of them spoil the test, or contradict each other."""
+    """Print duplicates: how many there are, and which leak across splits or carry conflicting labels."""
     print(f"same pixels: {found.within} pairs within a split, {found.across} across splits", flush=True)
     for what, groups in [("splits", found.in_several_splits), ("classes", found.in_several_classes)]:
         for group in groups[:SHOWN_GROUPS]:

@@ -336,7 +336,7 @@ def test_a_slurm_job_whose_time_is_up_saves_a_checkpoint_and_the_next_goes_on_fr
 @pytest.mark.slow
 def test_a_slurm_job_trains_on_all_of_its_nodes(job: Project, reference: Project) -> None:
     printed = job.run("deploy/train.slurm").stdout
-    assert job.stages_run(printed) == ["train", "evaluate", "export"]
+    assert job.stages_run(printed) == ["check", "train", "evaluate", "export"]
     assert json.loads((job.root / "metrics/environment.json").read_text())[0]["processes"] == 2
     epochs, others = (pd.read_csv(project.root / "metrics/epochs.csv") for project in (reference, job))
     np.testing.assert_allclose(epochs[:1], others[:1], rtol=1e-3)

@@ -347,11 +347,11 @@ def test_the_command_says_what_it_could_not_answer_and_exits_with_1(photos: Path
     assert done.stderr.splitlines() == [
         "x.png: no such file or folder",
         "photos/bad.png is not a usable image: it is none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP, or cut off",
-        "Not answered: 2, for the reasons above; all other images are",
+        "2 not classified, for the reasons above; all other images were",
     ]
     done = command("predict", "x.png", folder=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1].startswith("No image is named")
+    assert done.stderr.splitlines()[-1].startswith("No images: ")
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_all_images_that_cannot_be_used_are_told_by_their_names() -> None:
         assert first == "3 images cannot be used:"
         assert [fault.split(": ")[0].strip() for fault in faults] == ["cat/1.jpg", "dog/2.jpg", "dog/3.jpg"]
         assert faults[2].endswith("uint16 of shape (4, 4), not uint8 (height, width) or (height, width, 3)")
-        assert last == "Mend them, or take them away."
+        assert last == "Fix or remove them."
 
 
 def test_of_many_faults_twenty_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

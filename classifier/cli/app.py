@@ -1,4 +1,4 @@
-"""The command line: `classifier lineage`, and what else is asked of a trained model after the pipeline has run."""
+"""The command `classifier`: one function for each subcommand."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def classifier(
             "--version",
             callback=_tell_version,
             is_eager=True,
-            help="The Git tag, or what there has been since, and exit.",
+            help="Show the version, a Git tag, and exit.",
         ),
     ] = False,
 ) -> None:
@@ -50,7 +50,7 @@ def classifier(
 
 @app.command()
 def sync() -> None:
-    """Send MLflow what stages had to tell it while it was away. Exits with 1 if something is left."""
+    """Upload tracking records queued while MLflow was unreachable. Exits with 1 if some could not be sent."""
     waiting = len(journals())
     if not _send_journals():
         raise PipelineError(f"{len(journals())} of {waiting} journals are not sent")
@@ -58,8 +58,8 @@ def sync() -> None:
 
 
 @app.command()
-def ui(port: Annotated[int, typer.Option(help="Of this machine, to serve the pages on.")] = 5000) -> None:
-    """Serve MLflow's pages for the repository's store, until Ctrl-C."""
+def ui(port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000) -> None:
+    """Start the MLflow UI for this repository. Ctrl-C stops it."""
     from classifier.tracking.store import connect, serve_pages
 
     serve_pages(port, connect(load_params().experiment))
@@ -78,15 +78,15 @@ def predict(
         ),
     ] = None,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Open a .pth or .pt2 file, which can hold code, that is not from here.")
+        bool, typer.Option("--trust", help="Open a .pth or .pt2 file from elsewhere, which can run code.")
     ] = False,
     form: Annotated[
         Literal["table", "csv", "json"] | None,
-        typer.Option("--format", help="By default a table on a terminal, and CSV elsewhere."),
+        typer.Option("--format", help="Output format; by default a table on a terminal and CSV elsewhere."),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
 ) -> None:
-    """Say what is on images. Exits with 1 if one of them cannot be used; the others are answered."""
+    """Classify images. Unusable files are reported and skipped; the exit code is then 1."""
     from tqdm import tqdm
 
     from classifier.cli import prediction
@@ -101,7 +101,7 @@ def predict(
     caller = Path(context.obj)
     found = prediction.find_images(images, caller, complain)
     if not found:
-        raise PipelineError("No image is named: give image files, or folders or zips of them")
+        raise PipelineError("No images: give image files, or folders or zips of images")
     on_terminal = output is None and sys.stdout.isatty()
     with ExitStack() as stack:
         chosen = stack.enter_context(prediction.opened(model, caller, load_params().registered_model, trust))
@@ -120,7 +120,7 @@ def predict(
             write(answers, chosen.classes, file)
         file.flush()
     if faults:
-        raise PipelineError(f"Not answered: {faults}, for the reasons above; all other images are")
+        raise PipelineError(f"{faults} not classified, for the reasons above; all other images were")
 
 
 @app.command()
@@ -131,9 +131,11 @@ def lineage(
         typer.Argument(help="A model file, MLflow run id, DVC experiment or Git commit; by default the model here."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all runs and versions.")] = False,
-    patch: Annotated[bool, typer.Option("--patch", help="Print the uncommitted code of a run, for git apply.")] = False,
+    patch: Annotated[
+        bool, typer.Option("--patch", help="Print the uncommitted code changes of a run, for git apply.")
+    ] = False,
 ) -> None:
-    """Print what made a model, and the commands that bring exactly that state back."""
+    """Show which data, code and parameters made a model, and how to restore that state."""
     from classifier.provenance.lineage import describe, patch_of, trace, trace_here
 
     if patch:
@@ -148,7 +150,7 @@ def lineage(
 
 @app.command()
 def restore() -> None:
-    """Bring the committed parameters and results back, wherever DVC has them. Code is not touched."""
+    """Restore the committed parameters and results. Code is not touched."""
     from classifier.provenance.restore import restore_committed
 
     _print_lines("\n".join(restore_committed(REPORTS / "before-restore")))
@@ -156,9 +158,9 @@ def restore() -> None:
 
 @app.command()
 def verify(
-    revision: Annotated[str | None, typer.Argument(help="A Git commit; without it, this checkout as it is.")] = None,
+    revision: Annotated[str | None, typer.Argument(help="A Git commit; by default this checkout as it is.")] = None,
 ) -> None:
-    """Make every output again in a clean clone with an empty cache, and compare. Exits with 1 if one has drifted."""
+    """Rebuild every output in a clean clone and compare. Exits with 1 if one has drifted."""
     from classifier.provenance.verify import verify
 
     found = verify(revision)
@@ -177,7 +179,7 @@ def verify(
 
 @app.command()
 def push() -> None:
-    """Send every result in DVC's cache to its remote: `dvc repro --pull` of another clone then need not run it."""
+    """Push all results in DVC's cache to the remote, so that `dvc repro --pull` in another clone finds them."""
     from classifier.provenance.storage import push_results
 
     print(f"{push_results()} files pushed")
@@ -190,10 +192,10 @@ def promote(
         str, typer.Argument(help="A model file, MLflow run id, DVC experiment or Git commit, or a version number.")
     ] = str(WEIGHTS),
     force: Annotated[
-        bool, typer.Option("--force", help="Also if it is not clearly better, or not comparable.")
+        bool, typer.Option("--force", help="Promote even if it is not clearly better, or cannot be compared.")
     ] = False,
 ) -> None:
-    """Make a registered version the champion if it is clearly more accurate than the present one on the same images."""
+    """Make a version the champion if it is clearly more accurate than the current one on the same test images."""
     from classifier.provenance.lineage import trace
     from classifier.tracking.registry import find_version, promote, version_called
 
@@ -209,13 +211,17 @@ def promote(
 
 @app.command()
 def seeds(
-    count: Annotated[int, typer.Option("--count", "-n", min=2, help="Seeds, from the one in params.yaml on.")] = 5,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=2, help="Number of seeds, counted up from the one in params.yaml.")
+    ] = 5,
     settings: Annotated[
-        list[str] | None, typer.Option("--set-param", "-S", help="Another parameter, such as lr=0.01; may be repeated.")
+        list[str] | None, typer.Option("--set-param", "-S", help="Set a parameter, such as lr=0.01; may be repeated.")
     ] = None,
-    workers: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Experiments at the same time.")] = 1,
+    workers: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Number of experiments to run at the same time.")
+    ] = 1,
 ) -> None:
-    """Run one recipe with several seeds through DVC's queue; print mean and standard deviation of each metric."""
+    """Train with several seeds in DVC's queue; print mean and standard deviation of each metric."""
     from classifier.cli.seeds import run_seeds
 
     table = run_seeds(count, settings or [], workers, REPORTS)
@@ -227,7 +233,7 @@ def seeds(
 
 @app.command()
 def upgrade_store() -> None:
-    """Bring mlflow.db to the schema of the installed MLflow, after a copy of it was made."""
+    """Back up mlflow.db, then migrate it to the schema of the installed MLflow."""
     from classifier.tracking.store import upgrade_store
 
     print(f"Upgraded; the store as it was: {upgrade_store()}")
@@ -235,9 +241,11 @@ def upgrade_store() -> None:
 
 @queue.command()
 def resume(
-    workers: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Experiments at the same time.")] = 1,
+    workers: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Number of experiments to run at the same time.")
+    ] = 1,
 ) -> None:
-    """Continue experiments whose workers were killed, and remove the copies of the repository that they left."""
+    """Requeue experiments whose workers were killed, and remove the repository copies that they left."""
     from classifier.cli.experiment_queue import dvc, recover
 
     names, copies = recover()
@@ -253,7 +261,7 @@ def report(
         typer.Option(help="A commit or DVC experiment to compare with; by default HEAD, or the commit before."),
     ] = None,
 ) -> None:
-    """Write a page about the model in this checkout that needs no network to be read."""
+    """Write an HTML report about the model in this checkout. It can be read offline."""
     from classifier.cli.report import write_report
     from classifier.provenance.lineage import describe, trace_here
 
@@ -268,7 +276,7 @@ def report(
 
 @app.command()
 def samples() -> None:
-    """Draw the first training images as the network sees them: augmented, balanced and mixed as params.yaml says."""
+    """Draw the first training images as the network sees them, with balance and augmentation from params.yaml."""
     from classifier.cli.samples import draw_samples
 
     target = REPORTS / "samples.png"
@@ -277,13 +285,13 @@ def samples() -> None:
 
 
 def _print_lines(text: str) -> None:
-    """Print text that holds names from files, Git or MLflow: these must not reach the terminal raw."""
+    """Print text that may hold names from files, Git or MLflow, with control characters escaped."""
     for line in text.split("\n"):
         print(printable(line))
 
 
 def _send_journals() -> bool:
-    """Send what stages had to tell MLflow while it was away; print what is in the way. True if nothing is left."""
+    """Upload queued tracking records and print what failed. Returns whether all were sent."""
     from classifier.tracking.sender import send_to_every_store
 
     faults = send_to_every_store()
@@ -293,13 +301,13 @@ def _send_journals() -> bool:
 
 
 def _from_caller(context: typer.Context, target: str) -> str:
-    """A file is named from the folder in which the command was called."""
+    """The path of a file given relative to the caller's folder; other targets unchanged."""
     file = Path(context.obj) / target
     return str(file) if file.is_file() else target
 
 
 def main() -> None:
-    """Run the command in the repository that this code belongs to, wherever it is called."""
+    """Run in the repository that this code belongs to, wherever the command is called."""
     called_in = Path.cwd()
     os.chdir(Path(__file__).parents[2])
     run_main(lambda: app(prog_name="classifier", obj=called_in))

@@ -47,7 +47,7 @@ class Group:
         return range(start, start + each + (rank < rest))
 
     def in_order(self, own: Tensor, counts: Sequence[int]) -> Tensor:
-        """(N, ...), a row an image of batches of so many, of what each process has made of its parts of them."""
+        """Reassemble per-process rows in dataset order: (N, ...). counts: the images of each batch."""
         if self.size == 1:
             return own
         parts = [
@@ -225,7 +225,7 @@ def _total(tensor: Tensor) -> Tensor:
 
 
 def _memory_folder(size: int) -> Path:
-    """Where files are memory, if there is room for so many bytes, or else where temporary ones are."""
+    """/dev/shm if it has room for so many bytes, else the temporary folder."""
     memory = Path("/dev/shm")  # noqa: S108, files there get names of their own
     if memory.is_dir():
         free = os.statvfs(memory)

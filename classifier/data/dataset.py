@@ -111,7 +111,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         return len(self) / (len(names) * counts.double())
 
     def md5(self) -> str:
-        """Digest of the images' bytes and labels, in order: of what the data set is, whatever its files are called."""
+        """Content digest: of the images' bytes and labels in order, independent of file names."""
         digest = hashlib.md5(usedforsecurity=False)
         for index, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
             with self._naming_row(index):

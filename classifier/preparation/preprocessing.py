@@ -159,4 +159,4 @@ def _check(faults: list[str]) -> None:
                 temporary.write_text("".join(f"{printable(fault)}\n" for fault in faults), encoding="utf-8")
                 which = f", all of which are listed in {path}; the first {LISTED_FAULTS}"
         listed = "".join(f"\n  {fault}" for fault in faults[:LISTED_FAULTS])
-        raise PipelineError(f"{len(faults)} images cannot be used{which}:{listed}\nMend them, or take them away.")
+        raise PipelineError(f"{len(faults)} images cannot be used{which}:{listed}\nFix or remove them.")

@@ -124,7 +124,7 @@ def _claim(home: Path, fingerprint: Mapping[str, Any], another: bool) -> tuple[P
 
 
 def _ensure_record(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Have a folder say of which training it is: that of its name, also where the record is damaged."""
+    """Write the folder's training.json if it is missing or damaged."""
     record = folder / RECORD
     if not _read(record):
         if any(folder.iterdir()):
@@ -229,7 +229,7 @@ class Checkpoints:
         return None
 
     def given_up(self) -> str | None:
-        """What sets the last training that nobody works on apart from this one; None if there is none."""
+        """How the most recent abandoned training differs from this one; None if there is none."""
         home = self.folder.parent
         with FileLock(home / ".lock"):
             for folder in sorted(home.glob("*/"), key=lambda folder: -folder.stat().st_mtime):

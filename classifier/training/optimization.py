@@ -13,7 +13,7 @@ from classifier.pipeline.errors import PipelineError
 
 
 def build_loss(label_smoothing: float, class_weights: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross entropy, the mean over a batch's images, of which each weighs what its class does if there are weights."""
+    """Mean cross entropy of a batch, optionally class-weighted."""
     if class_weights is None:
         return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     return partial(weighted_cross_entropy, class_weights=class_weights, label_smoothing=label_smoothing)
