@@ -225,7 +225,7 @@ def _total(tensor: Tensor) -> Tensor:
 
 
 def _memory_folder(size: int) -> Path:
-    """/dev/shm if it has room for so many bytes, else the temporary folder."""
+    """The folder of shared memory if it has room for so many bytes, else the temporary folder."""
     memory = Path("/dev/shm")  # noqa: S108, files there get names of their own
     if memory.is_dir():
         free = os.statvfs(memory)
