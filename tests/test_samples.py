@@ -81,7 +81,7 @@ def test_the_picture_is_of_known_size_and_the_same_bytes_again(
     for name in ("first.png", "second.png"):
         draw_samples(tmp_path / name)
     with Image.open(tmp_path / "first.png") as picture:
-        assert picture.size == (1280, 900)
+        assert picture.size == (1280, 970)
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
 
 
