@@ -103,7 +103,7 @@ valid_params = st.fixed_dictionaries(
         "experiment": printable,
         "registered_model": printable.filter(lambda name: not set(name) & set("/:'\"`")),
     }
-)
+).filter(lambda values: values["shuffle"] or values["balance"] != "sampler")
 
 
 def load(folder: Path, content: bytes) -> Params | None:
