@@ -51,6 +51,7 @@ ELSEWHERE = {
     # docs/own-images.md
     "python digits.py": "test_docs.py::test_the_commands_of_own_images_do_what_the_page_says",
     "dvc exp run -S source=folder -S data_path=data/own/digits": "test_docs.py::test_the_commands_of_own_images_do_what_the_page_says",
+    "dvc exp run -S source=folder -S data_path=photos.zip": "test_the_commands_of_the_readme_run_one_after_the_other",
     "classifier samples": "test_docs.py::test_the_commands_of_own_images_do_what_the_page_says",
     "classifier predict": "test_docs.py::test_the_commands_of_own_images_do_what_the_page_says",
     # docs/serving.md
