@@ -219,7 +219,7 @@ def test_a_commit_whose_code_is_not_that_of_its_lock_says_so(copied: Project) ->
     copied.commit()
     (note,) = lineage(copied, "HEAD").unknown
     assert note.startswith("the code: dvc.lock of this commit was made with other content of")
-    assert note.endswith("classifier/training/loop.py, lr in params.yaml")
+    assert note.endswith("classifier/training, lr in params.yaml")
 
 
 def test_the_text_has_the_whole_chain(history: History) -> None:

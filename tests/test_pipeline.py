@@ -286,7 +286,10 @@ def test_an_experiment_runs_only_what_its_parameter_reaches(tmp_path_factory: py
 @pytest.mark.slow
 def test_a_trial_ends_with_the_training_and_is_evaluated_and_exported_when_applied(copied: Project) -> None:
     committed = read_json(copied.root / "metrics/train.json")["val_accuracy"]
-    assert copied.stages_run(copied.dvc("exp", "run", "train", "--name", "worse", "-S", "lr=1e-6").stdout) == ["train"]
+    assert copied.stages_run(copied.dvc("exp", "run", "train", "--name", "worse", "-S", "lr=1e-6").stdout) == [
+        "check",
+        "train",
+    ]
     table = pd.read_csv(io.StringIO(copied.dvc("exp", "show", "--csv").stdout)).set_index("Experiment")
     assert table.loc["worse", "val_accuracy"] < committed
     copied.run("git", "restore", "params.yaml", "dvc.lock", "metrics")
