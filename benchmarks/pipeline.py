@@ -171,7 +171,7 @@ def measure_trials(report: Report, clone: Path, env: dict[str, str], repeats: in
     parts: dict[str, list[float]] = {"wall time": [], "all processors": [], "train stage": []}
     for rate in RATES[:repeats]:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        total, (train,), _ = watched([*DVC, "exp", "run", "train", "-S", f"lr={rate}"], clone, env)
+        total, (_, train), _ = watched([*DVC, "exp", "run", "train", "-S", f"lr={rate}"], clone, env)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         parts["wall time"].append(total)
         parts["train stage"].append(train.seconds)
