@@ -41,7 +41,7 @@ def test_code_is_part_of_the_patch(project: Project, tmp_path: Path) -> None:
     written = {
         "classifier/a.py": "second\nMD5 = 'd8e8fca2dc0f896fd7cb4cb0031ba249'\n",
         "classifier/new.py": "--- a\n+++ b\ndiff --git a/x b/x\n",
-        "classifier/export/card.md.j2": "{{ x }}\n",
+        "classifier/card.md.j2": "{{ x }}\n",
         "params.yaml": "lr: 0.1\n",
         "docs/page.md": "second\n",
     }
