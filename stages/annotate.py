@@ -17,17 +17,8 @@ from classifier.pipeline.outputs import atomic
 from classifier.pipeline.params import load_params
 from classifier.pipeline.paths import ANNOTATIONS, IMAGES, ORIGINALS, RAW
 from classifier.preparation.preprocessing import common_shape, file_names, own_names, prepare, write_originals
-from classifier.preparation.splits import (
-    Duplicates,
-    assign_splits,
-    check_classes,
-    check_labels,
-    class_sizes,
-    find_duplicates,
-)
+from classifier.preparation.splits import assign_splits, check_classes, check_labels, class_sizes, find_duplicates
 from classifier.sources import LabelledImages, load_source
-
-SHOWN_GROUPS = 5
 
 
 def main() -> None:
@@ -72,17 +63,8 @@ def main() -> None:
     of_split = {split: digests[starts[share.origin] + share.indices] for split, share in shares.items()}
     own = {split: own_names(split, data) for split, data in splits.items()}
     known_by = {split: Names(own[share.origin][place] for place in share.indices) for split, share in shares.items()}
-    report(find_duplicates(of_split, labels, known_by, names))
-
-
-def report(found: Duplicates) -> None:
-    """Print duplicates: how many there are, and which leak across splits or carry conflicting labels."""
-    print(f"same pixels: {found.within} pairs within a split, {found.across} across splits", flush=True)
-    for what, groups in [("splits", found.in_several_splits), ("classes", found.in_several_classes)]:
-        for group in groups[:SHOWN_GROUPS]:
-            print(f"  in several {what}: {printable(' = '.join(group))}")
-        if len(groups) > SHOWN_GROUPS:
-            print(f"  in several {what}: {len(groups) - SHOWN_GROUPS} more")
+    for line in find_duplicates(of_split, labels, known_by, names).lines():
+        print(printable(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,17 @@ from classifier.data.loader import batches_of, training_batches
 from classifier.data.lockfile import verified
 from classifier.networks import Mirrored
 from classifier.pipeline import paths
-from classifier.pipeline.annotations import class_names, write_csv
+from classifier.pipeline.annotations import class_names
 from classifier.pipeline.errors import run_main
-from classifier.pipeline.outputs import atomic, write_json
+from classifier.pipeline.outputs import write_json
 from classifier.pipeline.params import Params, load_params
 from classifier.progress import say
 from classifier.tracking.tracker import SilentTracker, Tracker
 from classifier.training.checkpoint import NoCheckpoints, checkpoints, resume, stage_fingerprint
-from classifier.training.inference import advice, save_weights, test_loop
+from classifier.training.inference import advice, test_loop
 from classifier.training.initial_state import initial_state
 from classifier.training.loop import TrainStep, epoch_summary
 from classifier.training.optimization import build_loss
-from classifier.training.state import TrainState
 
 
 def main() -> None:
@@ -78,16 +77,8 @@ def train(params: Params, group: Group) -> None:
         if told := advice(state.kept["val_accuracy"], val_batches.dataset.labels):
             say(told)
         if group.is_first:
-            write(state, recorded)
-
-
-def write(state: TrainState, recorded: dict[str, str | int]) -> None:
-    """Write the outputs: the weights that were kept, the figures of each epoch, and where they were computed."""
-    save_weights(state.weights, paths.WEIGHTS)
-    with atomic(paths.EPOCHS) as path:
-        write_csv(path, {key: [figures[key] for figures in state.history] for key in state.history[0]})
-    write_json(paths.TRAIN_METRICS, state.kept)
-    write_json(paths.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
+            state.write_results()
+            write_json(paths.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
 
 
 if __name__ == "__main__":

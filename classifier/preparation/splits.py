@@ -11,6 +11,7 @@ from classifier.pipeline.errors import PipelineError
 from classifier.sources import LabelledImages
 
 RARE_FACTOR = 3  # by which the largest class is larger than the smallest before that is told
+SHOWN_GROUPS = 5  # of duplicates
 LARGEST_SHARE = 5  # a count of images to hold out takes at most one in so many: the default is made for 60,000
 
 
@@ -31,6 +32,15 @@ class Duplicates(NamedTuple):
     across: int
     in_several_splits: list[list[str]]
     in_several_classes: list[list[str]]
+
+    def lines(self) -> list[str]:
+        """How many duplicates there are, and which leak across splits or carry conflicting labels."""
+        lines = [f"same pixels: {self.within} pairs within a split, {self.across} across splits"]
+        for what, groups in [("splits", self.in_several_splits), ("classes", self.in_several_classes)]:
+            lines += [f"  in several {what}: {' = '.join(group)}" for group in groups[:SHOWN_GROUPS]]
+            if len(groups) > SHOWN_GROUPS:
+                lines.append(f"  in several {what}: {len(groups) - SHOWN_GROUPS} more")
+        return lines
 
 
 def check_labels(split: str, data: LabelledImages, classes: int) -> None:

@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from classifier.pipeline.annotations import write_csv
 from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.outputs import atomic, write_json
+from classifier.pipeline.paths import EPOCHS, TRAIN_METRICS, WEIGHTS
 from classifier.training.cuda_graphs import GraphedStep
+from classifier.training.inference import save_weights
 
 
 @dataclass
@@ -89,6 +93,13 @@ class TrainState:
         for name in PLAIN:
             setattr(self, name, content[name])
         _set_random_states(content["random"])
+
+    def write_results(self) -> None:
+        """Write the weights that were kept, their figures, and those of each epoch."""
+        save_weights(self.weights, WEIGHTS)
+        with atomic(EPOCHS) as path:
+            write_csv(path, {key: [figures[key] for figures in self.history] for key in self.history[0]})
+        write_json(TRAIN_METRICS, self.kept)
 
     def _broken(self) -> str:
         """The first parameter whose gradient is not finite; on an accelerator, of a batch that may be a later one."""
