@@ -1,5 +1,6 @@
 """Images that are an array in memory already, as a dataset that `Batches` takes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,17 @@ class Arrays(CustomImageDataset):
 
     def __init__(self, pixels: Tensor, labels: Tensor, classes: int) -> None:
         self.annotations = Path("images in memory")
-        self.rows = list(range(len(labels)))
-        self.files = [str(row) for row in self.rows]
+        self.table_rows = list(range(len(labels)))
+        self.files = [str(row) for row in self.table_rows]
         self.all_pixels, self.labels, self.classes = pixels, labels, classes
         self.target_transform = None
 
-    def decode_as(self, shape: tuple[int, int, int] | None, index: int) -> Tensor:
-        return self.all_pixels[index].clone()
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.all_pixels.shape[1:]
+        return channels, height, width
 
-    def decode_all(self, into: Tensor | None = None) -> Tensor:
-        return self.all_pixels.clone() if into is None else into.copy_(self.all_pixels)
+    def read(self, indices: Sequence[int] | np.ndarray, out: Tensor | None = None) -> Tensor:
+        return torch.index_select(self.all_pixels, 0, torch.as_tensor(np.asarray(indices)), out=out)
 
 
 def fashion_mnist(raw: Path) -> tuple[Arrays, Arrays]:

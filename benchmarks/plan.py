@@ -2,7 +2,7 @@
 
 python -m benchmarks.plan [--images N] [--sample N] [--rates R R ...]
 
-For three kinds of images: the bytes of an original JPEG and of the image in images.zip; the seconds of a core that
+For three kinds of images: the bytes of an original JPEG and of the image in data/images; the seconds of a core that
 `annotate` takes to make the one from the other, that training takes to read it, in any order, and that it takes to be
 hashed; and the images/s that a network trains on here. From these, for N images: storage, shards, time, and how many
 cores feed an accelerator that trains on R images/s.
@@ -22,13 +22,13 @@ from torch import nn
 
 from benchmarks.measuring import Report, parser
 from classifier.compute.device import keep_freed_memory
+from classifier.data.arrays import SHARD_BYTES, array_files
 from classifier.data.dataset import CustomImageDataset
 from classifier.networks import build_network
-from classifier.pipeline.annotations import Names, write_csv
-from classifier.pipeline.archive import SHARD_BYTES, shards, write_images
+from classifier.pipeline.annotations import write_csv
 from classifier.pipeline.errors import run_main
 from classifier.pipeline.outputs import hash_file
-from classifier.preparation.preprocessing import prepare
+from classifier.preparation.preprocessing import workers, write_images
 from classifier.sources import LabelledImages
 
 CLASSES = 10
@@ -55,7 +55,7 @@ class Cost(NamedTuple):
     """What an image takes: bytes, seconds of a core, and images/s of the network on all threads."""
 
     original_bytes: float
-    zip_bytes: float
+    stored_bytes: float
     annotate: float
     read: float
     hash: float
@@ -74,7 +74,7 @@ def main() -> None:
         cost = measure(kind, given.sample)
         channels, height, width = kind.shape
         report.line(f"\n{height} x {width} x {channels}, from JPEGs of {kind.original[0]} x {kind.original[1]}")
-        report.line(f"  an image: original {cost.original_bytes:,.0f} bytes, in images.zip {cost.zip_bytes:,.0f}")
+        report.line(f"  an image: original {cost.original_bytes:,.0f} bytes, in data/images {cost.stored_bytes:,.0f}")
         report.line(
             f"    us of a core: annotate {cost.annotate * 1e6:,.0f}, read {cost.read * 1e6:,.0f}, "
             f"hash {cost.hash * 1e6:,.1f}"
@@ -85,10 +85,10 @@ def main() -> None:
 
 
 def report_plan(report: Report, cost: Cost, images: int, rates: Sequence[float]) -> None:
-    terabytes = images * cost.zip_bytes / 1e12
+    terabytes = images * cost.stored_bytes / 1e12
     report.line(
-        f"  {images:,} images: original {images * cost.original_bytes / 1e12:,.2f} TB, images.zip {terabytes:,.2f} TB "
-        f"in {-(-images * cost.zip_bytes // SHARD_BYTES):,.0f} shards"
+        f"  {images:,} images: original {images * cost.original_bytes / 1e12:,.2f} TB, data/images {terabytes:,.2f} TB "
+        f"in {-(-images * cost.stored_bytes // SHARD_BYTES):,.0f} shards"
     )
     report.line(
         f"    annotate {images * cost.annotate / 3600:,.0f} core hours, one hashing {images * cost.hash / 3600:,.2f} "
@@ -100,7 +100,7 @@ def report_plan(report: Report, cost: Cost, images: int, rates: Sequence[float])
         hours = images / rate / 3600
         report.line(
             f"    an accelerator of {rate:,.0f} images/s: {hours:,.1f} h, 8 of them {hours / 8:,.1f} h; "
-            f"fed by {rate * cost.read:,.2f} cores each, {rate * cost.zip_bytes / 1e6:,.0f} MB/s"
+            f"fed by {rate * cost.read:,.2f} cores each, {rate * cost.stored_bytes / 1e6:,.0f} MB/s"
         )
 
 
@@ -109,25 +109,27 @@ def measure(kind: Kind, sample: int) -> Cost:
     labels = np.arange(sample, dtype=np.int64) % CLASSES
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        splits = {"train": LabelledImages(originals, labels)}
+        (folder / "images").mkdir()
         started = time.process_time()  # of all threads
-        made = list(prepare({"train": LabelledImages(originals, labels)}, kind.shape))
+        with workers(splits) as pool:
+            write_images(pool, splits, kind.shape, folder / "images")
         annotate = time.process_time() - started
-        write_images(folder / "images.zip", ((image.name, image.png) for image in made))
-        write_csv(folder / "train.csv", {"file": Names(image.name for image in made), "label": labels})
-        dataset = CustomImageDataset(folder / "train.csv", folder / "images.zip", classes=CLASSES)
+        write_csv(folder / "train.csv", {"file": range(sample), "label": labels, "row": range(sample)})
+        dataset = CustomImageDataset(folder / "train.csv", folder / "images", classes=CLASSES)
         order = np.random.default_rng(0).permutation(sample).tolist()
         started = time.process_time()
         for index in order:
-            dataset.decode_as(kind.shape, index)
+            dataset.read([index])
         read = time.process_time() - started
-        zips = shards(folder / "images.zip") or [folder / "images.zip"]
+        files = array_files(folder / "images")
         started = time.process_time()
-        for path in zips:
+        for path in files:
             hash_file(path)
         hashing = time.process_time() - started
-        zip_bytes = sum(path.stat().st_size for path in zips)
+        stored_bytes = sum(path.stat().st_size for path in files)
     return Cost(
-        sum(map(len, originals)) / sample, zip_bytes / sample, annotate / sample, read / sample, hashing / sample,
+        sum(map(len, originals)) / sample, stored_bytes / sample, annotate / sample, read / sample, hashing / sample,
         training_rate(kind),
     )  # fmt: skip
 

@@ -34,10 +34,10 @@ from benchmarks.measuring import (
     largest_child,
     parser,
 )
-from classifier.data.png import encode_png
 from classifier.pipeline.errors import PipelineError, run_main
 
 sys.path.insert(0, str(ROOT / "tests"))
+from pictures import encode_png
 from project import Project
 
 STAGES = ("download", "annotate", "train", "evaluate", "export")

@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measuring import ROOT, machine
-from classifier.data.png import encode_png
 from classifier.pipeline.errors import PipelineError, run_main
 from classifier.pipeline.params import load_params
 
 sys.path.insert(0, str(ROOT / "tests"))
 from model_server import SECONDS, model_server
+from pictures import encode_png
 
 CLIENTS = (1, 4)
 IMAGES = (1, 32)  # a request

@@ -17,6 +17,7 @@ other. Needs .venv-peers (`make peers`).
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -26,12 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measuring import Contender, Report, in_turns, median_ratio, parser, raw_data, summary
-from classifier.data.png import encode_png
-from classifier.pipeline.annotations import write_csv
+from benchmarks.measuring import ROOT, Contender, Report, in_turns, median_ratio, parser, raw_data, summary
 from classifier.pipeline.errors import PipelineError, run_main
-from classifier.pipeline.zip_format import write_zip
 from classifier.sources.fashion_mnist import read
+
+sys.path.insert(0, str(ROOT / "tests"))
+from pictures import write_annotations, write_arrays
 
 BATCH, LR, SEED = 64, 1e-3, 42
 REPORTED = 100  # the loss of every such batch, as in the tutorial
@@ -79,9 +80,8 @@ def compare_losses(report: Report, contenders: dict[str, Contender]) -> None:
 def prepare_files(folder: Path, raw: Path) -> None:
     """The data as annotate writes it, all 60,000 in file order; and as torchvision looks for it."""
     data = read(raw)["train"]
-    names = [f"{index:05d}.png" for index in range(len(data.labels))]
-    write_zip(folder / "images.zip", zip(names, map(encode_png, np.asarray(data.images)), strict=True))
-    write_csv(folder / "train.csv", {"file": names, "label": data.labels})
+    write_arrays(folder / "images", np.asarray(data.images)[:, None])
+    write_annotations(folder / "train.csv", data.labels)
     (folder / "FashionMNIST").mkdir()
     (folder / "FashionMNIST/raw").symlink_to(raw.resolve())
 
@@ -120,7 +120,7 @@ def pipeline(folder: Path) -> Callable[[], Epoch]:
     from classifier.training.state import TrainState
 
     network = torch_network()
-    dataset = CustomImageDataset(folder / "train.csv", folder / "images.zip", classes=10)
+    dataset = CustomImageDataset(folder / "train.csv", folder / "images", classes=10)
     batches = Batches(dataset, BATCH, torch.device("cpu"), memory_limit_gib=8, workers=2)
     optimizer = build_optimizer("sgd", list(network.parameters()), LR, momentum=0.0, weight_decay=0.0)
     state = TrainState(network, optimizer, build_scheduler("constant", optimizer, len(batches)))

@@ -1,22 +1,16 @@
-"""Annotate stage: original files in, one archive of images of one shape and one table per split out.
+"""Annotate stage: original files in, image arrays of one shape and a table for each split out.
 
 Reads   data/raw/
-Writes  data/images.zip (or a folder of zips), data/annotations/{train,val,test,classes}.csv, data/originals.csv
+Writes  data/images/images-00000.npy, ..., data/annotations/{train,val,test,classes}.csv
 """
-
-from collections.abc import Iterator
-from itertools import accumulate
-
-import numpy as np
 
 from classifier.data.lockfile import verified
 from classifier.pipeline.annotations import Names, write_csv
-from classifier.pipeline.archive import write_images
 from classifier.pipeline.errors import printable, run_main
 from classifier.pipeline.outputs import atomic
 from classifier.pipeline.params import load_params
-from classifier.pipeline.paths import ANNOTATIONS, IMAGES, ORIGINALS, RAW
-from classifier.preparation.preprocessing import common_shape, file_names, own_names, prepare, write_originals
+from classifier.pipeline.paths import ANNOTATIONS, IMAGES, RAW
+from classifier.preparation.preprocessing import common_shape, first_rows, image_names, workers, write_images
 from classifier.preparation.splits import assign_splits, check_classes, check_labels, class_sizes, find_duplicates
 from classifier.sources import LabelledImages, load_source
 
@@ -25,45 +19,37 @@ def main() -> None:
     params = load_params()
     source = load_source(params.source)
     raw = verified(RAW)
-    names = source.class_names(raw)
+    classes = source.class_names(raw)
     splits: dict[str, LabelledImages] = source.read(raw)
     for split, data in splits.items():
-        check_labels(split, data, len(names))
+        check_labels(split, data, len(classes))
     given = {split: data.labels for split, data in splits.items()}
-    shares = assign_splits(given, names, params.val_size, params.test_size, params.split_seed)
+    shares = assign_splits(given, classes, params.val_size, params.test_size, params.split_seed)
     labels = {split: splits[share.origin].labels[share.indices] for split, share in shares.items()}
-    check_classes(labels["train"], names)
+    check_classes(labels["train"], classes)
 
-    shape = common_shape(splits, params.image_size, params.channels)
-    starts = dict(zip(splits, accumulate((len(data.labels) for data in splits.values()), initial=0), strict=False))
-    digests = np.empty(sum(len(data.labels) for data in splits.values()), "V32")  # of all images, in this order
+    with workers(splits) as pool:
+        shape = common_shape(pool, splits, params.image_size, params.channels)
+        with atomic(IMAGES) as folder:
+            folder.mkdir()
+            sha256 = write_images(pool, splits, shape, folder)
 
-    def files() -> Iterator[tuple[str, bytes]]:
-        for place, image in enumerate(prepare(splits, shape)):
-            digests[place] = image.digest
-            yield image.name, image.png
-
-    with atomic(IMAGES) as path:
-        write_images(path, files())
-
-    # An image keeps its name whichever split it goes to, so images.zip does not depend on how they are cut.
-    names_of = {split: file_names(split, data) for split, data in splits.items()}
-    chosen = {split: Names(names_of[share.origin][place] for place in share.indices) for split, share in shares.items()}
+    # An image has the same row whichever split it goes to, so the arrays do not depend on how the splits are cut
+    starts = first_rows(splits)
+    rows = {split: starts[share.origin] + share.indices for split, share in shares.items()}
+    known = {split: image_names(split, data) for split, data in splits.items()}
+    names = {split: Names(known[share.origin][place] for place in share.indices) for split, share in shares.items()}
     with atomic(ANNOTATIONS) as folder:
         folder.mkdir()
         for split in shares:
-            write_csv(folder / f"{split}.csv", {"file": chosen[split], "label": labels[split]})
-        write_csv(folder / "classes.csv", {"label": range(len(names)), "name": names})
-    with atomic(ORIGINALS) as path:
-        write_originals(path, splits)
+            write_csv(folder / f"{split}.csv", {"file": names[split], "label": labels[split], "row": rows[split]})
+        write_csv(folder / "classes.csv", {"label": range(len(classes)), "name": classes})
 
-    counts = ", ".join(f"{len(files_of_split):,} {split}" for split, files_of_split in chosen.items())
-    print(f"{counts} images in {len(names)} classes, each {' x '.join(map(str, shape))} (channels x height x width)")
-    print(printable(class_sizes(labels["train"], names)))
-    of_split = {split: digests[starts[share.origin] + share.indices] for split, share in shares.items()}
-    own = {split: own_names(split, data) for split, data in splits.items()}
-    known_by = {split: Names(own[share.origin][place] for place in share.indices) for split, share in shares.items()}
-    for line in find_duplicates(of_split, labels, known_by, names).lines():
+    counts = ", ".join(f"{len(of_split):,} {split}" for split, of_split in names.items())
+    print(f"{counts} images in {len(classes)} classes, each {' x '.join(map(str, shape))} (channels x height x width)")
+    print(printable(class_sizes(labels["train"], classes)))
+    digests = {split: sha256[of_split] for split, of_split in rows.items()}
+    for line in find_duplicates(digests, labels, names, classes).lines():
         print(printable(line), flush=True)
 
 

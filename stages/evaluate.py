@@ -1,6 +1,6 @@
 """Evaluate stage: how well the trained network does on the test images, in numbers and pictures.
 
-Reads   data/images.zip, data/annotations/, data/originals.csv, models/model_weights.pth
+Reads   data/images/, data/annotations/, models/model_weights.pth
 Writes  metrics/test.json, metrics/classes.csv, metrics/predictions.csv, metrics/plots/
 """
 
@@ -10,7 +10,7 @@ from classifier.data.loader import batches_of
 from classifier.data.lockfile import verified
 from classifier.evaluation.metrics import class_scores, largest_class, overall_scores, wilson_interval
 from classifier.evaluation.pictures import draw
-from classifier.evaluation.prediction_table import Predicted, own_names, write_predictions
+from classifier.evaluation.prediction_table import Predicted, write_predictions
 from classifier.pipeline import paths
 from classifier.pipeline.annotations import class_names, csv_cell
 from classifier.pipeline.errors import printable, run_main
@@ -47,16 +47,15 @@ def main() -> None:
 
     with atomic(paths.CLASS_METRICS) as path:
         scores.assign(**{"class": [*map(csv_cell, names)]}).to_csv(path, index=False, lineterminator="\n")
-    own = own_names(verified(paths.ORIGINALS), [*val_set.files, *test_set.files])
     with atomic(paths.PLOTS) as folder:
         folder.mkdir()
-        draw(folder, network, test_set, logits.numpy(), names, own, params.seed)
+        draw(folder, network, test_set, logits.numpy(), names, params.seed)
     predicted = [Predicted("test", test_set.files, test_set.labels.numpy(), logits.numpy())]
     if len(val_set):
         val_logits = predict(batches_of(val_set, params, device), network, params.precision)
         predicted.insert(0, Predicted("val", val_set.files, val_set.labels.numpy(), val_logits.numpy()))
     with atomic(paths.PREDICTIONS) as path:
-        write_predictions(path, predicted, own, names)
+        write_predictions(path, predicted, names)
     figures = {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [low, high]} | overall
     write_json(paths.TEST_METRICS, figures)
 

@@ -2,7 +2,7 @@
 
 int8 does not: its accuracy is measured instead, and must not fall by more than int8_max_drop.
 
-Reads   models/model_weights.pth, metrics/train.json, metrics/test.json, metrics/classes.csv, data/images.zip,
+Reads   models/model_weights.pth, metrics/train.json, metrics/test.json, metrics/classes.csv, data/images/,
         data/annotations/
 Writes  models/export/: model.<format> for each of export_formats, manifest.json, README.md
 """

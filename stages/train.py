@@ -1,6 +1,6 @@
 """Train stage: annotated images in, network weights out.
 
-Reads   data/images.zip, data/annotations/
+Reads   data/images/, data/annotations/
 Writes  models/model_weights.pth, metrics/train.json, metrics/epochs.csv, metrics/environment.json
 Keeps   with validation images, the weights of the epoch with the best validation accuracy; else the last ones;
         and until it has written them, checkpoints from which a killed training resumes to the same bytes

@@ -20,16 +20,16 @@ if __name__ == "__main__":
         import zipfile
 
         from classifier.pipeline.annotations import LISTED_FAULTS, class_names, read_annotations
-        from classifier.pipeline.archive import Images
         from classifier.pipeline.errors import PipelineError
+        from classifier.pipeline.image_files import ImageFiles
 else:
     import zipfile
 
     from classifier.pipeline.annotations import LISTED_FAULTS, class_names, read_annotations
-    from classifier.pipeline.archive import Images
     from classifier.pipeline.errors import PipelineError
+    from classifier.pipeline.image_files import ImageFiles
 
-CLASSES = 10
+CLASSES, IMAGES = 10, 50
 
 
 def annotations(folder: Path, content: bytes) -> None:
@@ -38,13 +38,14 @@ def annotations(folder: Path, content: bytes) -> None:
     path.write_bytes(content)
     for classes in (None, CLASSES):
         try:
-            files, labels, rows = read_annotations(path, classes=classes)
+            files, labels, rows, array_rows = read_annotations(path, classes=classes, images=IMAGES)
         except PipelineError as error:
             assert len(str(error).splitlines()) <= 1 + LISTED_FAULTS  # noqa: PT017, or it is taken
             assert str(error).startswith(str(path))  # noqa: PT017
         else:
             assert len(files) == len(set(files)) == len(labels) == len(rows)
             assert [*rows] == sorted(set(rows))
+            assert array_rows is None or all(0 <= row < IMAGES for row in array_rows.tolist())
             assert all(0 <= label < (classes or 10**18) for label in labels.tolist())
             assert not any(name.startswith("/") or "\0" in name or ".." in name.split("/") for name in files)
     with contextlib.suppress(PipelineError):
@@ -56,11 +57,11 @@ def archive(folder: Path, content: bytes) -> None:
     path = folder / "images.zip"
     path.write_bytes(content)
     try:
-        images = Images(path)
+        images = ImageFiles(path)
     except PipelineError as error:
         assert len(str(error).splitlines()) == 1  # noqa: PT017, or it is taken
         return
-    for name in ["a.png", "", "../a.png", *sorted(images._members.names())[:20]]:
+    for name in ["a.png", "", "../a.png", *sorted(images._all_names())[:20]]:
         with contextlib.suppress(PipelineError):
             assert isinstance(images.read(name), bytes)
 
@@ -73,6 +74,7 @@ def seeds(name: str) -> list[bytes]:
             b"\xef\xbb\xbfa.png,1\r\n./b,02\r\n",
             b"label,name\n0,a\n1,b\n",
             b"../a,x\n",
+            b"file,label,row\na.png,1,0\nb.png,0,49\n",
         ]
     zips = []
     for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):

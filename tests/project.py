@@ -94,7 +94,7 @@ class Project:
     def copy_without_results(self, root: Path) -> "Project":
         """A copy in which nothing has run yet: without outputs, lock, cache and MLflow store."""
         results = shutil.ignore_patterns(
-            "raw", "images.zip", "annotations", "originals.csv", "models", "metrics", "dvc.lock", "mlruns",
+            "raw", "images", "annotations", "models", "metrics", "dvc.lock", "mlruns",
             "mlflow.db*", "cache", "tmp",
         )  # fmt: skip
         shutil.copytree(self.root, root, symlinks=True, ignore=results)

@@ -142,7 +142,7 @@ def test_batches_are_the_cpus(
         options = {"memory_limit_gib": 0 if place == "streamed" else 1, "workers": 2}
         made = Batches(dataset, 16, device, seed=1, shuffle=True, augmentations=names, **options)  # type: ignore[arg-type]
         if place != "resident" and device.type == "cuda":
-            assert made.pixels is None or made.pixels.device == CPU
+            assert made.on_device is None
         return [(pixels.cpu(), targets.cpu()) for epoch in (0, 3) for pixels, targets in made.epoch(epoch)]
 
     tolerance = 2e-6 if {"color", "mixup"} & set(names) else 0
@@ -344,11 +344,10 @@ def test_images_that_the_device_has_no_room_for_stay_in_memory(
 ) -> None:
     dataset = images(16)
     size = dataset.all_pixels.numel()
-    for free, expected in ((2 * size, device.type), (2 * size - 2, "cpu")):
+    for free, expected in ((2 * size, True), (2 * size - 2, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, 2**40))
-        pixels = Batches(dataset, 8, device, memory_limit_gib=1, workers=0).pixels
-        assert pixels is not None
-        assert pixels.device.type == expected
+        pixels = Batches(dataset, 8, device, memory_limit_gib=1, workers=0).on_device
+        assert (pixels is not None) == expected
 
 
 # What cannot be

@@ -69,7 +69,8 @@ def complaints(folder: Path, content: str | bytes, classes: int | None = None) -
     ],
 )
 def test_ways_to_write_a_table(tmp_path: Path, text: str) -> None:
-    files, labels, rows = read(tmp_path, text, classes=4)
+    files, labels, rows, array_rows = read(tmp_path, text, classes=4)
+    assert array_rows is None
     assert files == ["a.png", "b.png"]
     assert labels.tolist() == [3, 0]
     assert labels.dtype == np.int64
@@ -78,8 +79,8 @@ def test_ways_to_write_a_table(tmp_path: Path, text: str) -> None:
 
 def test_rows_are_numbered_as_in_a_spreadsheet(tmp_path: Path) -> None:
     """A header and blank lines count."""
-    assert [*read(tmp_path, "a,1\nb,2\n").rows] == [1, 2]
-    assert [*read(tmp_path, "file,label\r\na,1\r\n\r\nb,2\r\n").rows] == [2, 4]
+    assert [*read(tmp_path, "a,1\nb,2\n").table_rows] == [1, 2]
+    assert [*read(tmp_path, "file,label\r\na,1\r\n\r\nb,2\r\n").table_rows] == [2, 4]
 
 
 def test_names_are_taken_literally(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_backslashes_and_colons_are_letters_but_on_windows(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("text", ["file,label\n", "file,label", "\ufefffile,label\r\n\r\n"])
 def test_a_header_alone_is_a_table_of_no_images(tmp_path: Path, text: str) -> None:
-    files, labels, rows = read(tmp_path, text)
+    files, labels, rows, _ = read(tmp_path, text)
     assert not files
     assert not rows
     assert not len(labels)

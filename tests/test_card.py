@@ -18,7 +18,7 @@ def manifest(**more: Any) -> dict[str, Any]:
         "input": {"shape": ["batch", 3, 20, 30]},
         "classes": NAMES,
         "files": {"model.onnx": {"sha256": "12ab", "bytes": 1234567, "trusted_source_only": False}},
-        "md5": {"data/raw": None, "data/images.zip": "34cd"},
+        "md5": {"data/raw": None, "data/images": "34cd"},
         "parameters": {"network": "mlp", "source": "folder", "data_path": "data/own", "lr": 0.1, "weights": None},
         "metrics": {
             "train": {"epoch": 3},
@@ -42,7 +42,7 @@ def test_it_says_what_the_model_is_and_how_good() -> None:
     assert "pixels `(N, 3, 20, 30)`, RGB, float32 in [0, 1]" in text
     assert "| `model.onnx` | 1,234,567 | `12ab` |\n" in text
     assert "| train | 1,260 | the weights |\n" in text
-    assert "| `data/images.zip` | `34cd` |\n" in text
+    assert "| `data/images` | `34cd` |\n" in text
     assert 'data_path: "data/own"\nlr: 0.1\nweights: null\n' in text
     assert "Accuracy **75.00%** (95 % interval 70.00% to 80.00%)" in text
     assert "top-3" not in text

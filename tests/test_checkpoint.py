@@ -36,7 +36,7 @@ from classifier.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MAKINGS = {"lr": 0.1, "data/images.zip": "an md5"}
+MAKINGS = {"lr": 0.1, "data/images": "an md5"}
 EPOCHS, BATCHES, ACCUMULATE = 2, 5, 2
 
 

@@ -1,8 +1,8 @@
 """The dataset class as the tutorial uses it, faults of its images, and batches in their order."""
 
-import io
 import re
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import encode_png, write_annotations, write_arrays, write_zip
 from project import small_project
 from sklearn.utils.class_weight import compute_class_weight
 from small_data import write_idx_dataset
@@ -19,12 +19,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from classifier.data.dataset import TOGETHER, CustomImageDataset
+from classifier.data.dataset import CustomImageDataset
 from classifier.data.loader import Batches, _generator, epoch_order
-from classifier.data.png import encode_png
 from classifier.data.transforms import augment, one_hot, to_float
 from classifier.pipeline.errors import PipelineError
-from classifier.pipeline.zip_format import write_zip
 from classifier.sources import fashion_mnist
 
 CPU = torch.device("cpu")
@@ -37,7 +35,7 @@ DIGITS = [str(label) for label in range(10)]  # as names of classes
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images.zip, the same images in images/, and labels.csv (with a header)."""
+    """A folder with images as arrays, in arrays/, and as files, in images/ and images.zip; and labels.csv."""
     folder = tmp_path_factory.mktemp("small")
     write_idx_dataset(folder / "idx", train=COUNT)
     images, labels, *_ = fashion_mnist.read(folder / "idx")["train"]
@@ -46,12 +44,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images").mkdir()
     for name, content in files:
         (folder / "images" / name).write_bytes(content)
-    rows = [f"{name},{label}\n" for (name, _), label in zip(files, labels, strict=True)]
-    (folder / "labels.csv").write_text("file,label\n" + "".join(rows))
+    write_arrays(folder / "arrays", np.asarray(images)[:, None], file_bytes=50 * 28 * 28)
+    write_annotations(folder / "labels.csv", labels)
     return folder
 
 
-@pytest.fixture(params=["images.zip", "images"])
+@pytest.fixture(params=["arrays", "images.zip", "images"])
 def dataset(request: pytest.FixtureRequest, small: Path) -> CustomImageDataset:
     return CustomImageDataset(small / "labels.csv", small / request.param)
 
@@ -62,8 +60,8 @@ def pixels_and_labels(small: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture
-def zipped(small: Path) -> CustomImageDataset:
-    return CustomImageDataset(small / "labels.csv", small / "images.zip", classes=10)
+def arrays(small: Path) -> CustomImageDataset:
+    return CustomImageDataset(small / "labels.csv", small / "arrays", classes=10)
 
 
 # As in the tutorial
@@ -81,7 +79,7 @@ def test_items_are_images_and_labels(dataset: CustomImageDataset, small: Path) -
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("archive", ["images.zip", "images"])
+@pytest.mark.parametrize("archive", ["arrays", "images.zip", "images"])
 def test_loader_gives_the_tutorials_shapes(small: Path, archive: str, workers: int) -> None:
     dataset = CustomImageDataset(small / "labels.csv", small / archive, transform=transforms.ToTensor())
     loader = DataLoader(dataset, batch_size=64, shuffle=True, num_workers=workers)
@@ -120,74 +118,50 @@ def test_target_transforms(small: Path) -> None:
     assert torch.equal(dataset.targets(), one_hot(torch.tensor(labels), 10))
 
 
-# Decoding once
+# All images
 
 
 def test_md5_tells_data_sets_apart_by_images_labels_and_order_but_not_by_names(tmp_path: Path) -> None:
-    def md5(rows: list[tuple[str, bytes, int]]) -> str:
+    def md5(rows: list[tuple[str, int, int]], size: tuple[int, int] = (2, 3)) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
-        for name, content, _ in rows:
-            (folder / name).write_bytes(content)
+        for name, grey, _ in rows:
+            (folder / name).write_bytes(encode_png(np.full(size, grey, np.uint8)))
         (folder / "labels.csv").write_text("file,label\n" + "".join(f"{name},{label}\n" for name, _, label in rows))
         return CustomImageDataset(folder / "labels.csv", folder).md5()
 
-    rows = [("a", b"one", 0), ("b", b"two", 1)]
-    assert md5([("x", b"one", 0), ("y", b"two", 1)]) == md5(rows)
+    rows = [("a", 10, 0), ("b", 20, 1)]
+    assert md5([("x", 10, 0), ("y", 20, 1)]) == md5(rows)
     others = [
-        [("a", b"one", 1), ("b", b"two", 1)],
-        [("a", b"onf", 0), ("b", b"two", 1)],
-        [("b", b"two", 1), ("a", b"one", 0)],
-        [("a", b"on", 0), ("b", b"etwo", 1)],
+        [("a", 10, 1), ("b", 20, 1)],
+        [("a", 11, 0), ("b", 20, 1)],
+        [("b", 20, 1), ("a", 10, 0)],
         rows[:1],
     ]
-    assert len({md5(other) for other in [rows, *others]}) == 6
+    assert len({md5(rows), md5(rows, (3, 2)), *map(md5, others)}) == 6
 
 
-def test_decode_all(dataset: CustomImageDataset, small: Path) -> None:
-    pixels = dataset.decode_all()
-    assert pixels.dtype == torch.uint8
-    assert np.array_equal(pixels, pixels_and_labels(small)[0][:, None])
+def test_md5_does_not_depend_on_how_images_are_stored(small: Path) -> None:
+    places = ("arrays", "images", "images.zip")
+    assert len({CustomImageDataset(small / "labels.csv", small / place).md5() for place in places}) == 1
 
 
-def packed(image: np.ndarray) -> bytes:
-    """An image as a PNG that is compressed, as `annotate` does not write them."""
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, "PNG")
-    return content.getvalue()
-
-
-def many_images(folder: Path, unusual: dict[int, bytes | None]) -> tuple[np.ndarray, CustomImageDataset]:
-    """Pixels (N, 3, 5) of stored images that are decoded in three groups, some replaced or, for None, packed."""
-    images = np.random.default_rng(0).integers(0, 256, (2 * TOGETHER + 90, 3, 5), np.uint8)
-    contents = [unusual.get(index, encode_png(image)) or packed(image) for index, image in enumerate(images)]
-    write_zip(folder / "images.zip", ((f"{index}.png", content) for index, content in enumerate(contents)))
-    (folder / "labels.csv").write_text("".join(f"{index}.png,0\n" for index in range(len(images))))
-    return images, CustomImageDataset(folder / "labels.csv", folder / "images.zip")
-
-
-def test_images_that_are_packed_otherwise_are_decoded_like_the_many_stored_ones_around_them(tmp_path: Path) -> None:
-    images, dataset = many_images(tmp_path, {TOGETHER + 7: None, 2 * TOGETHER + 88: None})
-    assert np.array_equal(dataset.decode_all(), images[:, None])
-    chosen = [*range(TOGETHER + 5), TOGETHER + 7, 3]
-    assert torch.equal(dataset.pixels(chosen), to_float(torch.from_numpy(images[chosen])[:, None]))
-
-
-def test_unusable_images_among_many_stored_ones_are_named_by_their_rows(tmp_path: Path) -> None:
-    _, dataset = many_images(tmp_path, {TOGETHER + 3: b"?", 2 * TOGETHER + 89: encode_png(np.zeros((5, 3), np.uint8))})
-    with pytest.raises(PipelineError, match=r"labels\.csv: 2 faults:\n") as caught:
-        dataset.decode_all()
-    first, second = str(caught.value).splitlines()[1:]
-    assert first.startswith(f"  row {TOGETHER + 4}: {TOGETHER + 3}.png in ")
-    assert second.startswith(f"  row {2 * TOGETHER + 90}: {2 * TOGETHER + 89}.png in ")
-    assert second.endswith("; images must have one shape")
+def test_read(dataset: CustomImageDataset, small: Path) -> None:
+    expected = torch.from_numpy(np.array(pixels_and_labels(small)[0]))[:, None]
+    for indices in (range(COUNT), [], [3], [COUNT - 1, 0, 60, 60, 49, 50, 51]):
+        pixels = dataset.read(indices)
+        assert pixels.dtype == torch.uint8
+        assert torch.equal(pixels, expected[list(indices)])
+    assert torch.equal(dataset.pixels([7, 100]), to_float(expected[[7, 100]]))
+    with pytest.raises(IndexError):
+        dataset.decode(COUNT)
 
 
 def test_colour_images_keep_their_channels(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     write_zip(tmp_path / "images.zip", [("a.png", encode_png(image))])
     (tmp_path / "labels.csv").write_text("a.png,0\n")
-    pixels = CustomImageDataset(tmp_path / "labels.csv", tmp_path / "images.zip").decode_all()
+    pixels = CustomImageDataset(tmp_path / "labels.csv", tmp_path / "images.zip").read([0])
     assert np.array_equal(pixels[0], image.transpose(2, 0, 1))
 
 
@@ -212,14 +186,14 @@ def with_faults(folder: Path, faults: dict[str, bytes | None], count: int = 8) -
     return CustomImageDataset(folder / "labels.csv", folder / "images.zip")
 
 
-@pytest.mark.parametrize(("limit", "workers"), [(IN_MEMORY, 0), (STREAMED, 0), (STREAMED, 2)])
+@pytest.mark.parametrize("limit", [IN_MEMORY, STREAMED])
 @pytest.mark.parametrize("fault", FAULTY)
-def test_fault_is_one_line_that_names_row_and_image(tmp_path: Path, limit: float, workers: int, fault: str) -> None:
-    """Also when a worker process meets it."""
+def test_fault_is_one_line_that_names_row_and_image(tmp_path: Path, limit: float, fault: str) -> None:
+    """Also when a thread meets it."""
     content, complaint = FAULTY[fault]
     dataset = with_faults(tmp_path, {"5.png": content})
     with pytest.raises(PipelineError, match=rf"labels\.csv, row 7: {complaint}") as caught:
-        list(Batches(dataset, 4, CPU, memory_limit_gib=limit, workers=workers).epoch())
+        list(Batches(dataset, 4, CPU, memory_limit_gib=limit, workers=0).epoch())
     assert "\n" not in str(caught.value)
 
 
@@ -228,29 +202,22 @@ def test_all_faulty_images_are_listed_at_once(tmp_path: Path, first: str) -> Non
     """Also if the first image, which tells the shape, is one of them."""
     faults = {first: b"?", "3.png": FAULTY["shape"][0], "4.png": None, "6.png": FAULTY["colour"][0]}
     dataset = with_faults(tmp_path, faults)
-    streamed = [Batches(dataset, 3, CPU, memory_limit_gib=STREAMED, workers=n, shuffle=True, seed=1) for n in (0, 2)]
-    for decode in (
-        dataset.decode_all,
-        lambda: dataset.pixels(range(8)),
-        lambda: list(streamed[0].epoch()),
-        lambda: list(streamed[1].epoch()),
-    ):
-        with pytest.raises(PipelineError, match=r"labels\.csv: 4 faults:\n") as caught:
-            decode()
-        lines = str(caught.value).splitlines()[1:]
-        assert [line.split(" in ")[0] for line in lines] == [
-            f"  row {int(first[0]) + 2}: {first}",
-            "  row 5: 3.png",
-            "  row 6: 4.png is missing",
-            "  row 8: 6.png",
-        ]
+    with pytest.raises(PipelineError, match=r"labels\.csv: 4 faults:\n") as caught:
+        dataset.pixels(range(8))
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(" in ")[0] for line in lines] == [
+        f"  row {int(first[0]) + 2}: {first}",
+        "  row 5: 3.png",
+        "  row 6: 4.png is missing",
+        "  row 8: 6.png",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", FAULTY["shape"][0]], ids=["all", "all but one"])
 def test_twenty_faulty_images_are_listed_and_all_counted(tmp_path: Path, content: bytes) -> None:
     dataset = with_faults(tmp_path, {f"{index}.png": content for index in range(0 if content == b"" else 1, 101)}, 101)
     with pytest.raises(PipelineError, match=r"labels\.csv: 10[01] faults, the first 20:\n") as caught:
-        dataset.decode_all()
+        dataset.read(range(101))
     assert str(caught.value).count("\n  row ") == 20
     assert re.search(r"row 20: 18\.png in \S+images\.zip is (not a usable image: |\(1, 5, 28\))", str(caught.value))
 
@@ -263,9 +230,9 @@ def test_single_images_and_the_digest_name_the_row_too(tmp_path: Path) -> None:
 
 
 def test_label_beyond_the_classes_is_refused(small: Path) -> None:
-    CustomImageDataset(small / "labels.csv", small / "images.zip", classes=10)
+    CustomImageDataset(small / "labels.csv", small / "arrays", classes=10)
     with pytest.raises(PipelineError, match=r"labels\.csv: \d+ faults.*:\n  row \d+: label '9' is not one of 0\.\.8"):
-        CustomImageDataset(small / "labels.csv", small / "images.zip", classes=9)
+        CustomImageDataset(small / "labels.csv", small / "arrays", classes=9)
 
 
 def test_no_images(tmp_path: Path) -> None:
@@ -273,7 +240,7 @@ def test_no_images(tmp_path: Path) -> None:
     dataset = CustomImageDataset(tmp_path / "labels.csv", tmp_path)
     assert len(dataset) == 0
     with pytest.raises(PipelineError, match=r"labels\.csv: names no image"):
-        dataset.decode_all()
+        dataset.image_shape()
 
 
 # Batches
@@ -290,51 +257,60 @@ def same(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]
     )
 
 
-def test_batches_hold_each_image_with_its_label(zipped: CustomImageDataset, small: Path) -> None:
+def test_batches_hold_each_image_with_its_label(arrays: CustomImageDataset, small: Path) -> None:
     images, labels = pixels_and_labels(small)
-    batches = epoch_of(zipped, epoch=3, seed=1, shuffle=True)
+    batches = epoch_of(arrays, epoch=3, seed=1, shuffle=True)
     assert [len(targets) for _, targets in batches] == [64, 64, 2]
     order = epoch_order(COUNT, seed=1, epoch=3, shuffle=True)
     assert torch.equal(torch.cat([pixels for pixels, _ in batches]), to_float(torch.tensor(images)[order][:, None]))
     assert torch.equal(torch.cat([targets for _, targets in batches]), torch.tensor(labels)[order])
     assert batches[0][0].dtype == torch.float32
-    assert len(Batches(zipped, 64, CPU, memory_limit_gib=IN_MEMORY, workers=0)) == 3
+    assert len(Batches(arrays, 64, CPU, memory_limit_gib=IN_MEMORY, workers=0)) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("augmentations", [[], ALL_AUGMENTATIONS], ids=["plain", "augmented"])
 @pytest.mark.parametrize("balanced", [False, True], ids=["shuffled", "balanced"])
 def test_streamed_batches_are_the_same(
-    zipped: CustomImageDataset, workers: int, augmentations: list[str], balanced: bool
+    arrays: CustomImageDataset, workers: int, augmentations: list[str], balanced: bool
 ) -> None:
-    weights = zipped.class_weights(DIGITS)[zipped.labels] if balanced else None
+    weights = arrays.class_weights(DIGITS)[arrays.labels] if balanced else None
     options = {"seed": 7, "shuffle": True, "augmentations": augmentations, "weights": weights}
     for epoch in (0, 1):
-        streamed = epoch_of(zipped, epoch, memory_limit_gib=STREAMED, workers=workers, **options)
-        assert same(epoch_of(zipped, epoch, **options), streamed)
+        streamed = epoch_of(arrays, epoch, memory_limit_gib=STREAMED, workers=workers, **options)
+        assert same(epoch_of(arrays, epoch, **options), streamed)
 
 
-def test_memory_limit_decides(zipped: CustomImageDataset) -> None:
+def test_memory_limit_decides(arrays: CustomImageDataset) -> None:
     limit = COUNT * 28 * 28 / 2**30
-    assert Batches(zipped, 64, CPU, memory_limit_gib=limit, workers=0).pixels is not None
-    assert Batches(zipped, 64, CPU, memory_limit_gib=limit * 0.999, workers=0).pixels is None
+    assert Batches(arrays, 64, CPU, memory_limit_gib=limit, workers=0).fits_memory
+    assert not Batches(arrays, 64, CPU, memory_limit_gib=limit * 0.999, workers=0).fits_memory
+
+
+def test_an_epoch_that_is_left_early_leaves_no_thread_behind(arrays: CustomImageDataset) -> None:
+    epoch = Batches(arrays, 4, CPU, memory_limit_gib=STREAMED, workers=0).epoch()
+    before = threading.active_count()
+    next(epoch)
+    assert threading.active_count() == before + 1
+    epoch.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("limit", [IN_MEMORY, STREAMED])
-def test_global_random_numbers_are_left_alone(zipped: CustomImageDataset, limit: float) -> None:
+def test_global_random_numbers_are_left_alone(arrays: CustomImageDataset, limit: float) -> None:
     """Dropout draws from them: streaming must not change a training."""
     before = torch.get_rng_state()
-    weights = zipped.class_weights(DIGITS)[zipped.labels]
-    epoch_of(zipped, shuffle=True, weights=weights, augmentations=ALL_AUGMENTATIONS, memory_limit_gib=limit)
+    weights = arrays.class_weights(DIGITS)[arrays.labels]
+    epoch_of(arrays, shuffle=True, weights=weights, augmentations=ALL_AUGMENTATIONS, memory_limit_gib=limit)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_epochs_do_not_depend_on_each_other(zipped: CustomImageDataset) -> None:
+def test_epochs_do_not_depend_on_each_other(arrays: CustomImageDataset) -> None:
     """A resumed training, which never saw epochs 0 and 1, gets the same epoch 2."""
     options: dict[str, Any] = {"seed": 1, "shuffle": True, "augmentations": ALL_AUGMENTATIONS}
-    batches = Batches(zipped, 64, CPU, memory_limit_gib=IN_MEMORY, workers=0, **options)
+    batches = Batches(arrays, 64, CPU, memory_limit_gib=IN_MEMORY, workers=0, **options)
     epochs = [list(batches.epoch(epoch)) for epoch in range(3)]
-    assert same(epochs[2], epoch_of(zipped, epoch=2, **options))
+    assert same(epochs[2], epoch_of(arrays, epoch=2, **options))
     assert not same(epochs[0], epochs[1])
     for first in range(4):  # nor batches on those before them
         assert same(list(batches.epoch(2, first)), epochs[2][first:])
@@ -356,15 +332,15 @@ def test_mixed_batches_have_probabilities(small: Path, names: list[str], target_
             torch.testing.assert_close(targets.sum(1), torch.ones(len(targets)), rtol=0, atol=1e-6)
 
 
-def test_augmentations_differ_by_epoch_and_seed(zipped: CustomImageDataset) -> None:
+def test_augmentations_differ_by_epoch_and_seed(arrays: CustomImageDataset) -> None:
     first, *others = (
-        epoch_of(zipped, epoch, seed=seed, augmentations=["crop"]) for epoch, seed in [(0, 0), (1, 0), (0, 1)]
+        epoch_of(arrays, epoch, seed=seed, augmentations=["crop"]) for epoch, seed in [(0, 0), (1, 0), (0, 1)]
     )
     assert not any(same(first, other) for other in others)
 
 
-def test_batches_are_augmented_as_by_augment(zipped: CustomImageDataset) -> None:
-    plain, cropped = epoch_of(zipped, 2, seed=5), epoch_of(zipped, 2, seed=5, augmentations=["crop"])
+def test_batches_are_augmented_as_by_augment(arrays: CustomImageDataset) -> None:
+    plain, cropped = epoch_of(arrays, 2, seed=5), epoch_of(arrays, 2, seed=5, augmentations=["crop"])
     for number, ((pixels, _), (images, _)) in enumerate(zip(plain, cropped, strict=True)):
         assert torch.equal(images, augment(pixels, ["crop"], _generator(5, 2, 1, number)))
         assert not torch.equal(images, pixels)
@@ -466,24 +442,24 @@ def test_order_of_more_images_than_multinomial_takes() -> None:
     assert (epoch_order(len(weights), 0, 0, True, weights) == 2**24).all()
 
 
-def test_balanced_batches_hold_the_images_drawn(zipped: CustomImageDataset, small: Path) -> None:
+def test_balanced_batches_hold_the_images_drawn(arrays: CustomImageDataset, small: Path) -> None:
     images, _ = pixels_and_labels(small)
     weights = torch.zeros(COUNT, dtype=torch.float64)
     weights[[3, 77]] = torch.tensor([1.0, 3.0], dtype=torch.float64)
-    batches = epoch_of(zipped, epoch=2, seed=1, shuffle=True, weights=weights)
+    batches = epoch_of(arrays, epoch=2, seed=1, shuffle=True, weights=weights)
     order = epoch_order(COUNT, 1, 2, True, weights)
     assert [len(targets) for _, targets in batches] == [64, 64, 2]
     assert set(order.tolist()) == {3, 77}
     assert 80 < int((order == 77).sum()) < 115
     assert torch.equal(torch.cat([pixels for pixels, _ in batches]), to_float(torch.tensor(images)[order][:, None]))
-    assert torch.equal(torch.cat([targets for _, targets in batches]), zipped.labels[order])
+    assert torch.equal(torch.cat([targets for _, targets in batches]), arrays.labels[order])
 
 
-def test_balanced_order_needs_shuffle(zipped: CustomImageDataset) -> None:
+def test_balanced_order_needs_shuffle(arrays: CustomImageDataset) -> None:
     with pytest.raises(
         PipelineError, match=r"balance: sampler draws .* at random; set shuffle: true, or balance: loss"
     ):
-        epoch_of(zipped, weights=torch.ones(COUNT, dtype=torch.float64))
+        epoch_of(arrays, weights=torch.ones(COUNT, dtype=torch.float64))
 
 
 # In the stage

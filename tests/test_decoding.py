@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from hostile import png
+from pictures import encode_png
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from classifier.data.decoding import FORMATS, LARGEST_PIXELS, decode_image, read_header
-from classifier.data.png import encode_png
 
 GENERATOR = np.random.default_rng(0)
 GREY = GENERATOR.integers(0, 256, (6, 5), dtype=np.uint8)

@@ -224,7 +224,7 @@ def test_a_program_without_room_is_no_failure_of_the_place(downloading: Path, tm
 @pytest.mark.parametrize(
     ("stage", "limit", "name"),
     [
-        ("annotate", 100_000, "data/images.zip"),
+        ("annotate", 100_000, "data/images"),
         ("evaluate", 50_000, "metrics/plots"),
         ("export", 1_000_000, "models/export"),
         ("export", 2_690_000, "models/export"),  # between the sizes of model.pth and model.pt2
@@ -275,8 +275,8 @@ MODELS = [f"models/export/model.{suffix}" for suffix in ("pth", "pt2", "onnx", "
 # The stage; the folder that is a disk; how much room it has; the outputs that are not there, for their room would be
 # free again; and what there is no room for.
 FULL_DISKS = {
-    "images": ("annotate", "data", room_for(), [], "data/images.zip"),
-    "annotations": ("annotate", "data", room_for("data/images.zip"), ["data/images.zip"], "data/annotations"),
+    "images": ("annotate", "data", room_for(), [], "data/images"),
+    "annotations": ("annotate", "data", room_for("data/images"), ["data/images"], "data/annotations"),
     "weights": ("train", "models", room_for("metrics/plots"), [], "models/model_weights.pth"),
     "epochs": ("train", "metrics", room_for(), [], "metrics/epochs.csv"),
     "train metrics": ("train", "metrics", room_for("metrics/epochs.csv"), ["metrics/epochs.csv"], "metrics/train.json"),
@@ -357,13 +357,13 @@ def test_a_read_only_disk_is_named(tmp_path: Path) -> None:
         done = run_stage(root, "annotate")
     check_failed_cleanly(
         done,
-        "data/images.zip: the disk is read-only; earlier files are as they were. Give yourself access, then run the "
+        "data/images: the disk is read-only; earlier files are as they were. Give yourself access, then run the "
         "same command again.",
     )
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write everywhere")
-@pytest.mark.parametrize(("closed", "mode", "name"), [("data", 0o555, "data/images.zip"), ("params.yaml", 0, None)])
+@pytest.mark.parametrize(("closed", "mode", "name"), [("data", 0o555, "data/images"), ("params.yaml", 0, None)])
 def test_a_missing_permission_is_named(tmp_path: Path, closed: str, mode: int, name: str | None) -> None:
     root = small_project(tmp_path).root
     shutil.copytree(tmp_path / "idx", root / "data/raw")

@@ -20,8 +20,6 @@ from small_images import make_images
 from tracker import free_port, send_the_rest, wait_for
 
 from classifier.compute.distributed import Group
-from classifier.pipeline.archive import Images
-from classifier.pipeline.zip_format import write_zip
 
 # Two epochs of the product's own loop; in float64, whose sums hardly depend on their order. With small batches the
 # training of a network with batch normalisation is chaotic: in float32 a change of 1e-6 grows a thousandfold.
@@ -52,7 +50,7 @@ folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 set_threads(1)
 with process_group() as group:
     device = torch.device("cpu")
-    dataset = CustomImageDataset(folder / "images.csv", folder / "images.zip", classes=4)
+    dataset = CustomImageDataset(folder / "images.csv", folder / "images", classes=4)
     batches = Batches(dataset, settings["batch_size"], device, seed=1, shuffle=True, augmentations=settings["augment"],
                       memory_limit_gib=settings["memory"], workers=1, group=group)
     torch.manual_seed(0)
@@ -345,22 +343,3 @@ def test_a_slurm_job_trains_on_all_of_its_nodes(job: Project, reference: Project
     shutil.rmtree(job.root / "models")  # it is in the cache
     printed = job.run("deploy/train.slurm").stdout  # which would wait for the other node in vain
     assert job.stages_run(printed) == []
-
-
-@pytest.mark.slow
-def test_an_image_that_cannot_be_used_is_told_once(untrained: Project) -> None:
-    names = [line.split(",")[0] for line in (untrained.root / "data/annotations/train.csv").read_text().split()[1:]]
-    images = Images(untrained.root / "data/images.zip")
-    contents = [(name, b"no image" if name == names[3] else images.read(name)) for name in images.names()]
-    for name in ("data/images.zip", "dvc.lock"):  # which knows the right one
-        (untrained.root / name).unlink()
-    write_zip(untrained.root / "data/images.zip", contents)
-    command = ["torchrun", "--nproc-per-node=2", "-m", "stages.train"]
-    memory = Path("/dev/shm")  # noqa: S108
-    before = set(memory.glob(".classifier.*"))  # of other programs
-    done = untrained.run(*command, check=False)
-    assert done.returncode != 0
-    message = f"data/annotations/train.csv, row 5: {names[3]} in data/images.zip is not a usable image"
-    assert done.stderr.count(message) == 1
-    assert "stages/train.py" not in done.stderr  # no traceback of ours
-    assert set(memory.glob(".classifier.*")) <= before

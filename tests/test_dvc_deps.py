@@ -168,7 +168,7 @@ def test_outputs_are_the_files_of_the_contract() -> None:
     assert sorted(written) == sorted(
         str(path)
         for path in (
-            paths.CHECKED, paths.RAW, paths.IMAGES, paths.ANNOTATIONS, paths.ORIGINALS, paths.WEIGHTS, paths.EPOCHS,
+            paths.CHECKED, paths.RAW, paths.IMAGES, paths.ANNOTATIONS, paths.WEIGHTS, paths.EPOCHS,
             paths.TRAIN_METRICS, paths.ENVIRONMENT, paths.CLASS_METRICS, paths.PREDICTIONS, paths.PLOTS,
             paths.TEST_METRICS, paths.EXPORT,
         )

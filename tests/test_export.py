@@ -71,7 +71,7 @@ def copied(exported: Project, tmp_path: Path) -> Project:
 def scaled_logits(project: Project) -> np.ndarray:
     """The test images' logits by the weights, the manifest's temperature and mirror images, (N, classes)."""
     data, manifest = project.root / "data", read_json(project.root / "models/export/manifest.json")
-    test_set = CustomImageDataset(data / "annotations/test.csv", data / "images.zip")
+    test_set = CustomImageDataset(data / "annotations/test.csv", data / "images")
     network = build_network("mlp", (1, 28, 28), 10)
     load_weights(network, project.root / "models/model_weights.pth", torch.device("cpu"))
     scaled = TemperatureScaled(Mirrored(network), manifest["calibration"]["temperature"]).eval()
@@ -87,7 +87,7 @@ def test_all_formats_give_the_scaled_logits(exported: Project) -> None:
     assert [entry["trusted_source_only"] for entry in manifest["files"].values()] == [True, True, False, False]
 
     data, expected = exported.root / "data", scaled_logits(exported)
-    pixels = CustomImageDataset(data / "annotations/test.csv", data / "images.zip").pixels(range(80)).numpy()
+    pixels = CustomImageDataset(data / "annotations/test.csv", data / "images").pixels(range(80)).numpy()
     for name in MODELS:
         logits = read_logits(folder / name, pixels)
         assert (logits.argmax(1) == expected.argmax(1)).mean() > (0.9 if name == "model.int8.onnx" else 0.999)
@@ -124,7 +124,7 @@ def test_every_way_to_read_the_model_that_the_card_shows_answers_as_evaluate_did
     shutil.copytree(exported.root / "models/export", folder)
     assert (folder / "README.md").read_text().count("```python") == 1 + len(MODELS)
     data = exported.root / "data"
-    test_set = CustomImageDataset(data / "annotations/test.csv", data / "images.zip")
+    test_set = CustomImageDataset(data / "annotations/test.csv", data / "images")
     for index in range(TRIED):
         Image.fromarray(test_set.decode(index)[0].numpy()).save(folder / f"{index}.png")
     ran = Project(folder).run("python", "-W", "ignore", "-c", RUN_CARD, PYTHONPATH=str(exported.root))

@@ -1,6 +1,7 @@
 """Your own images, in the layouts that people have: which are taken, what they become, and what is told."""
 
 import io
+import os
 import subprocess
 import unicodedata
 import zipfile
@@ -13,8 +14,8 @@ from PIL import Image
 from project import Project
 
 from classifier.pipeline.annotations import Names
-from classifier.pipeline.archive import IMAGE_SUFFIXES, Images
 from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.image_files import IMAGE_SUFFIXES, ImageFiles
 from classifier.sources.folder import Layout, _finder, class_names, fetch, find_layout, read
 
 PICTURE = io.BytesIO()
@@ -41,11 +42,20 @@ def pictures(*names: str) -> dict[str, str | bytes]:
 
 
 def layout(target: Path, files: Mapping[str, str | bytes] | list[str]) -> Layout:
-    return find_layout(Images(write(target, files)))
+    return find_layout(ImageFiles(write(target, files)))
 
 
 def found(layout: Layout) -> dict[str, list[tuple[str, str]]]:
-    return {split: sorted((e.class_name, e.below) for e in entries) for split, entries in layout.splits.items()}
+    """Class, and name below the folder of the class or of all images, of each image, by split."""
+    splits = {}
+    for split, entries in layout.splits.items():
+        numbers = entries.labels({name: number for number, name in enumerate(entries.classes)})
+        top = os.path.commonpath([os.path.dirname(f"/{name}") for name in entries.names])[1:]  # noqa: PTH120
+        splits[split] = sorted(
+            (label, name.removeprefix(top).lstrip("/") if layout.tables else name.split(f"{label}/", 1)[1])
+            for label, name in zip([entries.classes[number] for number in numbers], entries.names, strict=True)
+        )
+    return splits
 
 
 def refused(target: Path, files: Mapping[str, str | bytes] | list[str]) -> str:
@@ -132,7 +142,7 @@ def test_a_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
     write(tmp_path / "photos", ["cat/1.png", "dog/1.png"])
     (tmp_path / "photos/mouse").symlink_to(tmp_path / "photos/cat")
     with pytest.raises(PipelineError, match="photos/mouse: a symbolic link to a folder; put the folder itself there"):
-        find_layout(Images(tmp_path / "photos"))
+        find_layout(ImageFiles(tmp_path / "photos"))
 
 
 def test_a_link_that_leads_out_is_not_copied(tmp_path: Path) -> None:
@@ -310,18 +320,9 @@ def test_images_have_names_of_their_own_and_one_order(tmp_path: Path) -> None:
     files = ["dog/b.png", "dog/a.jpg", "dog/a.png", "cat/x/a.jpg", "cat/c.tar.png"]
     fetch(tmp_path / "raw", write(tmp_path / "photos", files))
     data = read(tmp_path / "raw")["train"]
-    assert data.names == [
-        "images/0/c.tar.png", "images/0/x/a.png", "images/1/a.jpg.png", "images/1/a.png.png", "images/1/b.png",
-    ]  # fmt: skip
+    assert data.names == ["cat/c.tar.png", "cat/x/a.jpg", "dog/a.jpg", "dog/a.png", "dog/b.png"]
     assert data.labels.tolist() == [0, 0, 1, 1, 1]
     assert data.images[4] == PICTURE.getvalue()
-
-
-def test_names_that_only_their_suffixes_tell_apart_stay_apart(tmp_path: Path) -> None:
-    fetch(tmp_path / "raw", write(tmp_path / "photos", ["cat/a.jpg", "cat/a.png", "cat/a.jpg.png", "dog/b.png"]))
-    assert read(tmp_path / "raw")["train"].names == [
-        "images/0/a.jpg.png", "images/0/a.jpg.png.png", "images/0/a.png.png", "images/1/b.png.png",
-    ]  # fmt: skip
 
 
 def test_only_what_is_used_is_copied(tmp_path: Path) -> None:
@@ -347,7 +348,7 @@ def test_the_layouts_of_the_same_images_are_read_alike(tmp_path: Path) -> None:
         fetch(tmp_path / kind, target)
         data = read(tmp_path / kind)["train"]
         assert len(data.images) == 1797
-        everything.append((class_names(tmp_path / kind), data.names, data.labels.tolist(), list(data.images)))
+        everything.append((class_names(tmp_path / kind), data.labels.tolist(), list(data.images)))
     assert everything[0][0] == [str(digit) for digit in range(10)]
     assert everything[0] == everything[1] == everything[2]
 

@@ -40,7 +40,7 @@ def test_the_first_epoch_prints_the_tutorials_ten_losses(annotated: Project) -> 
     network = build_network("mlp", (1, 28, 28), 10)
     optimizer = build_optimizer("sgd", list(network.parameters()), 1e-3, 0.0, 0.0)
     batches = Batches(
-        CustomImageDataset(data / "annotations/train.csv", data / "images.zip"),
+        CustomImageDataset(data / "annotations/train.csv", data / "images"),
         64,
         torch.device("cpu"),
         memory_limit_gib=8,

@@ -57,7 +57,7 @@ def test_a_parameter_does_not_run_a_command(tmp_path: Path, launcher: str, compl
     if "touch" not in launcher:
         ran.write_text(f"from pathlib import Path\nPath({str(ran)!r}).with_suffix('.txt').touch()\n")
     project.set_params(launcher=launcher.format(ran))
-    for name in ("data/images.zip", "data/annotations"):
+    for name in ("data/images", "data/annotations"):
         (project.root / name).mkdir(parents=True)
     project.commit()
     shutil.rmtree(project.root / ".dvc/tmp", ignore_errors=True)

@@ -227,7 +227,7 @@ def test_the_text_has_the_whole_chain(history: History) -> None:
     text = history.project.run(*command).stdout
     lock = locked_md5s(history.project.root / "dvc.lock")
     for part in (
-        commit_of(history.project, "main"), "lr=0.1", lock["data/raw"], lock["data/images.zip"],
+        commit_of(history.project, "main"), "lr=0.1", lock["data/raw"], lock["data/images"],
         lock["data/annotations"], history.weights["main"], run_id(history.project, history.weights["main"]),
         "fashion-mnist version 1", hash_file(history.project.root / "models/export/model.onnx", "sha256"),
         "test accuracy: ", "dvc checkout",

@@ -57,7 +57,7 @@ def link_of(path: Path) -> str:
 def remove_outputs(project: Project) -> None:
     for name in ("data/raw", "data/annotations", "models", "metrics"):
         shutil.rmtree(project.root / name)
-    (project.root / "data/images.zip").unlink()
+    (project.root / "data/images").unlink()
 
 
 def results(project: Project) -> dict[str, str]:

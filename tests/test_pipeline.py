@@ -101,7 +101,7 @@ def test_the_manifest_says_what_was_exported_and_what_made_it(reproduced: Projec
     lock = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
     locked = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
     assert manifest["md5"] == {path: locked[path] for path in manifest["md5"]}
-    assert manifest["md5"].keys() == {"data/raw", "data/images.zip", "data/annotations", "models/model_weights.pth"}
+    assert manifest["md5"].keys() == {"data/raw", "data/images", "data/annotations", "models/model_weights.pth"}
     assert manifest["parameters"]["lr"] == 0.1
     assert manifest["metrics"]["test"] == read_json(root / "metrics/test.json")
 
@@ -144,13 +144,13 @@ def test_mlflow_has_one_finished_run_with_all_that_made_the_model(reproduced: Pr
 
     lock = yaml.safe_load((reproduced.root / "dvc.lock").read_text())["stages"]
     md5 = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
-    assert run.data.tags["md5.images"] == md5["data/images.zip"]
+    assert run.data.tags["md5.images"] == md5["data/images"]
     assert run.data.tags["md5.annotations"] == md5["data/annotations"]
     assert run.data.tags["md5.model_weights"] == md5["models/model_weights.pth"]
     assert run.data.tags["mlflow.source.git.commit"] == reproduced.run("git", "rev-parse", "HEAD").stdout.strip()
     assert run.inputs is not None
     digests = {data.dataset.digest for data in run.inputs.dataset_inputs}
-    assert digests == {md5["data/images.zip"], md5["data/annotations"]}
+    assert digests == {md5["data/images"], md5["data/annotations"]}
 
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id, "plots")}
     assert {"plots/samples.png", "plots/mistakes.png", "plots/saliency.png"} <= artifacts
@@ -173,8 +173,8 @@ def test_the_registered_model_answers_as_evaluate_did(reproduced: Project, monke
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # which the next line sets: the test's end takes it back
     mlflow.set_tracking_uri(f"sqlite:///{reproduced.root / 'mlflow.db'}")
     model = mlflow.pyfunc.load_model("models:/fashion-mnist/1")
-    test_set = CustomImageDataset(reproduced.root / "data/annotations/test.csv", reproduced.root / "data/images.zip")
-    answers = model.predict(test_set.decode_all().numpy())
+    test_set = CustomImageDataset(reproduced.root / "data/annotations/test.csv", reproduced.root / "data/images")
+    answers = model.predict(test_set.read(range(len(test_set))).numpy())
     evaluated = pd.read_csv(reproduced.root / "metrics/plots/confusion.csv")
     assert answers["class"].tolist() == evaluated.predicted.tolist()
     (version,) = mlflow.MlflowClient().search_model_versions("name='fashion-mnist'")

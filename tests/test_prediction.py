@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import pytest
 import torch
 from hostile import RunsCodeWhenUnpickled
 from imports import ROOT
+from pictures import encode_png, split_pngs, write_zip
 from PIL import Image
 from project import Project, clean_environment, python, reproduced_project
 from scipy.special import softmax
@@ -27,11 +27,9 @@ from scipy.special import softmax
 from classifier.cli.prediction import Answer, find_images, opened, predict, write_csv, write_json, write_table
 from classifier.data.dataset import CustomImageDataset
 from classifier.data.loader import Batches
-from classifier.data.png import encode_png
 from classifier.export.formats import write
 from classifier.networks import build_network
 from classifier.pipeline.errors import PipelineError, printable
-from classifier.pipeline.zip_format import write_zip
 from classifier.provenance.model_file import BATCH, Model
 from classifier.training.inference import load_weights
 from classifier.training.inference import predict as logits_of
@@ -426,7 +424,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def evaluated(project: Project) -> tuple[list[str], np.ndarray]:
     """The files of the test images, and the logits (N, classes) that evaluation has for them."""
     data = project.root / "data"
-    test_set = CustomImageDataset(data / "annotations/test.csv", data / "images.zip")
+    test_set = CustomImageDataset(data / "annotations/test.csv", data / "images")
     network = build_network("mlp", test_set.image_shape(), 10)
     load_weights(network, project.root / "models/model_weights.pth", torch.device("cpu"))
     batches = Batches(test_set, 64, torch.device("cpu"), memory_limit_gib=1, workers=0)
@@ -442,7 +440,7 @@ def test_every_format_and_the_champion_answer_as_evaluation_does(
     given = [] if model is None else ["--model", model]
     if model not in (None, "champion"):
         given[1] = str(project.root / "models/export" / given[1])
-    shutil.copy(project.root / "data/images.zip", tmp_path / "all.zip")
+    write_zip(tmp_path / "all.zip", split_pngs(project.root / "data", "test"))
     done = command("predict", "all.zip", *given, folder=tmp_path, code=project.root)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(io.StringIO(done.stdout)).set_index("file").loc[[f"all.zip/{file}" for file in files]]
@@ -464,11 +462,12 @@ def test_the_champion_is_answered_also_where_onnx_is_not_exported(project: Proje
     assert "registered as fashion-mnist, and not as registered_model in params.yaml says: renamed" in refused.stderr
     other.dvc("repro")
     assert "renamed version 1" in other.run(sys.executable, "-m", "classifier", "promote").stdout
-    images = str(other.root / "data/images.zip")
+    images = str(tmp_path / "all.zip")
+    write_zip(tmp_path / "all.zip", split_pngs(other.root / "data", "test"))
     answers = [
         command("predict", images, "--model", model, folder=tmp_path, code=other.root).stdout
         for model in ("champion", str(other.root / "models/export/model.pth"))
     ]
     one, another = (pd.read_csv(io.StringIO(answer)) for answer in answers)
     assert one["class"].tolist() == another["class"].tolist()
-    assert len(one) == 280
+    assert len(one) == 80

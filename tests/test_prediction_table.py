@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from classifier.evaluation.prediction_table import Predicted, own_names, write_predictions
-from classifier.pipeline.annotations import write_csv
+from classifier.evaluation.prediction_table import Predicted, write_predictions
 
 LOGITS = np.array([[0, 2, 1], [3, 0, 0]], np.float32)
 
 
-def written(path: Path, *splits: Predicted, own: dict[str, str] | None = None, classes: list[str]) -> list[list[str]]:
-    files = [name for predicted in splits for name in predicted.files]
-    write_predictions(path / "predictions.csv", splits, own or {name: name for name in files}, classes)
+def written(path: Path, *splits: Predicted, classes: list[str]) -> list[list[str]]:
+    write_predictions(path / "predictions.csv", splits, classes)
     with (path / "predictions.csv").open(encoding="utf-8", newline="") as file:
         return [*csv.reader(file)]
 
@@ -36,10 +34,8 @@ def test_a_row_has_file_split_label_prediction_and_the_probability_of_each_class
 
 
 def test_files_have_the_names_that_they_had_in_the_users_data(tmp_path: Path) -> None:
-    write_csv(tmp_path / "originals.csv", {"file": ["images/0/a.png", "x.png"], "original": ["été, 1/a.JPG", "y"]})
-    own = own_names(tmp_path / "originals.csv", ["images/0/a.png", "test/00000.png"])
-    assert own == {"images/0/a.png": "été, 1/a.JPG", "test/00000.png": "test/00000.png"}
-    _, *rows = written(tmp_path, Predicted("test", [*own], np.array([0, 0]), LOGITS), own=own, classes=["a", "b", "c"])
+    predicted = Predicted("test", ["été, 1/a.JPG", "test/00000.png"], np.array([0, 0]), LOGITS)
+    _, *rows = written(tmp_path, predicted, classes=["a", "b", "c"])
     assert [row[0] for row in rows] == ["été, 1/a.JPG", "test/00000.png"]
 
 
@@ -55,5 +51,5 @@ def test_fifteen_thousand_images_of_ten_classes_take_a_moment(tmp_path: Path) ->
     logits = np.random.default_rng(0).normal(size=(15_000, 10)).astype(np.float32)
     predicted = Predicted("test", files, np.zeros(15_000, np.int64), logits)
     started = process_time()
-    write_predictions(tmp_path / "predictions.csv", [predicted], {name: name for name in files}, ["class"] * 10)
+    write_predictions(tmp_path / "predictions.csv", [predicted], ["class"] * 10)
     assert process_time() - started < 5  # 0.2 seconds of a quiet core

@@ -1,4 +1,4 @@
-"""From the images of a source to those of images.zip: one shape, the same pixels, and all that cannot be used."""
+"""From the images of a source to image arrays: one shape, the same pixels, and all unusable images listed."""
 
 import hashlib
 import io
@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pictures import write_zip
 from PIL import Image
 
+from classifier.data.arrays import ImageArrays
 from classifier.data.decoding import decode_image
-from classifier.data.png import decode_stored_png
 from classifier.pipeline.errors import PipelineError
-from classifier.preparation.preprocessing import common_shape, prepare
+from classifier.preparation import preprocessing
+from classifier.preparation.preprocessing import first_rows, image_names, workers, write_images
 from classifier.sources import LabelledImages
+from classifier.sources.folder import fetch, read
 
 GENERATOR = np.random.default_rng(0)
 
@@ -27,6 +30,20 @@ def encoded(height: int, width: int, channels: int = 3, kind: str = "PNG", **opt
 
 def images(*contents: Any) -> LabelledImages:
     return LabelledImages(contents, np.zeros(len(contents), np.int64))
+
+
+def common_shape(splits: dict[str, LabelledImages], image_size: int | None, channels: int | None) -> Any:
+    with workers(splits) as pool:
+        return preprocessing.common_shape(pool, splits, image_size, channels)
+
+
+def written(folder: Path, splits: dict[str, LabelledImages], shape: tuple[int, int, int]) -> tuple[Any, Any]:
+    """The pixels (N, C, H, W) of the arrays, and the SHA-256 of each image."""
+    folder.mkdir()
+    with workers(splits) as pool:
+        digests = write_images(pool, splits, shape, folder)
+    arrays = ImageArrays(folder)
+    return arrays.read(np.arange(arrays.count)), digests
 
 
 GREY, COLOUR = encoded(20, 30, 1), encoded(20, 30)
@@ -66,38 +83,58 @@ def test_a_picture_that_is_turned_has_its_upright_size() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 20, 30), (3, 20, 30), (3, 8, 8), (1, 64, 32)])
-def test_images_are_decoded_scaled_and_written_in_order(shape: tuple[int, int, int]) -> None:
+def test_images_are_decoded_scaled_and_written_in_order(shape: tuple[int, int, int], tmp_path: Path) -> None:
     contents = [encoded(20 + index % 3, 30, (1, 3)[index % 2]) for index in range(150)]
-    made = list(prepare({"train": images(*contents[:100]), "test": images(*contents[100:])}, shape))
-    assert [image.name for image in made] == [
-        *(f"train/{index:05d}.png" for index in range(100)),
-        *(f"test/{index:05d}.png" for index in range(50)),
-    ]
-    for image, content in zip(made, contents, strict=True):
-        pixels = decode_stored_png(image.png)
-        assert pixels is not None
-        assert np.array_equal(pixels, decode_image(content, shape[1:], shape[0]))
-        assert image.digest == hashlib.sha256(pixels.tobytes()).digest()
+    splits = {"train": images(*contents[:100]), "test": images(*contents[100:])}
+    pixels, digests = written(tmp_path / "images", splits, shape)
+    assert pixels.shape == (150, *shape)
+    for image, digest, content in zip(pixels, digests, contents, strict=True):
+        assert np.array_equal(image, decode_image(content, shape[1:], shape[0]))
+        assert bytes(digest) == hashlib.sha256(image.tobytes()).digest()
+    assert first_rows(splits) == {"train": 0, "test": 100}
+    assert image_names("test", splits["test"])[49] == "test/00049.png"
+
+
+def test_processes_write_the_same_bytes_as_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read the files of a zip themselves."""
+    contents = [(f"{index % 2}/{index}.png", encoded(9, 12)) for index in range(50)]
+    write_zip(tmp_path / "images.zip", contents)
+    fetch(tmp_path / "raw", tmp_path / "images.zip")
+    splits = read(tmp_path / "raw")
+    threads, _ = written(tmp_path / "threads", splits, (3, 8, 8))
+    monkeypatch.setattr(preprocessing, "FILES_FOR_PROCESSES", 10)
+    monkeypatch.setattr(preprocessing, "usable_cores", lambda: 2)
+    processes, digests = written(tmp_path / "processes", splits, (3, 8, 8))
+    assert np.array_equal(threads, processes)
+    assert len(np.unique(digests)) == 50
+    assert processes[0].tolist() == decode_image(contents[0][1], (8, 8), 3).tolist()
+
+
+def test_unusable_images_are_listed_by_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocessing, "FILES_FOR_PROCESSES", 1)
+    monkeypatch.setattr(preprocessing, "usable_cores", lambda: 2)
+    with pytest.raises(PipelineError, match=r"2 images cannot be used:\n  train/00001.*\n  train/00003"):
+        written(tmp_path / "images", {"train": images(GREY, b"?", GREY, b"?")}, (1, 8, 8))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_arrays_become_what_files_of_them_become(channels: int) -> None:
+def test_arrays_become_what_files_of_them_become(channels: int, tmp_path: Path) -> None:
     pixels = GENERATOR.integers(0, 256, (9, 12, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    for shape in ((channels, 9, 12), (channels, 6, 6)):
-        first, second = prepare({"train": images(pixels, file.getvalue())}, shape)
-        assert first.png == second.png
+    for number, shape in enumerate([(channels, 9, 12), (channels, 6, 6)]):
+        (first, second), _ = written(tmp_path / str(number), {"train": images(pixels, file.getvalue())}, shape)
+        assert np.array_equal(first, second)
 
 
-def test_all_images_that_cannot_be_used_are_told_by_their_names() -> None:
+def test_all_images_that_cannot_be_used_are_told_by_their_names(tmp_path: Path) -> None:
     contents: list[Any] = [COLOUR, b"no image", COLOUR[:40], np.zeros((4, 4), np.uint16)]
     names = ("cat/0.jpg", "cat/1.jpg", "dog/2.jpg", "dog/3.jpg")
-    data = {"train": LabelledImages(contents, np.zeros(4, np.int64), originals=names)}
+    data = {"train": LabelledImages(contents, np.zeros(4, np.int64), names)}
     with pytest.raises(PipelineError) as from_headers:
         common_shape(data, None, None)
     with pytest.raises(PipelineError) as from_pixels:
-        list(prepare(data, (3, 8, 8)))
+        written(tmp_path / "images", data, (3, 8, 8))
     for caught in (from_headers, from_pixels):
         first, *faults, last = str(caught.value).splitlines()
         assert first == "3 images cannot be used:"
@@ -109,23 +146,8 @@ def test_all_images_that_cannot_be_used_are_told_by_their_names() -> None:
 def test_of_many_faults_twenty_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     with pytest.raises(PipelineError, match=r"50 images cannot be used, .*; the first 20:") as caught:
-        list(prepare({"train": images(*[b""] * 50)}, (1, 8, 8)))
+        written(tmp_path / "images", {"train": images(*[b""] * 50)}, (1, 8, 8))
     assert len(str(caught.value).splitlines()) == 22
-
-
-def test_only_a_few_images_are_read_ahead() -> None:
-    class Counted(list[Any]):
-        read = 0
-
-        def __getitem__(self, index: Any) -> Any:
-            self.read += 1
-            return super().__getitem__(index)
-
-    contents = Counted([GREY] * 3000)
-    made = prepare({"train": LabelledImages(contents, np.zeros(3000, np.int64))}, (1, 8, 8))
-    next(made)
-    assert contents.read < 1000
-    made.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("bad", [3, 30])

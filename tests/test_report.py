@@ -78,7 +78,7 @@ def write_predictions(root: Path, answers: list[tuple[str, str]]) -> None:
 
 def write_lock(root: Path, images: str = "a" * 32, annotations: str = f"{'b' * 32}.dir") -> None:
     """A dvc.lock by which the images are told apart."""
-    md5s = {"data/images.zip": images, "data/annotations": annotations}
+    md5s = {"data/images": images, "data/annotations": annotations}
     outs = [{"path": path, "md5": md5} for path, md5 in md5s.items()]
     (root / "dvc.lock").write_text(json.dumps({"stages": {"annotate": {"outs": outs}}}))
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from imports import ROOT
+from pictures import split_pngs
 from project import Project
 
-from classifier.pipeline.archive import Images
 from classifier.provenance.verify import DRIFTED, State, compare
 
 
@@ -44,12 +44,10 @@ def test_a_fresh_clone_gives_the_committed_results(tmp_path: Path) -> None:
 
 def check_predictions(clone: Project, pictures: Path, count: int = 1000) -> None:
     """`classifier predict` says of test images, as files, what evaluation says, with every exported format."""
-    files = pd.read_csv(clone.root / "data/annotations/test.csv").file[:count]
     evaluated = pd.read_csv(clone.root / "metrics/plots/confusion.csv").predicted[:count]
-    images = Images(clone.root / "data/images.zip")
     pictures.mkdir()
-    for number, name in enumerate(files):
-        (pictures / f"{number:05}.png").write_bytes(images.read(name))
+    for number, (_, content) in enumerate(split_pngs(clone.root / "data", "test", count)):
+        (pictures / f"{number:05}.png").write_bytes(content)
     models = sorted((clone.root / "models/export").glob("model.*"))
     assert [model.suffix for model in models] == [".onnx", ".pt2", ".pth", ".safetensors"]
     for model in models:

@@ -117,19 +117,19 @@ def test_everything_comes_back_and_edits_are_kept(project: Project) -> None:
     edited = (project.root / "params.yaml").read_text()
     (project.root / "dvc.lock").write_text((project.root / "dvc.lock").read_text()[:3000])  # DVC was killed
     (project.root / ".dvc/tmp/rwlock").write_text('{"wri')
-    (project.root / "classifier/data/png.py").write_text("# an edit\n")
-    for path in ("models/export", "data/images.zip", "metrics/train.json"):
+    (project.root / "classifier/data/arrays.py").write_text("# an edit\n")
+    for path in ("models/export", "data/images", "metrics/train.json"):
         shutil.rmtree(project.root / path, ignore_errors=True)
         (project.root / path).unlink(missing_ok=True)
     (project.root / WEIGHTS).write_text("in no cache")
 
     told = restore(project)
     assert project.outputs() == before
-    assert status(project) == ["classifier/data/png.py"]
+    assert status(project) == ["classifier/data/arrays.py"]
     assert "restored from Git: dvc.lock, metrics/train.json, params.yaml\n" in told
     assert f"moved to {ASIDE}, since no cache has them: {WEIGHTS}\n" in told
-    assert "restored from DVC: data/images.zip, models/export, models/model_weights.pth\n" in told
-    assert told.endswith("not touched, and other than committed: classifier/data/png.py")
+    assert "restored from DVC: data/images, models/export, models/model_weights.pth\n" in told
+    assert told.endswith("not touched, and other than committed: classifier/data/arrays.py")
     assert (project.root / ASIDE / WEIGHTS).read_text() == "in no cache"
     project.run("git", "apply", str(ASIDE / "changes.patch"))
     assert (project.root / "params.yaml").read_text() == edited

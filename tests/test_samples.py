@@ -1,5 +1,6 @@
 """The picture of what the network sees: that it shows the batches of the train stage, and its titles."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from project import Project, small_project
 
-from classifier.cli.samples import draw_samples, first_images, streamed_batches, titles
+from classifier.cli.samples import draw_samples, first_images, sample_batches, titles
 from classifier.data.dataset import load_splits
 from classifier.data.loader import training_batches
 from classifier.pipeline.annotations import class_names
@@ -53,7 +54,7 @@ def test_they_are_the_images_and_targets_of_the_train_stage(
     defaults = {"seed": "42", "batch_size": "32", "shuffle": "true", "target_transform": ""}
     annotated.set_params(**(defaults | params))
     names = class_names(ANNOTATIONS)
-    pixels, targets = first_images(streamed_batches(load_params(), names), rows=4, columns=8)
+    pixels, targets = first_images(sample_batches(load_params(), names), rows=4, columns=8)
     (train_set,) = load_splits(["train"], len(names))
     batches = list(training_batches(train_set, names, load_params(), torch.device("cpu")).epoch(0))
     assert torch.equal(pixels, torch.cat([images[:8] for images, _ in batches])[:32])
@@ -93,7 +94,7 @@ def test_the_command_needs_no_network_and_says_what_is_missing(annotated: Projec
     assert project.run(*command).stdout == "Written: reports/samples.png\n"
     assert (project.root / "reports/samples.png").stat().st_size > 10_000
     assert not (project.root / "models").exists()
-    (project.root / "data/images.zip").unlink()
+    shutil.rmtree(project.root / "data/images")
     failed = project.run(*command, check=False)
     assert failed.returncode == 1
-    assert failed.stderr.startswith("data/images.zip: missing; `dvc repro` makes it")
+    assert failed.stderr.startswith("data/images: missing; `dvc repro` makes it")

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 from imports import ROOT
 from model_server import SECONDS, model_server, post
+from pictures import split_pngs
 from PIL import Image
 from project import Project, python, reproduced_project
-
-from classifier.pipeline.archive import Images
 
 pytestmark = pytest.mark.slow
 
@@ -31,10 +30,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project with a champion, and some of its test images as files in the folder `pictures`."""
     project = reproduced_project(tmp_path_factory, export_formats="[onnx]")
     project.run(sys.executable, "-m", "classifier", "promote")
-    images = Images(project.root / "data/images.zip")
     (project.root / "pictures").mkdir()
-    for number, name in enumerate(images.names()[:COUNT]):
-        (project.root / f"pictures/{number}.png").write_bytes(images.read(name))
+    for number, (_, content) in enumerate(split_pngs(project.root / "data", "test", COUNT)):
+        (project.root / f"pictures/{number}.png").write_bytes(content)
     return project
 
 

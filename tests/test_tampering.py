@@ -24,16 +24,14 @@ from classifier.pipeline.outputs import hash_file, hash_path
 # By output: the stages that read it
 READERS = {
     "data/raw": ["annotate"],
-    "data/images.zip": ["train", "evaluate", "export"],
+    "data/images": ["train", "evaluate", "export"],
     "data/annotations": ["train", "evaluate", "export"],
-    "data/originals.csv": ["evaluate"],
     "models/model_weights.pth": ["evaluate", "export"],
 }
 CHANGED = {  # a file of each
     "data/raw": "data/raw/t10k-images-idx3-ubyte",
-    "data/images.zip": "data/images.zip",
+    "data/images": "data/images",
     "data/annotations": "data/annotations/train.csv",
-    "data/originals.csv": "data/originals.csv",
     "models/model_weights.pth": "models/model_weights.pth",
 }
 
@@ -295,7 +293,7 @@ def test_names_in_the_annotations_that_lead_out_of_the_archive_are_refused(copie
     csv.write_text("\n".join([header, *(f"{name},0" for name in names), *rows]) + "\n")
     for member_is_there in (False, True):
         if member_is_there:
-            with zipfile.ZipFile(copied.root / "data/images.zip", "a") as archive:
+            with zipfile.ZipFile(copied.root / "data/images", "a") as archive:
                 for name in names:
                     member = zipfile.ZipInfo(name)
                     member.external_attr = (stat.S_IFLNK | 0o777 if name == "link.png" else 0o644) << 16

@@ -16,17 +16,16 @@ import numpy as np
 import pytest
 import torch
 from hostile import RunsCodeWhenUnpickled, halve, write_nothing, write_text
+from pictures import write_annotations, write_arrays
 from small_images import CLASSES, make_images
 from torch import Tensor, nn
 from train_loop import train_loop
 
 from classifier.data.dataset import CustomImageDataset
 from classifier.data.loader import Batches
-from classifier.data.png import encode_png
 from classifier.data.transforms import one_hot
 from classifier.networks import build_network, describe
 from classifier.pipeline.errors import PipelineError
-from classifier.pipeline.zip_format import write_zip
 from classifier.training.inference import load_weights, predict, saliency, score, test_loop
 from classifier.training.loop import set_training_mode
 from classifier.training.optimization import (
@@ -321,12 +320,9 @@ def skewed(folder: Path, common: int, rare: int) -> CustomImageDataset:
     labels = (np.arange(common + rare) < rare).astype(int)
     pictures = np.random.default_rng(common).integers(0, 200, (len(labels), 8, 8))
     pictures[:, :4] += 40 * labels[:, None, None]
-    files = [(f"{index}.png", encode_png(picture.astype(np.uint8))) for index, picture in enumerate(pictures)]
     folder.mkdir()
-    write_zip(folder / "images.zip", files)
-    rows = [f"{name},{label}\n" for (name, _), label in zip(files, labels, strict=True)]
-    (folder / "images.csv").write_text("file,label\n" + "".join(rows))
-    return CustomImageDataset(folder / "images.csv", folder / "images.zip", classes=2)
+    images = write_arrays(folder / "images", pictures.astype(np.uint8)[:, None])
+    return CustomImageDataset(write_annotations(folder / "images.csv", labels), images, classes=2)
 
 
 def test_a_rare_class_is_found_more_often_when_balanced(tmp_path: Path) -> None:

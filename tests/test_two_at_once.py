@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +19,12 @@ from project import Project, clean_environment, python, reproduced_project
 from small_data import write_idx_dataset
 from tracker import wait_for
 
+from classifier.data.arrays import ImageArrays
 from classifier.pipeline.outputs import hash_bytes
 
 pytestmark = pytest.mark.slow
 
-WATCHED = ("data/images.zip", "models/model_weights.pth", "metrics/train.json", "metrics/test.json")
+WATCHED = ("data/images", "models/model_weights.pth", "metrics/train.json", "metrics/test.json")
 BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")  # as DVC says it
 
 
@@ -110,7 +110,7 @@ def test_a_second_repro_beside_one_that_trains_anew(reference: Project, experime
     expected = experiments.copy(tmp_path / "expected")
     expected.dvc("exp", "apply", "one")
     after = expected.outputs()
-    assert [path for path in WATCHED if after[path] == before[path]] == ["data/images.zip"]
+    assert [path for path in WATCHED if after[path] == before[path]] == ["data/images"]
     with watched(project.root, {path: {before[path], after[path]} for path in WATCHED}):
         first = start(project, "dvc", "repro")
         wait_for(lambda: not (project.root / "models/model_weights.pth").exists())
@@ -163,7 +163,7 @@ def run_annotate(project: Project) -> None:
 
 
 def being_written(project: Project) -> list[Path]:
-    return list((project.root / "data").glob(".images.zip.*/images.zip.shards/*"))
+    return list((project.root / "data").glob(".images.*/images/*"))
 
 
 def wait_until_it_writes(project: Project, process: "subprocess.Popen[str]") -> None:
@@ -182,7 +182,7 @@ def test_an_annotate_that_is_killed_again_and_again_leaves_whole_files(annotatin
         run_annotate(annotating)
         seconds = time.monotonic() - begin
         for path, md5 in annotating.outputs().items():
-            if path.startswith(("data/images.zip", "data/annotations/")):
+            if path.startswith(("data/images", "data/annotations/")):
                 whole.setdefault(path, set()).add(md5)
     assert len(whole["data/annotations/train.csv"]) == 2
 
@@ -200,8 +200,7 @@ def test_an_annotate_that_is_killed_again_and_again_leaves_whole_files(annotatin
             process.communicate()
             assert len(being_written(annotating)) <= 1  # what the one before left is gone
             half += len(being_written(annotating))
-            with zipfile.ZipFile(root / "data/images.zip") as archive:
-                assert len(archive.namelist()) == 10_000
+            assert ImageArrays(root / "data/images").count == 10_000
         assert half > 2  # some were killed while they wrote
         run_annotate(annotating)
     assert all(len(md5s - {"missing"}) >= 1 for md5s in met.values())

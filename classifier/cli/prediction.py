@@ -16,8 +16,8 @@ from scipy.special import softmax
 
 from classifier.data.decoding import decode_image
 from classifier.pipeline.annotations import csv_cell
-from classifier.pipeline.archive import IMAGE_SUFFIXES, Images
 from classifier.pipeline.errors import PipelineError, printable
+from classifier.pipeline.image_files import IMAGE_SUFFIXES, ImageFiles
 from classifier.pipeline.outputs import read_json
 from classifier.pipeline.paths import EXPORT
 from classifier.progress import progress
@@ -30,7 +30,7 @@ class ImageFile(NamedTuple):
     """An image by the name that it is told by, and by its name in the folder or zip that it is read from."""
 
     name: str
-    place: Images
+    place: ImageFiles
     member: str
 
 
@@ -49,14 +49,14 @@ def find_images(arguments: Iterable[str], folder: Path, complain: Callable[[str]
     `photos/a/1.png` in the folder or zip `photos`. `complain` is called with what is wrong with an argument.
     """
     found = []
-    folders: dict[Path, Images] = {}
+    folders: dict[Path, ImageFiles] = {}
     for argument in arguments:
         path = folder / argument
         try:
             if not os.path.exists(path):  # noqa: PTH110, pathlib raises an error for folders that may not be entered
                 raise PipelineError(f"{argument}: no such file or folder")
             if path.is_dir() or path.suffix.lower() == ".zip":
-                images = Images(path)
+                images = ImageFiles(path)
                 members = [name for name in images.names() if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
                 if not members:
                     raise PipelineError(
@@ -66,7 +66,7 @@ def find_images(arguments: Iterable[str], folder: Path, complain: Callable[[str]
             else:
                 file = path.resolve()  # a link that a user names may lead anywhere
                 if file.parent not in folders:
-                    folders[file.parent] = Images(file.parent)
+                    folders[file.parent] = ImageFiles(file.parent)
                 found.append(ImageFile(printable(argument), folders[file.parent], file.name))
         except PipelineError as error:
             complain(printable(str(error)))

@@ -25,16 +25,16 @@ def draw_samples(target: Path) -> None:
     It needs the outputs of annotate alone. Raises PipelineError if they are missing, were changed or cannot be used.
     """
     names = class_names(verified(paths.ANNOTATIONS))
-    pixels, targets = first_images(streamed_batches(load_params(), names), ROWS, COLUMNS)
+    pixels, targets = first_images(sample_batches(load_params(), names), ROWS, COLUMNS)
     with atomic(target) as path:
         save_grid(path, pixels.numpy(), titles(targets, names), ROWS, COLUMNS)
 
 
-def streamed_batches(params: Params, names: list[str]) -> Batches:
-    """The batches that the train stage has, but for one-hot targets; only images that are asked for are decoded."""
+def sample_batches(params: Params, names: list[str]) -> Batches:
+    """The batches that the train stage has, but for one-hot targets."""
     (train_set,) = load_splits(["train"], len(names))
-    streamed = params.model_copy(update={"memory_limit_gib": 0, "workers": 0, "target_transform": None})
-    return training_batches(train_set, names, streamed, torch.device("cpu"))
+    params = params.model_copy(update={"target_transform": None})
+    return training_batches(train_set, names, params, torch.device("cpu"))
 
 
 def first_images(batches: Batches, rows: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,9 @@ process does, but for the last bits of sums. The first process alone writes file
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from classifier.pipeline.errors import PipelineError
-from classifier.pipeline.outputs import temporary_folder
 
 T = TypeVar("T")
 
@@ -96,36 +93,6 @@ class Group:
         if self.size > 1:
             torch.distributed.broadcast_object_list(made)
         return made[0]  # type: ignore[no-any-return]
-
-    def shared(self, shape: tuple[int, ...], fill: Callable[[Tensor], object]) -> Tensor:
-        """A uint8 tensor on the CPU that the first process of each machine fills, in the memory of all of its.
-
-        Raises what `fill` raises; in the other processes SystemExit, for that is told once.
-        """
-        size = prod(shape)
-        if self.local_size == 1:
-            pixels = torch.empty(shape, dtype=torch.uint8)
-            fill(pixels)
-            return pixels
-        is_first_here, fault = self.local_rank == 0, None
-        with temporary_folder(_memory_folder(size) / "classifier") if is_first_here else nullcontext() as folder:
-            path = str(folder / "pixels") if folder else ""
-            if is_first_here:
-                pixels = torch.from_file(path, shared=True, size=size, dtype=torch.uint8).view(shape)
-                try:
-                    fill(pixels)
-                except PipelineError as error:
-                    fault = error
-            told = self.gather((path, fault is None))
-            if fault:
-                raise fault
-            if not all(succeeded for _, succeeded in told):
-                raise SystemExit(1)
-            if not is_first_here:
-                path, _ = told[self.rank - self.local_rank]
-                pixels = torch.from_file(path, shared=True, size=size, dtype=torch.uint8).view(shape)
-            self.gather(None)  # all have it: the file's name can go
-        return pixels
 
 
 ALONE = Group()
@@ -222,13 +189,3 @@ class _BatchNormOverAll:
 def _total(tensor: Tensor) -> Tensor:
     total: Tensor = _Sum.apply(tensor)
     return total
-
-
-def _memory_folder(size: int) -> Path:
-    """The folder of shared memory if it has room for so many bytes, else the temporary folder."""
-    memory = Path("/dev/shm")  # noqa: S108, files there get names of their own
-    if memory.is_dir():
-        free = os.statvfs(memory)
-        if free.f_bavail * free.f_frsize > size:
-            return memory
-    return Path(tempfile.gettempdir())

@@ -1,8 +1,8 @@
 """Annotated images: the dataset class that everything goes through."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +11,49 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from classifier.data.decoding import LARGEST_PIXELS, decode_image
+from classifier.data.arrays import ImageArrays, array_files
+from classifier.data.decoding import decode_image
 from classifier.data.lockfile import verified
-from classifier.data.png import decode_stored_png, decode_stored_pngs
 from classifier.data.transforms import accept_tensors, to_float
 from classifier.pipeline.annotations import faulty_rows, read_annotations
-from classifier.pipeline.archive import Images
 from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.image_files import ImageFiles
 from classifier.pipeline.paths import ANNOTATIONS, IMAGES
-from classifier.progress import progress
 
-TOGETHER = 256  # small images that are decoded at once
+READ_BYTES = 2**26  # of images that are in memory at a time where all are read
 
 
 class CustomImageDataset(Dataset[tuple[Any, Any]]):
-    """Images of a folder, or of a zip of one, with the labels that a CSV gives them.
+    """Images with the labels that a CSV gives them.
 
-    annotations_file: CSV of two columns, file name in `img_dir` and label, as `read_annotations` takes it.
-    img_dir: the folder or zip, or what is already open of it.
+    annotations_file: CSV of file name and label, as `read_annotations` takes it; with image arrays also the row.
+    img_dir: a folder of image files, or a zip of one; or a folder of image arrays, as the annotate stage writes.
     transform: called with each image, a uint8 tensor (C, H, W); torchvision's ToTensor works too.
     target_transform: called with each label, an int; `targets` calls it with all labels, (N,) int64.
     classes: the number of classes, if labels beyond them are to be refused; mixup and cutmix need it.
-    What becomes of an image is said at `decode_image`, which files are read at `Images.read`.
+    `decode_image` says what becomes of an image file, `ImageFiles.read` which files are read.
     Raises PipelineError, naming file and rows, if the annotations cannot be used; and so do its methods for images.
     """
 
     def __init__(
         self,
         annotations_file: str | Path,
-        img_dir: str | Path | Images,
+        img_dir: str | Path | ImageArrays,
         transform: Callable[[Tensor], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
         *,
         classes: int | None = None,
     ) -> None:
         self.annotations = Path(annotations_file)
-        self.files, labels, self.rows = read_annotations(self.annotations, classes=classes)
+        self.images = img_dir if isinstance(img_dir, ImageArrays) else _open_images(Path(img_dir))
+        count = self.images.count if isinstance(self.images, ImageArrays) else None
+        self.files, labels, self.table_rows, self.array_rows = read_annotations(
+            self.annotations, classes=classes, images=count
+        )
+        if len(labels) and count is not None and self.array_rows is None:
+            raise PipelineError(f"{self.annotations}: no column row, which {img_dir} needs; `dvc repro` writes both")
         self.labels = torch.from_numpy(labels)
         self.classes = classes
-        self.images = img_dir if isinstance(img_dir, Images) else Images(Path(img_dir))
         self.transform: Any = accept_tensors(transform) if transform else None
         self.target_transform = target_transform
 
@@ -64,34 +68,54 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         )
 
     def decode(self, index: int) -> Tensor:
-        """Pixels of one image as uint8 (C, H, W). Raises PipelineError, naming file and row, if that is not usable."""
-        with self._naming_row(index):
-            return self.decode_as(None, index)
+        """Return one image as uint8 (C, H, W). Raises PipelineError, naming file and row, if it cannot be used."""
+        index = range(len(self))[index]  # which may be negative, or too large
+        if isinstance(self.images, ImageArrays):
+            return self.read([index])[0]
+        try:
+            return self._decode_file(index)
+        except PipelineError as error:
+            raise faulty_rows(self.annotations, [(self.table_rows[index], str(error))]) from None
 
-    def decode_as(self, shape: tuple[int, int, int] | None, index: int) -> Tensor:
-        """Pixels of one image, which must have the shape. Raises PipelineError, naming the file alone, if not."""
-        name = f"{self.files[index]} in {self.images.path}"
-        content = self.images.read(self.files[index])
-        # The quick way, for what `annotate` wrote; a stored picture of too many pixels has more bytes
-        pixels = decode_stored_png(content) if len(content) <= LARGEST_PIXELS else None
-        if pixels is None:
+    def read(self, indices: Sequence[int] | np.ndarray, out: Tensor | None = None) -> Tensor:
+        """Return some images, which must have one shape, as uint8 (n, C, H, W), in `out` or a new tensor.
+
+        Raises PipelineError that lists all rows whose image file cannot be used, or has another shape.
+        """
+        shape = self.image_shape()
+        images = torch.empty((len(indices), *shape), dtype=torch.uint8) if out is None else out
+        if isinstance(self.images, ImageArrays):
+            if self.array_rows is not None:  # it is None where there are no images
+                self.images.read(self.array_rows[np.asarray(indices, np.int64)], images.numpy())
+            return images
+        faults = []
+        for place, index in enumerate(indices):
             try:
-                pixels = decode_image(content)
-            except ValueError as error:
-                raise PipelineError(f"{name} is not a usable image: {error}") from None
-        if shape and pixels.shape != shape:
-            raise PipelineError(
-                f"{name} is {pixels.shape} (channels, height, width), but the first usable image is {shape}; "
-                "images must have one shape"
-            )
-        return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+                image = self._decode_file(index)
+                if image.shape != shape:
+                    raise PipelineError(
+                        f"{self.files[index]} in {self.images.path} is {tuple(image.shape)} (channels, height, width), "
+                        f"but the first usable image is {shape}; images must have one shape"
+                    )
+                images[place] = image
+            except PipelineError as error:
+                faults.append((self.table_rows[index], str(error)))
+        if faults:
+            raise faulty_rows(self.annotations, faults)
+        return images
+
+    def _decode_file(self, index: int) -> Tensor:
+        """Return the image of one file. Raises PipelineError, naming the file alone, if it cannot be used."""
+        assert isinstance(self.images, ImageFiles)  # noqa: S101
+        try:
+            pixels = decode_image(self.images.read(self.files[index]))
+        except ValueError as error:
+            raise PipelineError(f"{self.files[index]} in {self.images.path} is not a usable image: {error}") from None
+        return torch.from_numpy(pixels)
 
     def pixels(self, indices: Iterable[int]) -> Tensor:
-        """Pixels of some of the images, (n, C, H, W) float32 in [0, 1]; n may be 0."""
-        chosen = [int(index) for index in indices]
-        images = torch.empty((len(chosen), *self.image_shape()), dtype=torch.uint8)
-        self._decode_into(images, chosen)
-        return to_float(images)
+        """Return some images, (n, C, H, W) float32 in [0, 1]; n may be 0."""
+        return to_float(self.read([int(index) for index in indices]))
 
     def targets(self) -> Tensor:
         """All labels, (N,) int64, or what the target transform makes of them."""
@@ -111,29 +135,22 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         return len(self) / (len(names) * counts.double())
 
     def md5(self) -> str:
-        """Content digest: of the images' bytes and labels in order, independent of file names."""
-        digest = hashlib.md5(usedforsecurity=False)
-        for index, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
-            with self._naming_row(index):
-                content = self.images.read(file)
-            digest.update(f"{label} {len(content)} ".encode())
-            digest.update(content)
+        """Content digest: of the images' pixels and labels in order, independent of file names."""
+        digest = hashlib.md5(str(self.image_shape()).encode(), usedforsecurity=False)
+        digest.update(self.labels.numpy().tobytes())
+        images = max(1, READ_BYTES // math.prod(self.image_shape()))
+        for start in range(0, len(self), images):
+            digest.update(self.read(range(start, min(start + images, len(self)))).numpy().tobytes())
         return digest.hexdigest()
-
-    @contextmanager
-    def _naming_row(self, index: int) -> Iterator[None]:
-        """A PipelineError of the block, about one image, is raised anew with the row that names the image."""
-        try:
-            yield
-        except PipelineError as error:
-            raise faulty_rows(self.annotations, [(self.rows[index], str(error))]) from None
 
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the first usable image, which all must share. Raises PipelineError if there is none."""
+        if isinstance(self.images, ImageArrays):
+            return self.images.image_shape
         faults = []
-        for index, row in enumerate(self.rows):
+        for index, row in enumerate(self.table_rows):
             try:
-                channels, height, width = self.decode_as(None, index).shape
+                channels, height, width = self._decode_file(index).shape
             except PipelineError as error:
                 faults.append((row, str(error)))
             else:
@@ -142,45 +159,13 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
             raise faulty_rows(self.annotations, faults)
         raise PipelineError(f"{self.annotations}: names no image")
 
-    def decode_all(self, into: Tensor | None = None) -> Tensor:
-        """Pixels of all images as one uint8 tensor (N, C, H, W), that given or a new one, with a progress bar."""
-        images = torch.empty((len(self), *self.image_shape()), dtype=torch.uint8) if into is None else into
-        self._decode_into(images, range(len(self)), hidden=False)
-        return images
-
-    def _decode_into(self, images: Tensor, indices: Sequence[int], hidden: bool = True) -> None:
-        """Decode some of the images into uint8 (n, C, H, W). Raises PipelineError that lists all that are not usable.
-
-        hidden: show no progress.
-        """
-        shape = self.image_shape()
-        faults = []
-        with progress("decoding", "image", len(indices), hidden=hidden) as bar:
-            for start in range(0, len(indices), TOGETHER):
-                some = indices[start : start + TOGETHER]
-                pixels = self._decode_together(some)
-                if pixels is not None and pixels.shape[1:] == shape:
-                    images[start : start + len(some)].numpy()[:] = pixels
-                    bar.update(len(some))
-                    continue
-                for place, index in enumerate(some, start):
-                    try:
-                        images[place] = self.decode_as(shape, index)
-                    except PipelineError as error:
-                        faults.append((self.rows[index], str(error)))
-                    bar.update()
-        if faults:
-            raise faulty_rows(self.annotations, faults)
-
-    def _decode_together(self, indices: Sequence[int]) -> np.ndarray | None:
-        """Pixels (n, C, H, W) uint8 of small images that `annotate` wrote; None if one is another, or not usable."""
-        with suppress(PipelineError):
-            return decode_stored_pngs(self.images.read(self.files[index]) for index in indices)
-        return None
-
 
 def load_splits(splits: Sequence[str], classes: int) -> list[CustomImageDataset]:
-    """Some of train, val and test, as the annotate stage has written them, all read from the same open zips."""
-    images = Images(verified(IMAGES))
-    csvs = verified(ANNOTATIONS)
-    return [CustomImageDataset(csvs / f"{split}.csv", images, classes=classes) for split in splits]
+    """Return some of train, val and test, as the annotate stage has written them."""
+    images = ImageArrays(verified(IMAGES))
+    tables = verified(ANNOTATIONS)
+    return [CustomImageDataset(tables / f"{split}.csv", images, classes=classes) for split in splits]
+
+
+def _open_images(path: Path) -> ImageFiles | ImageArrays:
+    return ImageArrays(path) if array_files(path) else ImageFiles(path)

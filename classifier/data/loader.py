@@ -1,30 +1,31 @@
 """A dataset in batches, in a reproducible order.
 
-Images are decoded once into one uint8 tensor (N, C, H, W), which is moved to the device once, if it has room, and
-batched by index. Above the memory limit they are decoded anew in every epoch by worker processes instead: the same
-order, the same batches, the same numbers. What is not on a CUDA device is copied there a batch ahead.
+Images are read by index from the mapped arrays that `annotate` wrote. An accelerator with room for all of them gets a
+copy once; otherwise each batch is copied while the one before is computed. Images above the memory limit may have to
+come from the disk: a thread reads them some batches ahead. Order, batches and numbers are the same in each case.
 """
 
 import math
-import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from classifier.compute.device import has_room, to_device
 from classifier.compute.distributed import ALONE, Group
 from classifier.data.dataset import CustomImageDataset
 from classifier.data.transforms import MIXING, augment, mix, one_hot, to_float
-from classifier.pipeline.annotations import faulty_rows
 from classifier.pipeline.errors import PipelineError
 
 if TYPE_CHECKING:  # benchmarks.accelerator runs where pydantic is not installed
     from classifier.pipeline.params import Params
+
+READ_AHEAD = 4  # batches
 
 
 def batches_of(
@@ -47,8 +48,7 @@ def training_batches(
 ) -> "Batches":
     """A dataset in batches to train on: in the order, with the targets, balanced and augmented as params.yaml says.
 
-    names: of the classes. Raises PipelineError if classes are to be balanced and one has no image, before images are
-    decoded.
+    names: of the classes. Raises PipelineError if classes are to be balanced and one has no image.
     """
     class_weights = None if params.balance == "none" else dataset.class_weights(names)
     if params.target_transform == "one_hot":
@@ -126,11 +126,11 @@ class Batches:
         self.image_count = len(dataset)
         self.targets = dataset.targets().to(device)
         self.image_shape = dataset.image_shape()
-        shape = (self.image_count, *self.image_shape)
-        fits = math.prod(shape) <= memory_limit_gib * 2**30
-        self.pixels = group.shared(shape, dataset.decode_all) if fits else None
-        if self.pixels is not None and has_room(device, math.prod(shape)):
-            self.pixels = self.pixels.to(device)
+        total_bytes = self.image_count * math.prod(self.image_shape)
+        self.fits_memory = total_bytes <= memory_limit_gib * 2**30
+        self.on_device: Tensor | None = None
+        if device.type != "cpu" and self.fits_memory and has_room(device, total_bytes):
+            self.on_device = dataset.read(range(self.image_count)).to(device)
 
     def __len__(self) -> int:
         """The number of batches in an epoch; the last one may be smaller."""
@@ -173,47 +173,36 @@ class Batches:
             yield order[number * self.batch_size :][: self.batch_size][places]
 
     def _pixels(self, order: Tensor, first: int) -> Iterator[Tensor]:
-        """uint8 pixels on the device of what `_parts` names, from memory or from the worker processes."""
-        if self.pixels is not None and self.pixels.device == self.targets.device:
+        """uint8 pixels on the device of what `_parts` names."""
+        if self.on_device is not None:
             for index in self._parts(to_device(order, self.device), first):
-                yield self.pixels.index_select(0, index)  # on a CPU several times as quick as pixels[index]
+                yield self.on_device.index_select(0, index)
             return
-        pixels = self._picked(order, first) if self.pixels is not None else self._decoded(order, first)
+        parts = self._parts(order, first)
+        pixels = map(self._read, parts) if self.fits_memory else _read_ahead(self._read, parts)
         if self.device.type == "cuda":
             yield from copied_ahead(pixels, self.device)
         else:
             yield from (batch.to(self.device) for batch in pixels)
 
-    def _picked(self, order: Tensor, first: int) -> Iterator[Tensor]:
-        """Pixels on the CPU, page-locked, of images that are in its memory because the device has no room for all."""
-        assert self.pixels is not None  # noqa: S101
-        for index in self._parts(order, first):
-            batch = torch.empty((len(index), *self.image_shape), dtype=torch.uint8, pin_memory=True)
-            yield torch.index_select(self.pixels, 0, index, out=batch)
+    def _read(self, index: Tensor) -> Tensor:
+        """Pixels on the CPU, in page-locked memory for a CUDA device."""
+        if self.device.type != "cuda":
+            return self.dataset.read(index.numpy())
+        batch = torch.empty((len(index), *self.image_shape), dtype=torch.uint8, pin_memory=True)
+        return self.dataset.read(index.numpy(), out=batch)
 
-    def _decoded(self, order: Tensor, first: int) -> Iterator[Tensor]:
-        """Pixels on the CPU, page-locked for a CUDA device, decoded by the worker processes."""
-        if first == len(self):
-            return
-        loader = DataLoader(
-            _Pixels(self.dataset, self.image_shape),
-            batch_sampler=(index.tolist() for index in self._parts(order, first)),  # made when they are asked for
-            num_workers=self.workers,
-            collate_fn=partial(_stack, self.image_shape),
-            worker_init_fn=_leave_signals,
-            generator=torch.Generator(),  # or it would draw from the global one, which dropout draws from
-            pin_memory=self.device.type == "cuda",
-        )
-        faults: list[tuple[int, str]] = []
-        for pixels in loader:
-            if isinstance(pixels, list):
-                if not faults:
-                    print("An image cannot be used: looking through the others of this epoch", flush=True)
-                faults += pixels
-            elif not faults:
-                yield pixels
-        if faults:
-            raise faulty_rows(self.dataset.annotations, sorted(faults))
+
+def _read_ahead(read: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What `read` returns for each part, in order; a thread is up to READ_AHEAD parts ahead."""
+    waiting: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for part in parts:
+            waiting.append(pool.submit(read, part))
+            if len(waiting) > READ_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def copied_ahead(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
@@ -236,41 +225,3 @@ def _arrived(batch: Tensor, copied: torch.cuda.Event) -> Tensor:
     current.wait_event(copied)
     batch.record_stream(current)
     return batch
-
-
-class _Pixels(Dataset[Tensor | tuple[int, str]]):
-    """The decoded images of a dataset without labels, for worker processes; for an unusable one, its row and why.
-
-    An error is handed over, not raised: a DataLoader would wrap the worker's traceback into its message.
-    """
-
-    def __init__(self, dataset: CustomImageDataset, shape: tuple[int, int, int]) -> None:
-        self.dataset = dataset
-        self.shape = shape
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Tensor | tuple[int, str]:
-        try:
-            return self.dataset.decode_as(self.shape, index)
-        except PipelineError as error:
-            return self.dataset.rows[index], str(error)
-
-
-def _leave_signals(_: int) -> None:
-    """A signal to the whole process group, as Ctrl-C is, is answered by the main process, which then ends these."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _stack(shape: tuple[int, int, int], images: list[Tensor | tuple[int, str]]) -> Tensor | list[tuple[int, str]]:
-    """One uint8 tensor (B, C, H, W), or what is wrong with its images."""
-    pixels = torch.empty((len(images), *shape), dtype=torch.uint8)
-    faults = []
-    for place, image in enumerate(images):
-        if isinstance(image, tuple):
-            faults.append(image)
-        else:
-            pixels[place] = image
-    return faults or pixels

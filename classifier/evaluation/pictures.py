@@ -1,7 +1,6 @@
 """What the evaluate stage draws of a trained network: confusion, samples, mistakes, reliability, saliency."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,11 @@ def draw(
     test_set: CustomImageDataset,
     logits: np.ndarray,
     names: list[str],
-    own: Mapping[str, str],
     seed: int,
 ) -> None:
     """Write the confusion table (a row an image, as DVC's template wants it) and the pictures.
 
-    logits: (N, classes) of all N test images; names: of the classes; own: the users' names of the images' files, by
-    those in images.zip; seed: of the choice of samples.
+    logits: (N, classes) of all N test images; names: of the classes; seed: of the choice of samples.
     """
     labels, answers = test_set.labels.numpy(), logits.argmax(1)
     cells = np.array([*map(csv_cell, names)])
@@ -42,14 +39,14 @@ def draw(
 
     chosen = np.random.default_rng(seed).permutation(len(labels))
     samples = chosen[: math.prod(SAMPLES)]
-    titles = [plots.title(f"true: {names[labels[i]]}", file=own[test_set.files[i]]) for i in samples]
+    titles = [plots.title(f"true: {names[labels[i]]}", file=test_set.files[i]) for i in samples]
     plots.save_grid(folder / "samples.png", test_set.pixels(samples).numpy(), titles, *SAMPLES)
 
     probabilities = softmax(logits.astype(np.float64), axis=1)
 
     def compared(index: int) -> str:
         predicted = f"predicted: {probabilities[index].max():.0%} {names[answers[index]]}"
-        return plots.title(f"true: {names[labels[index]]}", predicted, file=own[test_set.files[index]])
+        return plots.title(f"true: {names[labels[index]]}", predicted, file=test_set.files[index])
 
     mistakes = most_confident_mistakes(logits, labels, math.prod(MISTAKES))
     titles = [compared(index) for index in mistakes]

@@ -1,7 +1,7 @@
 """metrics/predictions.csv: what the network says of each validation and test image, by the name that its file had."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ ROWS = 1000  # of which there are probabilities in memory at a time
 
 
 class Predicted(NamedTuple):
-    """The N images of a split. files: their names in images.zip; labels: (N,) int64; logits: (N, classes)."""
+    """The N images of a split. files: their names in the user's data; labels: (N,) int64; logits: (N, classes)."""
 
     split: str
     files: Sequence[str]
@@ -23,18 +23,10 @@ class Predicted(NamedTuple):
     logits: np.ndarray
 
 
-def own_names(originals: Path, files: Iterable[str]) -> dict[str, str]:
-    """What files of images.zip were called in the user's data: by the table of annotate, and else as they are there."""
-    names = {name: name for name in files}
-    with originals.open(encoding="utf-8", newline="") as table:
-        names |= {row["file"]: row["original"] for row in csv.DictReader(table) if row["file"] in names}
-    return names
-
-
-def write_predictions(path: Path, splits: Sequence[Predicted], own: dict[str, str], classes: Sequence[str]) -> None:
+def write_predictions(path: Path, splits: Sequence[Predicted], classes: Sequence[str]) -> None:
     """Write a row an image: file, split, label, predicted, then the probability of each class as P(name).
 
-    own: the name to write for each of the files. What a spreadsheet would take for a formula is quoted, see `csv_cell`.
+    What a spreadsheet would take for a formula is quoted, see `csv_cell`.
     """
     cells = [*map(csv_cell, classes)]
     spelt = f"{{:.{DIGITS}g}}".format
@@ -45,7 +37,7 @@ def write_predictions(path: Path, splits: Sequence[Predicted], own: dict[str, st
             for start in range(0, len(files), ROWS):
                 some = logits[start : start + ROWS].astype(np.float64)
                 table.writerows(
-                    [csv_cell(own[files[index]]), split, cells[labels[index]], cells[answer], *map(spelt, row)]
+                    [csv_cell(files[index]), split, cells[labels[index]], cells[answer], *map(spelt, row)]
                     for index, answer, row in zip(
                         range(start, start + len(some)), some.argmax(1), softmax(some, axis=1).tolist(), strict=True
                     )

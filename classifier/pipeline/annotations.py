@@ -75,11 +75,16 @@ class Names(Sequence[str]):
 
 
 class Annotations(NamedTuple):
-    """files: N names; labels: (N,) int64; rows: the N numbers of the rows they stand in."""
+    """N images.
+
+    files: their names. labels: (N,) int64. table_rows: the row of the table that names each. array_rows: (N,) int64,
+    the row of each in the image arrays, if the table has that column.
+    """
 
     files: Sequence[str]
     labels: np.ndarray
-    rows: Sequence[int]
+    table_rows: Sequence[int]
+    array_rows: np.ndarray | None
 
 
 def repeated(values: Iterable[Hashable]) -> set[int]:
@@ -92,57 +97,64 @@ def repeated(values: Iterable[Hashable]) -> set[int]:
     return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
 
 
-def read_annotations(path: Path, *, classes: int | None = None) -> Annotations:
-    """Read a CSV of two columns, file name in the image folder and label, with or without a header.
+def read_annotations(path: Path, *, classes: int | None = None, images: int | None = None) -> Annotations:
+    """Read a CSV of file name and label, with or without a header; or of file name, label and array row.
 
     The first row is a header if its second value starts with a letter and its first has no dot. A label is a whole
-    number from 0 on, below `classes` if that is given. A file name is relative to the image folder, does not leave it,
-    has no control characters, and stands in one row; `./a//b.png` is read as `a/b.png`. A header without rows is a
-    table of no images. Raises PipelineError, with all rows at fault, if anything else is in the file.
+    number from 0 on, below `classes` if that is given; an array row likewise, below `images`. A file name is relative
+    to the image folder, does not leave it, has no control characters, and stands in one row; `./a//b.png` is read as
+    `a/b.png`. A header without rows is a table of no images. Raises PipelineError that lists the rows at fault, if
+    anything else is in the file.
     """
-    # Of a million names, those that are there twice at the most are to be remembered with their rows
-    again = repeated(_clean(values[0]) for _, values in read_rows(path) if len(values) == 2)
-    files, labels, rows = Names(), array("q"), array("q")
+    # Of a million names, only those that are there twice are remembered with their rows
+    again = repeated(_clean(values[0]) for _, values in read_rows(path) if len(values) in (2, 3))
+    files, labels, table_rows, array_rows = Names(), array("q"), array("q"), array("q")
     faults: list[tuple[int, str]] = []
     seen: dict[str, tuple[int, int | None]] = {}
     known: dict[str, int | None] = {}
-    is_first = True
+    width = 0
     for row, values in read_rows(path):
         if isinstance(values, str):
             faults.append((row, values))
-        elif len(values) != 2:
-            faults.append((row, f"columns: {len(values)} instead of two, the file name and the label"))
-        elif is_first and "." not in values[0] and re.match(r"[^\W\d]", values[1].strip()):
-            pass  # a header; boot.png,boot is none
-        else:
-            text = values[1]
-            if text not in known:
-                known[text] = _number(text, classes)
-            label = known[text]
-            if label is None:
-                faults.append((row, f"label {shown(text)} is not {_expected(classes)}"))
-            name = values[0]
-            if _is_unusual(name):
-                if fault := name_fault(name):
-                    faults.append((row, fault))
-                    continue
-                name = _clean(name)
-            if name in seen:
-                first_row, first_label = seen[name]
-                if None in (label, first_label) or label == first_label:
-                    faults.append((row, f"{name} is also in row {first_row}"))
-                else:
-                    faults.append((row, f"{name} has label {label}, but label {first_label} in row {first_row}"))
-            elif label is not None:
-                files.append(name)
-                labels.append(label)
-                rows.append(row)
-            if hash(name) in again:
-                seen.setdefault(name, (row, label))
-        is_first = False
+            continue
+        is_first, width = width == 0, width or len(values)
+        if len(values) != width or width not in (2, 3):
+            expected = "three, file, label and row" if width == 3 else "two, the file name and the label"
+            faults.append((row, f"columns: {len(values)} instead of {expected}"))
+            continue
+        if is_first and "." not in values[0] and re.match(r"[^\W\d]", values[1].strip()):
+            continue  # a header; boot.png,boot is none
+        name, text = values[:2]
+        if text not in known:
+            known[text] = _number(text, classes)
+        label = known[text]
+        if label is None:
+            faults.append((row, f"label {shown(text)} is not {_expected(classes)}"))
+        array_row = _number(values[2], images) if width == 3 else 0
+        if array_row is None:
+            faults.append((row, f"row {shown(values[2])} is not {_expected(images)}"))
+        if _is_unusual(name):
+            if fault := name_fault(name):
+                faults.append((row, fault))
+                continue
+            name = _clean(name)
+        if name in seen:
+            first_row, first_label = seen[name]
+            if None in (label, first_label) or label == first_label:
+                faults.append((row, f"{name} is also in row {first_row}"))
+            else:
+                faults.append((row, f"{name} has label {label}, but label {first_label} in row {first_row}"))
+        elif label is not None and array_row is not None:
+            files.append(name)
+            labels.append(label)
+            table_rows.append(row)
+            array_rows.append(array_row)
+        if hash(name) in again:
+            seen.setdefault(name, (row, label))
     if faults:
         raise faulty_rows(path, faults)
-    return Annotations(files, np.frombuffer(labels, np.int64), rows)
+    in_arrays = np.frombuffer(array_rows, np.int64) if width == 3 else None
+    return Annotations(files, np.frombuffer(labels, np.int64), table_rows, in_arrays)
 
 
 def _is_unusual(name: str) -> bool:

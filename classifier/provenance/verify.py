@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from classifier.data.arrays import ImageArrays, differing_rows
 from classifier.data.lockfile import md5s_in, read_lock
 from classifier.pipeline.annotations import read_annotations
-from classifier.pipeline.archive import shards
 from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.outputs import hash_path, is_there
 from classifier.pipeline.paths import (
@@ -35,7 +35,6 @@ from classifier.pipeline.paths import (
     TRAIN_METRICS,
 )
 from classifier.pipeline.safe_yaml import read_yaml
-from classifier.pipeline.zip_format import Zip
 from classifier.provenance.lineage import md5_here, stale
 from classifier.tracking.git import changes, commit_of, git
 
@@ -295,19 +294,15 @@ def _not_as_locked(md5s: dict[str, str], folder: Path) -> list[str]:
 
 
 def _changed_images(here: Path, rebuilt: Path) -> str:
-    """Which members of the images' zips differ from the rebuilt ones, for the reason of its verdict."""
+    """Which rows of the image arrays differ from the rebuilt ones, for the reason of the verdict."""
     if here != IMAGES or not here.exists():
         return ""
     try:
-        members = [
-            {member.filename: member.CRC for shard in shards(path) or [path] for _, member in Zip(shard).members()}
-            for path in (here, rebuilt)
-        ]
-    except Exception as error:  # what is no zip makes it raise anything
-        return f", and not readable as a zip: {' '.join(str(error).split()) or type(error).__name__}"
-    differing = sorted(dict(members[0].items() ^ members[1].items()))
-    more = f" and {len(differing) - LISTED} more" if len(differing) > LISTED else ""
-    return f"; differing images: {', '.join(differing[:LISTED])}{more}" if differing else "; the images are the same"
+        rows = differing_rows(ImageArrays(here), ImageArrays(rebuilt))
+    except PipelineError as error:
+        return f", and {error}"
+    more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
+    return f"; differing rows: {', '.join(map(str, rows[:LISTED]))}{more}" if rows else "; the images are the same"
 
 
 def _lock(folder: Path) -> dict[str, Any]:

@@ -20,16 +20,15 @@ import numpy as np
 class LabelledImages(NamedTuple):
     """N images of a split, read only when they are asked for.
 
-    images: each the bytes of an image file, or pixels as an array (H, W) or (H, W, 3) uint8.
+    images: each the bytes of an image file, or pixels as an array (H, W) or (H, W, 3) uint8. A slice of them can be
+        pickled: worker processes decode the images.
     labels: (N,) int64.
-    names: what the N images are called in images.zip, each once in all splits; None for numbers.
-    originals: what they are called in the user's data; None if that has no names of its own.
+    names: of the N images in the user's data, each once in all splits; None if it has no names.
     """
 
     images: Sequence[np.ndarray | bytes] | np.ndarray
     labels: np.ndarray
     names: Sequence[str] | None = None
-    originals: Sequence[str] | None = None
 
 
 def load_source(name: str) -> ModuleType:

@@ -21,7 +21,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,11 +32,10 @@ from classifier.pipeline.annotations import (
     faulty_rows,
     name_fault,
     parse_rows,
-    repeated,
     shown,
 )
-from classifier.pipeline.archive import IMAGE_SUFFIXES, Images
 from classifier.pipeline.errors import PipelineError, printable
+from classifier.pipeline.image_files import IMAGE_SUFFIXES, ImageFiles
 from classifier.pipeline.outputs import atomic
 from classifier.progress import progress
 from classifier.sources import LabelledImages
@@ -54,38 +53,21 @@ TABLE_SUFFIXES = (".csv", ".tsv")
 UNLABELLED = "they have no classes; `classifier predict` answers for them"
 
 
-class Entry(NamedTuple):
-    """An image of a split: its name in the data, its class, and its name below the folder of its class or table."""
-
-    name: str
-    class_name: str
-    below: str
-
-
-class Entries(Sequence[Entry]):
-    """Entries in little more memory than their names have bytes."""
+class Entries:
+    """Images with their classes, in little more memory than their names have bytes."""
 
     def __init__(self) -> None:
         self.names = Names()
         self.classes: list[str] = []
         self._numbers: dict[str, int] = {}  # of the classes
-        self._class_of, self._start_of = array("q"), array("q")
+        self._class_of = array("q")
 
-    def append(self, name: str, class_name: str, start: int) -> None:
-        """start: where in the name that below the folder of its class or table starts."""
+    def append(self, name: str, class_name: str) -> None:
         self.names.append(name)
         if class_name not in self._numbers:
             self._numbers[class_name] = len(self.classes)
             self.classes.append(class_name)
         self._class_of.append(self._numbers[class_name])
-        self._start_of.append(start)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
-        name = self.names[index]
-        return Entry(name, self.classes[self._class_of[index]], name[self._start_of[index] :])
 
     def labels(self, label_of: Mapping[str, int]) -> np.ndarray:
         """(N,) int64, by the labels of the classes."""
@@ -109,7 +91,7 @@ def fetch(raw: Path, data_path: Path) -> None:
     if not data_path.exists():
         raise PipelineError(f"data_path: {data_path} does not exist")
     _keep_out_of_git(data_path)
-    images = Images(data_path)
+    images = ImageFiles(data_path)
     layout = find_layout(images)
     for text in layout.unused:
         print(f"not used: {printable(text)}", flush=True)
@@ -129,53 +111,42 @@ def fetch(raw: Path, data_path: Path) -> None:
 
 def class_names(raw: Path) -> list[str]:
     """The names of the classes, by label."""
-    return _names_of_classes(find_layout(_images(raw)))
+    return _names_of_classes(find_layout(_open(raw)))
 
 
 def read(raw: Path) -> dict[str, LabelledImages]:
     """The splits that the data has, each in the order of label and name; all is "train" where it has none."""
-    images = _images(raw)
+    images = _open(raw)
     layout = find_layout(images)
     labels = {name: label for label, name in enumerate(_names_of_classes(layout))}
     splits = {}
     for split, entries in layout.splits.items():
-        folder = split if len(layout.splits) > 1 else "images"
-        of_entries = entries.labels(labels)
-        names = _png_names(
-            Names(f"{folder}/{label}/{entry.below}" for label, entry in zip(of_entries, entries, strict=True))
-        )
-        order = names.order()
-        originals = Names(entries.names[place] for place in order)
-        splits[split] = LabelledImages(
-            _Files(images, originals), of_entries[order], Names(names[place] for place in order), originals
-        )
+        order = entries.names.order()
+        of_names = entries.labels(labels)[order]
+        by_label = np.argsort(of_names, kind="stable")
+        names = Names(entries.names[place] for place in order[by_label])
+        splits[split] = LabelledImages(_Contents(images, names), of_names[by_label], names)
     return splits
 
 
-class _Files(Sequence[bytes]):
+class _Contents(Sequence[bytes]):
     """The contents of files, read when they are asked for."""
 
-    def __init__(self, images: Images, names: Names) -> None:
+    def __init__(self, images: ImageFiles, names: Sequence[str]) -> None:
         self.images = images
         self.names = names
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return _Contents(self.images, self.names[index])
         return self.images.read(self.names[index])
 
 
-def _images(raw: Path) -> Images:
-    return Images(raw / ZIP if (raw / ZIP).is_file() else raw)
-
-
-def _png_names(names: Names) -> Names:
-    """Names with .png for their suffix, or, where two would be the same, behind it; behind all if that does not do."""
-    again = repeated(map(_without_suffix, names))
-    count = Counter(stem for name in names if hash(stem := _without_suffix(name)) in again)
-    short = Names(f"{name if count[stem := _without_suffix(name)] > 1 else stem}.png" for name in names)
-    return Names(f"{name}.png" for name in names) if repeated(short) else short
+def _open(raw: Path) -> ImageFiles:
+    return ImageFiles(raw / ZIP if (raw / ZIP).is_file() else raw)
 
 
 def _without_suffix(name: str) -> str:
@@ -192,7 +163,7 @@ def _names_of_classes(layout: Layout) -> list[str]:
 # What is where
 
 
-def find_layout(images: Images) -> Layout:
+def find_layout(images: ImageFiles) -> Layout:
     """Find the images with their classes. Raises PipelineError, with all files or rows at fault, if it is not clear."""
     where = str(images.path)
     names = images.names()
@@ -237,7 +208,7 @@ def _from_folders(where: str, pictures: Names) -> Layout:
         if split is None or (has_splits and len(path) == 1):
             beside[path[0] if len(path) > 1 else "no folder"] += 1
         elif above:
-            splits[split].append(name, above[0], len(name) - len("/".join(path[has_splits + 1 :])))
+            splits[split].append(name, above[0])
         else:
             stray[split].append(name)
     unused = [f"{count} images in {folder}, beside the folders of the splits" for folder, count in beside.items()]
@@ -248,7 +219,7 @@ def _from_folders(where: str, pictures: Names) -> Layout:
     return Layout({split: splits[split] for split in ("train", "val", "test") if split in splits}, [], unused)
 
 
-def _from_tables(images: Images, pictures: Names, tables: list[str]) -> Layout:
+def _from_tables(images: ImageFiles, pictures: Names, tables: list[str]) -> Layout:
     depth = min(name.count("/") for name in tables)
     tables = [name for name in tables if name.count("/") == depth and "submission" not in name.casefold()]
     by_split = {split: name for name in tables if (split := _split_of_table(name))}
@@ -276,15 +247,14 @@ def _from_tables(images: Images, pictures: Names, tables: list[str]) -> Layout:
     entries: dict[str, Entries] = {}
     for split in ("train", "val", "test"):
         if rows_of_split := splits.get(split):
-            start = len(_common_folder([name for name, _ in rows_of_split]))
             entries[split] = Entries()
             for name, class_name in rows_of_split:
-                entries[split].append(name, class_name, start)
+                entries[split].append(name, class_name)
     return Layout(entries, used, unused)
 
 
 def _read_table(
-    images: Images, table: str, given: str, find: Callable[[str, str], list[str]], seen: dict[str, str]
+    images: ImageFiles, table: str, given: str, find: Callable[[str, str], list[str]], seen: dict[str, str]
 ) -> list[tuple[str, str, str]] | None:
     """Split, image and class of each row, or None if a table of test images has no classes.
 

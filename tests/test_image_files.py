@@ -1,7 +1,6 @@
-"""Image folders and zips of them: read alike, and zips whose bytes are reproducible."""
+"""Image folders and zips of them, read alike, and what is refused of them."""
 
 import errno
-import hashlib
 import multiprocessing
 import os
 import pickle
@@ -9,8 +8,6 @@ import re
 import socket
 import stat
 import struct
-import subprocess
-import sys
 import tempfile
 import tracemalloc
 import warnings
@@ -18,13 +15,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from imports import ROOT
+from pictures import write_zip
 from torch.utils.data import DataLoader, Dataset
 
-from classifier.pipeline.archive import Images
 from classifier.pipeline.errors import PipelineError
+from classifier.pipeline.image_files import LARGEST_FILE, ImageFiles
 from classifier.pipeline.outputs import hash_bytes
-from classifier.pipeline.zip_format import LARGEST_FILE, write_zip
 
 FILES = {f"train/{index:03d}.png": bytes([index]) * (100 + index) for index in range(40)} | {"grün/ä.png": b"\0" * 9}
 
@@ -36,26 +32,26 @@ def zipped(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["zip", "folder"])
-def images(request: pytest.FixtureRequest, tmp_path: Path, zipped: Path) -> Images:
+def images(request: pytest.FixtureRequest, tmp_path: Path, zipped: Path) -> ImageFiles:
     if request.param == "zip":
-        return Images(zipped)
+        return ImageFiles(zipped)
     with zipfile.ZipFile(zipped) as archive:
         archive.extractall(tmp_path / "folder")
-    return Images(tmp_path / "folder")
+    return ImageFiles(tmp_path / "folder")
 
 
-def test_folder_and_zip_read_alike(images: Images) -> None:
+def test_folder_and_zip_read_alike(images: ImageFiles) -> None:
     assert {name: images.read(name) for name in FILES} == FILES
 
 
-def test_missing_file_is_named(images: Images) -> None:
+def test_missing_file_is_named(images: ImageFiles) -> None:
     with pytest.raises(PipelineError, match=r"train/999\.png is missing in .*(images\.zip|folder)"):
         images.read("train/999.png")
 
 
 def test_missing_archive_is_named(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"nowhere\.zip: no such image folder or zip"):
-        Images(tmp_path / "nowhere.zip")
+        ImageFiles(tmp_path / "nowhere.zip")
 
 
 def test_corrupted_member_is_named(zipped: Path) -> None:
@@ -63,7 +59,7 @@ def test_corrupted_member_is_named(zipped: Path) -> None:
     position = content.index(FILES["train/007.png"])
     content[position + 50] ^= 1
     zipped.write_bytes(content)
-    images = Images(zipped)
+    images = ImageFiles(zipped)
     with pytest.raises(PipelineError, match=r"train/007\.png in .*images\.zip is not readable: Bad CRC-32"):
         images.read("train/007.png")
     assert images.read("train/008.png") == FILES["train/008.png"]
@@ -81,7 +77,7 @@ def test_any_flipped_bit_is_an_error_or_harmless(tmp_path: Path) -> None:
         (tmp_path / "damaged.zip").write_bytes(damaged)
         for name, expected in files.items():
             try:
-                assert Images(tmp_path / "damaged.zip").read(name) == expected, position
+                assert ImageFiles(tmp_path / "damaged.zip").read(name) == expected, position
             except PipelineError:
                 refused += 1
     assert refused > sum(map(len, files.values()))
@@ -91,7 +87,7 @@ def test_any_flipped_bit_is_an_error_or_harmless(tmp_path: Path) -> None:
 def test_not_a_zip(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "photos.zip").write_bytes(content)
     with pytest.raises(PipelineError, match=r"photos\.zip: not readable as a zip: File is not a zip file"):
-        Images(tmp_path / "photos.zip")
+        ImageFiles(tmp_path / "photos.zip")
 
 
 def test_encrypted_zip_is_refused(zipped: Path) -> None:
@@ -100,7 +96,7 @@ def test_encrypted_zip_is_refused(zipped: Path) -> None:
         content[content.index(signature) + flags] |= 1  # "this member is encrypted", for the first one
     zipped.write_bytes(content)
     with pytest.raises(PipelineError, match=r"train/000\.png in .*images\.zip is not readable: .*encrypted"):
-        Images(zipped).read("train/000.png")
+        ImageFiles(zipped).read("train/000.png")
 
 
 def test_zip_made_elsewhere(tmp_path: Path) -> None:
@@ -108,7 +104,7 @@ def test_zip_made_elsewhere(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "own.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in FILES.items():
             archive.writestr(name, content)
-    images = Images(tmp_path / "own.zip")
+    images = ImageFiles(tmp_path / "own.zip")
     assert {name: images.read(name) for name in FILES} == FILES
 
 
@@ -117,18 +113,20 @@ def test_zip_cut_short(zipped: Path) -> None:
     for length in (10, len(content) // 2, len(content) - 1):
         zipped.write_bytes(content[:length])
         with pytest.raises(PipelineError, match=r"images\.zip: not readable as a zip"):
-            Images(zipped)
+            ImageFiles(zipped)
 
 
-def own_zip(path: Path, *members: tuple[zipfile.ZipInfo | str, bytes], compression: int = zipfile.ZIP_STORED) -> Images:
+def own_zip(
+    path: Path, *members: tuple[zipfile.ZipInfo | str, bytes], compression: int = zipfile.ZIP_STORED
+) -> ImageFiles:
     with zipfile.ZipFile(path, "w", compression) as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # duplicate names
         for member, content in members:
             archive.writestr(member, content)
-    return Images(path)
+    return ImageFiles(path)
 
 
-def refused(images: Images, name: str, why: str) -> None:
+def refused(images: ImageFiles, name: str, why: str) -> None:
     with pytest.raises(PipelineError, match=rf"{re.escape(name)} in .* is not readable: {why}"):
         images.read(name)
 
@@ -166,21 +164,22 @@ def test_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     del bomb
     tracemalloc.start()
     try:
-        refused(Images(tmp_path / "bomb.zip"), "a.png", "its 268,435,457 bytes are more than 268,435,456")
-        refused(Images(tmp_path / "lying.zip"), "a.png", "Bad CRC-32")
+        refused(ImageFiles(tmp_path / "bomb.zip"), "a.png", "its 268,435,457 bytes are more than 268,435,456")
+        refused(ImageFiles(tmp_path / "lying.zip"), "a.png", "Bad CRC-32")
         assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
     finally:
         tracemalloc.stop()
 
 
 def test_overlapping_members(tmp_path: Path) -> None:
-    """A directory that leads to the same bytes under two names, as bombs that Python cannot tell by size do."""
+    """A directory that leads to the same bytes under two names."""
     own_zip(tmp_path / "a.zip", ("a.png", b"1" * 50), ("b.png", b"2" * 50))
     content = bytearray((tmp_path / "a.zip").read_bytes())
     second = content.rindex(b"PK\x01\x02")
     content[second + 42 : second + 46] = bytes(4)  # where b.png starts: at a.png
     (tmp_path / "a.zip").write_bytes(content)
-    refused(Images(tmp_path / "a.zip"), "b.png", "File name in directory 'b.png' and header b'a.png' differ")
+    with pytest.raises(PipelineError, match=r"a\.zip: 'a\.png' and 'b\.png' share bytes of the zip"):
+        ImageFiles(tmp_path / "a.zip")
 
 
 def test_names_that_are_not_utf8_although_they_say_so(tmp_path: Path) -> None:
@@ -188,7 +187,7 @@ def test_names_that_are_not_utf8_although_they_say_so(tmp_path: Path) -> None:
     content = (tmp_path / "a.zip").read_bytes().replace("ä".encode(), b"\xff\xff")
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(PipelineError, match=r"a\.zip: not readable as a zip: 'utf-8' codec"):
-        Images(tmp_path / "a.zip")
+        ImageFiles(tmp_path / "a.zip")
 
 
 # Folders
@@ -207,7 +206,7 @@ def test_links_are_followed_inside_the_folder(folder: Path) -> None:
     (folder / "link.png").symlink_to("sub/a.png")
     (folder / "linked").symlink_to(folder / "sub", target_is_directory=True)
     (folder.parent / "other").symlink_to(folder, target_is_directory=True)
-    for images in (Images(folder), Images(folder.parent / "other")):
+    for images in (ImageFiles(folder), ImageFiles(folder.parent / "other")):
         assert images.read("link.png") == images.read("linked/a.png") == b"a"
 
 
@@ -218,7 +217,7 @@ def test_nothing_outside_the_folder_is_read(folder: Path) -> None:
     (folder.parent / "images-too/a.png").write_bytes(b"b")
     absolute = str(folder.parent / "outside/secret.png")
     for name in ("link.png", "linked/secret.png", "../outside/secret.png", absolute, "../images-too/a.png"):
-        refused(Images(folder), name, "it leads out of the image folder")
+        refused(ImageFiles(folder), name, "it leads out of the image folder")
 
 
 def cached(cache: Path, content: bytes) -> Path:
@@ -238,24 +237,24 @@ def test_links_into_the_cache_of_dvc_are_followed(folder: Path, way: str) -> Non
     if way == "through a link to the cache":
         target = folder.parent / "moved" / target.relative_to(folder.parent / "cache")
     link.symlink_to(os.path.relpath(target, link.parent) if way == "relative" else target)
-    assert Images(folder).read("sub/b.png") == b"b"
-    assert list(Images(folder).names()) == ["sub/a.png", "sub/b.png"]
+    assert ImageFiles(folder).read("sub/b.png") == b"b"
+    assert list(ImageFiles(folder).names()) == ["sub/a.png", "sub/b.png"]
 
 
 def test_a_link_to_a_file_that_is_not_named_by_its_content_is_not_followed(folder: Path) -> None:
     target = cached(folder.parent / "cache", b"b")
     (folder / "link.png").symlink_to(target)
     target.write_bytes(b"another secret")
-    refused(Images(folder), "link.png", "it leads to .*, whose content is not what its name says")
+    refused(ImageFiles(folder), "link.png", "it leads to .*, whose content is not what its name says")
     target.unlink()
     os.mkfifo(target)
-    refused(Images(folder), "link.png", "it is not a regular file")
+    refused(ImageFiles(folder), "link.png", "it is not a regular file")
 
 
 def test_a_name_that_leads_into_the_cache_is_no_link_of_dvc(folder: Path) -> None:
     target = cached(folder.parent / "cache", b"b")
     for name in (f"../{target.relative_to(folder.parent)}", str(target)):
-        refused(Images(folder), name, "it leads out of the image folder")
+        refused(ImageFiles(folder), name, "it leads out of the image folder")
 
 
 def test_only_regular_files_are_read(folder: Path) -> None:
@@ -264,19 +263,19 @@ def test_only_regular_files_are_read(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(folder / "socket.png"))
     for name in ("pipe.png", "socket.png", "sub"):
-        refused(Images(folder), name, "it is not a regular file")
+        refused(ImageFiles(folder), name, "it is not a regular file")
     for name in ("sub/a.png/b.png", "x" * 300, "a\0b"):
-        refused(Images(folder), name, "Not a directory|File name too long|embedded null byte")
+        refused(ImageFiles(folder), name, "Not a directory|File name too long|embedded null byte")
     (folder / "loop.png").symlink_to("loop.png")
-    refused(Images(folder), "loop.png", "Too many levels of symbolic links")
+    refused(ImageFiles(folder), "loop.png", "Too many levels of symbolic links")
     with pytest.raises(PipelineError, match=r"pipe\.png: neither a folder nor a zip"):
-        Images(folder / "pipe.png")
+        ImageFiles(folder / "pipe.png")
 
 
 def test_large_file_is_not_read(folder: Path) -> None:
     with (folder / "large.png").open("wb") as file:
         file.truncate(1 << 40)  # takes no room on disk
-    refused(Images(folder), "large.png", "its 1,099,511,627,776 bytes are more than 268,435,456")
+    refused(ImageFiles(folder), "large.png", "its 1,099,511,627,776 bytes are more than 268,435,456")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="other permissions there")
@@ -295,48 +294,16 @@ def test_file_without_permission() -> None:
             (folder / "a.png").chmod(0)
             (folder / "closed").chmod(0)
         try:
-            refused(Images(folder), "a.png", "Permission denied")
+            refused(ImageFiles(folder), "a.png", "Permission denied")
             with pytest.raises(PipelineError, match=r"b\.zip: no such image folder or zip"):
-                Images(folder / "closed/b.zip")
+                ImageFiles(folder / "closed/b.zip")
         finally:
             if user == 0:
                 os.seteuid(user)
             (folder / "closed").chmod(0o700)
 
 
-# The zip that `annotate` writes
-
-
-def test_zip_bytes_do_not_depend_on_the_process(zipped: Path, tmp_path: Path) -> None:
-    code = "from classifier.pipeline.zip_format import write_zip; from pathlib import Path; "
-    code += f"write_zip(Path('o.zip'), {FILES}.items())"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, umask=0o077, check=True)
-    assert (tmp_path / "o.zip").read_bytes() == zipped.read_bytes()
-
-
-def test_zip_bytes_are_pinned(zipped: Path) -> None:
-    """The same today as on the day this was written."""
-    assert hashlib.md5(zipped.read_bytes(), usedforsecurity=False).hexdigest() == "5732d1364eed83ed62fac08aaf05da72"
-
-
-@pytest.mark.parametrize(("count", "limit"), [(40, zipfile.ZIP64_LIMIT), (70_000, zipfile.ZIP64_LIMIT), (40, 500)])
-def test_zip_bytes_are_those_of_pythons_own_module(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, limit: int
-) -> None:
-    """Also of more members than the first format could hold, and beyond the size that it could."""
-    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)  # in the place of a file of 2 GiB
-    files = {f"ä{index}" if index % 3 else f"{index}": b"x" * (index % 7) for index in range(count)}
-    write_zip(tmp_path / "ours.zip", files.items())
-    with zipfile.ZipFile(tmp_path / "theirs.zip", "w") as archive:
-        for name, content in files.items():
-            member = zipfile.ZipInfo(name)
-            member.create_system, member.external_attr = 3, 0o644 << 16
-            archive.writestr(member, content)
-    assert (tmp_path / "ours.zip").read_bytes() == (tmp_path / "theirs.zip").read_bytes()
-    images = Images(tmp_path / "ours.zip")
-    assert images.names() == sorted(files)
-    assert all(images.read(name) == files[name] for name in list(files)[-100:])
+# Unusual zips
 
 
 def test_zips_with_long_records_and_something_around_them(tmp_path: Path) -> None:
@@ -350,30 +317,58 @@ def test_zips_with_long_records_and_something_around_them(tmp_path: Path) -> Non
         archive.comment = b"the end"
     content = (tmp_path / "a.zip").read_bytes()
     (tmp_path / "a.zip").write_bytes(b"#!/bin/unpack\n" * 50 + content)
-    images = Images(tmp_path / "a.zip")
+    images = ImageFiles(tmp_path / "a.zip")
     assert images.names() == sorted(files)
     assert {name: images.read(name) for name in files} == files
 
 
-def test_an_open_zip_takes_little_memory(tmp_path: Path) -> None:
-    write_zip(tmp_path / "a.zip", ((f"train/{index:05d}.png", b"") for index in range(50_000)))
-    tracemalloc.start()
-    try:
-        images = Images(tmp_path / "a.zip")
-        images.read("train/00007.png")
-        assert tracemalloc.get_traced_memory()[0] < 30 * 50_000  # bytes
-    finally:
-        tracemalloc.stop()
+def quoted_overlap(path: Path, members: int, size: int) -> None:
+    """A zip of members that share the bytes of one: David Fifield 2019, "A better zip bomb"."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", bytes(size))
+        kept = archive.getinfo("0.png")
+        for number in range(1, members):
+            member = zipfile.ZipInfo(f"{number}.png")
+            for key in ("compress_type", "CRC", "compress_size", "file_size", "header_offset"):
+                setattr(member, key, getattr(kept, key))
+            archive.filelist.append(member)
 
 
-def test_pickled_images_open_the_zip_anew(images: Images) -> None:
+def test_members_that_share_bytes_are_refused_before_one_is_unpacked(tmp_path: Path) -> None:
+    quoted_overlap(tmp_path / "bomb.zip", members=300, size=2**20)
+    with pytest.raises(
+        PipelineError, match=r"bomb\.zip: '0\.png' and '1\.png' share bytes of the zip; pack the images"
+    ):
+        ImageFiles(tmp_path / "bomb.zip")
+
+
+def test_a_zip_that_unpacks_to_far_more_than_it_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("classifier.pipeline.image_files.FREE_BYTES", 2**20)
+    own_zip(tmp_path / "fits.zip", ("a.png", bytes(2**20)), compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(PipelineError, match=r"bomb\.zip: its \d,\d+ bytes unpack to 2,097,152, more than 100 times"):
+        own_zip(tmp_path / "bomb.zip", ("a.png", bytes(2**21)), compression=zipfile.ZIP_DEFLATED)
+
+
+@pytest.mark.parametrize("flag", [0, 0x800])
+def test_names_in_utf8_are_read_with_and_without_the_flag_for_it(tmp_path: Path, flag: int) -> None:
+    own_zip(tmp_path / "a.zip", ("grün/é.png", b"1"))
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    for signature, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(signature) + place + 1] = flag >> 8
+    (tmp_path / "a.zip").write_bytes(content)
+    images = ImageFiles(tmp_path / "a.zip")
+    assert list(images.names()) == ["grün/é.png"]
+    assert images.read("grün/é.png") == b"1"
+
+
+def test_pickled_images_open_the_zip_anew(images: ImageFiles) -> None:
     name = next(iter(FILES))
     images.read(name)
     assert pickle.loads(pickle.dumps(images)).read(name) == FILES[name]  # noqa: S301, our own
 
 
 class Contents(Dataset[tuple[int, bytes]]):
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: ImageFiles) -> None:
         self.images = images
 
     def __len__(self) -> int:
@@ -384,7 +379,7 @@ class Contents(Dataset[tuple[int, bytes]]):
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
-def test_workers_do_not_share_a_position(images: Images) -> None:
+def test_workers_do_not_share_a_position(images: ImageFiles) -> None:
     """The zip is open before the workers are forked, and parent and workers read at the same time."""
     contents = Contents(images)
     expected = list(FILES.values())
@@ -406,7 +401,7 @@ def test_a_folder_that_may_not_be_entered_is_told(tmp_path: Path, monkeypatch: p
     def deny(folder: str) -> object:
         raise PermissionError(errno.EACCES, "Permission denied", folder)
 
-    images = Images(tmp_path / "images")
+    images = ImageFiles(tmp_path / "images")
     monkeypatch.setattr(os, "scandir", deny)  # permissions do not stop root
     with pytest.raises(PipelineError, match=r"images/: not readable: Permission denied"):
         images.names()
