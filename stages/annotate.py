@@ -12,7 +12,7 @@ import numpy as np
 from classifier.data.lockfile import verified
 from classifier.pipeline.annotations import Names, write_csv
 from classifier.pipeline.archive import write_images
-from classifier.pipeline.errors import printable, run_main
+from classifier.pipeline.errors import printable
 from classifier.pipeline.outputs import atomic
 from classifier.pipeline.params import load_params
 from classifier.pipeline.paths import ANNOTATIONS, IMAGES, ORIGINALS, RAW
@@ -65,7 +65,3 @@ def main() -> None:
     known_by = {split: Names(own[share.origin][place] for place in share.indices) for split, share in shares.items()}
     for line in find_duplicates(of_split, labels, known_by, names).lines():
         print(printable(line), flush=True)
-
-
-if __name__ == "__main__":
-    run_main(main)

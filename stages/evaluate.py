@@ -13,7 +13,7 @@ from classifier.evaluation.pictures import draw
 from classifier.evaluation.prediction_table import Predicted, own_names, write_predictions
 from classifier.pipeline import paths
 from classifier.pipeline.annotations import class_names, csv_cell
-from classifier.pipeline.errors import printable, run_main
+from classifier.pipeline.errors import printable
 from classifier.pipeline.outputs import atomic, write_json
 from classifier.pipeline.params import load_params
 from classifier.tracking.tracker import Tracker
@@ -62,7 +62,3 @@ def main() -> None:
 
     with tracker.weights(params, environment(device)):
         tracker.log_evaluation(test_set.md5())
-
-
-if __name__ == "__main__":
-    run_main(main)

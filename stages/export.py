@@ -21,7 +21,6 @@ from classifier.export.model_card import model_card, next_steps
 from classifier.export.quantization import write_int8
 from classifier.pipeline import paths
 from classifier.pipeline.annotations import class_names
-from classifier.pipeline.errors import run_main
 from classifier.pipeline.outputs import atomic, temporary_folder, write_json
 from classifier.pipeline.params import UNTRACKED, load_params
 from classifier.tracking.tracker import Tracker
@@ -72,7 +71,3 @@ def main() -> None:
             registered = (aside if onnx.parent == aside else paths.EXPORT) / onnx.name
             tracker.register(params.registered_model, registered, paths.EXPORT / "manifest.json")
     print(next_steps([path.name for path in models]))
-
-
-if __name__ == "__main__":
-    run_main(main)

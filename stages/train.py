@@ -16,7 +16,6 @@ from classifier.data.lockfile import verified
 from classifier.networks import Mirrored
 from classifier.pipeline import paths
 from classifier.pipeline.annotations import class_names
-from classifier.pipeline.errors import run_main
 from classifier.pipeline.outputs import write_json
 from classifier.pipeline.params import Params, load_params
 from classifier.progress import say
@@ -79,7 +78,3 @@ def train(params: Params, group: Group) -> None:
         if group.is_first:
             state.write_results()
             write_json(paths.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
-
-
-if __name__ == "__main__":
-    run_main(main)

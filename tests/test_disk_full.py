@@ -46,7 +46,7 @@ def run_stage(
         env["PYTHONDONTWRITEBYTECODE"] = "1"  # Python would keep what the limit lets through of a compiled module
         env["COVERAGE_PROCESS_CONFIG"] = ""  # with `make coverage`, its own file would not be written
     return subprocess.run(
-        [*prefix, sys.executable if prefix else python(), "-m", f"stages.{stage}"],
+        [*prefix, sys.executable if prefix else python(), "-m", "stages", stage],
         cwd=root, env=clean_environment(root.parent, **env), stdin=subprocess.DEVNULL,
         capture_output=True, text=True, preexec_fn=None if limit is None else set_limit,
     )  # fmt: skip

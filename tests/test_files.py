@@ -18,7 +18,7 @@ LOCK = """\
 schema: '2.0'
 stages:
   download:
-    cmd: python -m stages.download
+    cmd: python -m stages download
     deps:
     - path: stages/download.py
       hash: md5
@@ -31,7 +31,7 @@ stages:
   check:
     cmd: 'true'
   train:
-    cmd: python -m stages.train
+    cmd: python -m stages train
     outs:
     - path: metrics/train.json
       hash: md5

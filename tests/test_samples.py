@@ -30,7 +30,7 @@ def annotated(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project in which only download and annotate have run. Tests change params.yaml alone."""
     project = small_project(tmp_path_factory.mktemp("samples"), batch_size="32")
     for stage in ("download", "annotate"):
-        project.run(sys.executable, "-m", f"stages.{stage}")
+        project.run(sys.executable, "-m", "stages", stage)
     project.set_params(source="fashion_mnist")  # this process does not know the project's own
     return project
 

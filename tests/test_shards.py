@@ -149,7 +149,7 @@ def test_the_results_are_those_of_one_zip(tmp_path_factory: pytest.TempPathFacto
     assert [line.split()[0] for line in changed.stdout.splitlines() if "DRIFTED" in line] == ["data/images.zip"]
     assert "models/model_weights.pth  bit-identical" in changed.stdout
     assert f"differing images: {names[0]}" in changed.stdout
-    refused = several.run(sys.executable, "-m", "stages.train", check=False)
+    refused = several.run(sys.executable, "-m", "stages", "train", check=False)
     assert "data/images.zip: changed since the stage that wrote it" in refused.stderr
 
 

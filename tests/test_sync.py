@@ -347,7 +347,7 @@ class Stage(NamedTuple):
 
 def run_stage(project: Project, name: str, **env: str) -> Stage:
     start = time.monotonic()
-    done = project.run(sys.executable, "-m", f"stages.{name}", check=True, **env)
+    done = project.run(sys.executable, "-m", "stages", name, check=True, **env)
     seconds = time.monotonic() - start
     print(f"{name} {env}: {seconds:.1f} s\n{done.stderr}")
     results = {name: (project.root / name).read_bytes() for name in RESULTS}
@@ -697,7 +697,7 @@ def test_a_server_killed_in_the_middle_of_a_training_misses_nothing(
     beside = ThreadPoolExecutor().submit(run_stage, quiet, "train")  # at the same time: the machine is as busy for both
     start = time.monotonic()
     with subprocess.Popen(
-        [python(), "-m", "stages.train"], cwd=project.root, stdin=subprocess.DEVNULL,
+        [python(), "-m", "stages", "train"], cwd=project.root, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=clean_environment(tmp_path, MLFLOW_TRACKING_URI=server.address),
     ) as process:  # fmt: skip

@@ -58,7 +58,7 @@ def change_a_byte(path: Path) -> None:
 
 
 def stage(project: Project, name: str) -> subprocess.CompletedProcess[str]:
-    return project.run(sys.executable, "-m", f"stages.{name}", check=False)
+    return project.run(sys.executable, "-m", "stages", name, check=False)
 
 
 def complaint(output: str) -> str:
@@ -90,7 +90,7 @@ def test_a_change_is_told_with_the_way_back(locked: Path) -> None:
         verified(locked)
 
 
-@pytest.mark.parametrize("lock", [None, "", "schema: '2.0'\n", "stages:\n  train:\n    cmd: python -m stages.train\n"])
+@pytest.mark.parametrize("lock", [None, "", "schema: '2.0'\n", "stages:\n  train:\n    cmd: python -m stages train\n"])
 def test_what_never_ran_through_dvc_is_taken_as_it_is(locked: Path, lock: str | None) -> None:
     if lock is None:
         Path("dvc.lock").unlink()

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from classifier.pipeline.signals import Interrupted, leave_at_once, listen
+from classifier.pipeline.signals import Interrupted, exit_on_signals, listen
 
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "file too large"}
 NO_ACCESS = {
@@ -55,7 +55,7 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(f"{what}, then run the same command again.")
     finally:
         sys.stdout.flush()
-        leave_at_once()
+        exit_on_signals()
 
 
 def exit_without_collecting() -> None:

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,17 +18,13 @@ class Interrupted(BaseException):
 
 
 def listen() -> None:
-    """From now on, a signal raises Interrupted in the main thread."""
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as in a job that the shell has put into the background
-            signal.signal(number, _raise)
+    """Make a signal raise Interrupted in the main thread."""
+    _handle(_raise)
 
 
-def leave_at_once() -> None:
-    """From now on, a signal ends the process: its work is done, and an exception would come out of what exits."""
-    for number in SIGNALS:
-        if signal.getsignal(number) == _raise:
-            signal.signal(number, _leave)
+def exit_on_signals() -> None:
+    """Make a signal exit at once, as during imports and at exit, where an exception would print a traceback."""
+    _handle(_exit)
 
 
 class PendingSignal:
@@ -78,10 +74,16 @@ def defer_signals(seconds: float) -> Iterator[PendingSignal]:
     held.release()
 
 
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # the shell ignores SIGINT in background jobs
+            signal.signal(number, handler)
+
+
 def _raise(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit(number: int, frame: FrameType | None) -> None:
     os.write(2, b"interrupted\n")
     os._exit(128 + number)
