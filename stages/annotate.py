@@ -9,13 +9,13 @@ from itertools import accumulate
 
 import numpy as np
 
-from classifier.data.lockfile import verified
+from classifier.data.lockfile import locked_md5s, verified
 from classifier.pipeline.annotations import Names, write_csv
 from classifier.pipeline.archive import write_images
 from classifier.pipeline.errors import printable
 from classifier.pipeline.outputs import atomic
 from classifier.pipeline.params import load_params
-from classifier.pipeline.paths import ANNOTATIONS, IMAGES, ORIGINALS, RAW
+from classifier.pipeline.paths import ANNOTATIONS, IMAGES, LOCK, ORIGINALS, RAW
 from classifier.preparation.preprocessing import common_shape, file_names, own_names, prepare, write_originals
 from classifier.preparation.splits import assign_splits, check_classes, check_labels, class_sizes, find_duplicates
 from classifier.sources import LabelledImages, load_source
@@ -24,7 +24,7 @@ from classifier.sources import LabelledImages, load_source
 def main() -> None:
     params = load_params()
     source = load_source(params.source)
-    raw = verified(RAW)
+    raw = verified(RAW, locked_md5s(LOCK))
     names = source.class_names(raw)
     splits: dict[str, LabelledImages] = source.read(raw)
     for split, data in splits.items():

@@ -7,7 +7,7 @@ Writes  metrics/test.json, metrics/classes.csv, metrics/predictions.csv, metrics
 from classifier.compute.device import choose_kernels, environment, seed_everything, select_device, set_threads
 from classifier.data.dataset import load_splits
 from classifier.data.loader import batches_of
-from classifier.data.lockfile import verified
+from classifier.data.lockfile import locked_md5s, verified
 from classifier.evaluation.metrics import class_scores, largest_class, overall_scores, wilson_interval
 from classifier.evaluation.pictures import draw
 from classifier.evaluation.prediction_table import Predicted, own_names, write_predictions
@@ -22,15 +22,19 @@ from classifier.training.inference import advice, predict, score, trained_networ
 
 def main() -> None:
     params = load_params()
-    tracker = Tracker()
+    md5s = locked_md5s(paths.LOCK)
+    data = (paths.IMAGES, paths.ANNOTATIONS)
+    tracker = Tracker(params.experiment, md5s, paths.PARAMS, data, paths.WEIGHTS)
     device = select_device(params.device)
     set_threads(params.threads)
     choose_kernels(deterministic=params.deterministic, precision=params.precision)
     seed_everything(params.seed)
 
-    names = class_names(verified(paths.ANNOTATIONS))
-    val_set, test_set = load_splits(["val", "test"], len(names))
-    network = trained_network(params.network, test_set.image_shape(), len(names), device, test_flip=params.test_flip)
+    images, annotations = (verified(path, md5s) for path in data)
+    names = class_names(annotations)
+    val_set, test_set = load_splits(["val", "test"], annotations, images, len(names))
+    weights, shape = verified(paths.WEIGHTS, md5s), test_set.image_shape()
+    network = trained_network(weights, params.network, shape, len(names), device, test_flip=params.test_flip)
     logits = predict(batches_of(test_set, params, device), network, params.precision)
 
     loss, accuracy = score(logits, test_set.labels, params.batch_size)
@@ -47,7 +51,7 @@ def main() -> None:
 
     with atomic(paths.CLASS_METRICS) as path:
         scores.assign(**{"class": [*map(csv_cell, names)]}).to_csv(path, index=False, lineterminator="\n")
-    own = own_names(verified(paths.ORIGINALS), [*val_set.files, *test_set.files])
+    own = own_names(verified(paths.ORIGINALS, md5s), [*val_set.files, *test_set.files])
     with atomic(paths.PLOTS) as folder:
         folder.mkdir()
         draw(folder, network, test_set, logits.numpy(), names, own, params.seed)
@@ -60,5 +64,5 @@ def main() -> None:
     figures = {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [low, high]} | overall
     write_json(paths.TEST_METRICS, figures)
 
-    with tracker.weights(params, environment(device)):
-        tracker.log_evaluation(test_set.md5())
+    with tracker.weights(environment(device)):
+        tracker.log_evaluation(paths.TEST_METRICS, [paths.CLASS_METRICS, paths.PLOTS], test_set.md5())

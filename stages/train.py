@@ -12,7 +12,7 @@ from classifier.compute.device import environment, keep_freed_memory, select_dev
 from classifier.compute.distributed import Group, process_group
 from classifier.data.dataset import load_splits
 from classifier.data.loader import batches_of, training_batches
-from classifier.data.lockfile import verified
+from classifier.data.lockfile import locked_md5s, verified
 from classifier.networks import Mirrored
 from classifier.pipeline import paths
 from classifier.pipeline.annotations import class_names
@@ -34,16 +34,21 @@ def main() -> None:
 
 
 def train(params: Params, group: Group) -> None:
-    tracker = Tracker() if group.is_first else SilentTracker()
+    md5s = locked_md5s(paths.LOCK)
+    data = (paths.IMAGES, paths.ANNOTATIONS)
+    tracker = Tracker(params.experiment, md5s, paths.PARAMS, data, paths.WEIGHTS) if group.is_first else SilentTracker()
     device = select_device(params.device)
     set_threads(params.threads)
     keep_freed_memory()
     recorded = environment(device)
-    # Before images are decoded, as code may be edited meanwhile
-    fingerprint = stage_fingerprint("train", params.model_dump(), recorded) if group.is_first else {}
+    # Before images are decoded: the code may be edited meanwhile
+    fingerprint = (
+        stage_fingerprint(paths.PIPELINE, "train", md5s, params.model_dump(), recorded) if group.is_first else {}
+    )
 
-    names = class_names(verified(paths.ANNOTATIONS))
-    train_set, val_set, test_set = load_splits(["train", "val", "test"], len(names))
+    images, annotations = (verified(path, md5s) for path in data)
+    names = class_names(annotations)
+    train_set, val_set, test_set = load_splits(["train", "val", "test"], annotations, images, len(names))
     train_batches = training_batches(train_set, names, params, device, group)
     # Without validation images there is nothing to select weights by, and the figures are the tutorial's: on test
     selects = len(val_set) > 0
@@ -58,7 +63,7 @@ def train(params: Params, group: Group) -> None:
     every = params.checkpoint_steps * params.accumulate_steps
     with (
         checkpoints(fingerprint) if group.is_first else nullcontext(NoCheckpoints()) as saved,
-        tracker.training(params, recorded, saved.name, saved.started),
+        tracker.training(recorded, saved.name, saved.started),
     ):
         if state.pretrained:
             tracker.tag({"sha256.weights": state.pretrained})
@@ -76,5 +81,5 @@ def train(params: Params, group: Group) -> None:
         if told := advice(state.kept["val_accuracy"], val_batches.dataset.labels):
             say(told)
         if group.is_first:
-            state.write_results()
+            state.write_results(paths.WEIGHTS, paths.EPOCHS, paths.TRAIN_METRICS)
             write_json(paths.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics

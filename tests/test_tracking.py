@@ -139,11 +139,12 @@ import time
 from pathlib import Path
 from classifier.pipeline.params import load_params
 from classifier.tracking.tracker import Tracker
-params, tracker = load_params(), Tracker()
+params, weights = load_params(), Path("models/model_weights.pth")
+tracker = Tracker(params.experiment, {}, Path("params.yaml"), [], weights)
 Path("params.yaml").write_text(Path("params.yaml").read_text().replace("lr: 0.001", "lr: 0.5"))
 Path("models").mkdir()
 Path("models/model_weights.pth").write_text("weights")
-with tracker.training(params, {}, "a", time.time()):
+with tracker.training({}, "a", time.time()):
     pass
 """
     project.run(sys.executable, "-c", edited)

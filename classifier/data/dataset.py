@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from classifier.data.decoding import LARGEST_PIXELS, decode_image
-from classifier.data.lockfile import verified
 from classifier.data.png import decode_stored_png, decode_stored_pngs
 from classifier.data.transforms import accept_tensors, to_float
 from classifier.pipeline.annotations import faulty_rows, read_annotations
 from classifier.pipeline.archive import Images
 from classifier.pipeline.errors import PipelineError
-from classifier.pipeline.paths import ANNOTATIONS, IMAGES
 from classifier.progress import progress
 
 TOGETHER = 256  # small images that are decoded at once
@@ -179,8 +177,10 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         return None
 
 
-def load_splits(splits: Sequence[str], classes: int) -> list[CustomImageDataset]:
-    """Some of train, val and test, as the annotate stage has written them, all read from the same open zips."""
-    images = Images(verified(IMAGES))
-    csvs = verified(ANNOTATIONS)
-    return [CustomImageDataset(csvs / f"{split}.csv", images, classes=classes) for split in splits]
+def load_splits(splits: Sequence[str], annotations: Path, images: Path, classes: int) -> list[CustomImageDataset]:
+    """Load some of train, val and test, as the annotate stage writes them; all share the open zips.
+
+    annotations: the folder of <split>.csv. images: the zip, or the folder of zips.
+    """
+    opened = Images(images)
+    return [CustomImageDataset(annotations / f"{split}.csv", opened, classes=classes) for split in splits]
