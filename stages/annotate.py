@@ -1,4 +1,4 @@
-"""Annotate stage: original files in, one archive of images of one shape and one table per split out.
+"""Annotate stage: turn original files into an archive of images of one shape and a table for each split.
 
 Reads   data/raw/
 Writes  data/images.zip (or a folder of zips), data/annotations/{train,val,test,classes}.csv, data/originals.csv
@@ -36,7 +36,9 @@ def main() -> None:
 
     shape = common_shape(splits, params.image_size, params.channels)
     starts = dict(zip(splits, accumulate((len(data.labels) for data in splits.values()), initial=0), strict=False))
-    digests = np.empty(sum(len(data.labels) for data in splits.values()), "V32")  # of all images, in this order
+    digests = np.empty(
+        sum(len(data.labels) for data in splits.values()), "V32"
+    )  # of all images, in the order of `splits`
 
     def files() -> Iterator[tuple[str, bytes]]:
         for place, image in enumerate(prepare(splits, shape)):
@@ -46,7 +48,7 @@ def main() -> None:
     with atomic(IMAGES) as path:
         write_images(path, files())
 
-    # An image keeps its name whichever split it goes to, so images.zip does not depend on how they are cut.
+    # Names of images do not depend on their split, so the splits do not affect images.zip
     names_of = {split: file_names(split, data) for split, data in splits.items()}
     chosen = {split: Names(names_of[share.origin][place] for place in share.indices) for split, share in shares.items()}
     with atomic(ANNOTATIONS) as folder:

@@ -1,10 +1,10 @@
-"""Check stage: parameters in, a file that says that they are right out.
+"""Check stage: validate the parameters before any other stage runs.
 
 Reads   params.yaml
-Writes  data/checked, which never changes, and on which all other stages depend
+Writes  data/checked, whose content is constant; all other stages depend on it
 
-DVC removes the outputs of a stage before it runs it, so a wrong parameter has to be found before it comes to that.
-In DVC's copies of the repository, images that Git does not have are made available too.
+DVC removes the outputs of a stage before it runs the stage, so wrong parameters must be found earlier. In DVC's
+temporary copies of the repository, this stage also links the images at data_path that Git does not track.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def main() -> None:
         launcher_command(params.launcher)
         find_data(Path(params.data_path))
     except PipelineError as error:
-        way_back = "" if is_copy() else f" `classifier restore` brings back the committed {PARAMS}."
-        raise PipelineError(f"{error}\nNo other stage has run, and no result was removed.{way_back}") from None
+        hint = "" if is_copy() else f" `classifier restore` brings back the committed {PARAMS}."
+        raise PipelineError(f"{error}\nNo other stage has run, and no result was removed.{hint}") from None
     with atomic(CHECKED) as path:
         path.write_text("All parameters are right.\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Download stage: the data source's original files.
+"""Download stage: get the original files of the data source.
 
-Reads   what the source reads: the network, or data_path
+Reads   the internet or data_path, depending on the source
 Writes  data/raw/
 """
 

@@ -1,4 +1,4 @@
-"""Evaluate stage: how well the trained network does on the test images, in numbers and pictures.
+"""Evaluate stage: measure the trained network on the test images, and draw pictures.
 
 Reads   data/images.zip, data/annotations/, data/originals.csv, models/model_weights.pth
 Writes  metrics/test.json, metrics/classes.csv, metrics/predictions.csv, metrics/plots/

@@ -1,6 +1,6 @@
-"""Export stage: the trained network in formats that other programs read, each proven to compute the same.
+"""Export stage: write the trained network in formats for other programs, and check that each computes the same.
 
-int8 does not: its accuracy is measured instead, and must not fall by more than int8_max_drop.
+int8 does not compute the same: its accuracy may drop by at most int8_max_drop.
 
 Reads   models/model_weights.pth, metrics/train.json, metrics/test.json, metrics/classes.csv, data/images.zip,
         data/annotations/
@@ -35,7 +35,7 @@ def main() -> None:
     md5s = locked_md5s(paths.LOCK)
     data = (paths.IMAGES, paths.ANNOTATIONS)
     tracker = Tracker(params.experiment, md5s, paths.PARAMS, data, paths.WEIGHTS)
-    device = select_device("cpu")  # the files are for any machine
+    device = select_device("cpu")  # the files must not depend on an accelerator
     set_threads(params.threads)
     choose_kernels(deterministic=True, precision="float32")
     seed_everything(params.seed)
@@ -48,11 +48,11 @@ def main() -> None:
         "test": read_json(verified(paths.TEST_METRICS, md5s)),
     }
     scores = pd.read_csv(verified(paths.CLASS_METRICS, md5s), dtype={"class": str}, keep_default_na=False)
-    scores["class"] = names  # which are quoted there, for spreadsheets
+    scores["class"] = names  # the file quotes some for spreadsheets
     shape = splits["test"].image_shape()
     weights = verified(paths.WEIGHTS, md5s)
     network = trained_network(weights, params.network, shape, len(names), device, test_flip=params.test_flip)
-    facts: dict[str, Any] = {}  # that only some exports have
+    facts: dict[str, Any] = {}  # of the manifest, for some parameters
     if params.temperature_scaling:
         network, facts["calibration"] = calibrated(network, splits, params)
 
@@ -60,7 +60,7 @@ def main() -> None:
         with atomic(paths.EXPORT) as folder:
             folder.mkdir()
             models = [folder / paths.exported_name(name) for name in params.export_formats if name != "int8"]
-            # Also where it is not asked for: the registered model computes with it, and int8 is made from it
+            # Always written: the registered model runs it, and int8 is quantized from it
             onnx = (folder if "onnx" in params.export_formats else aside) / paths.exported_name("onnx")
             pixels = splits["test"].pixels(range(min(CHECKED_IMAGES, len(splits["test"]))))
             write_checked(network, params.network, len(names), pixels, models, also=onnx)

@@ -1,9 +1,10 @@
-"""Train stage: annotated images in, network weights out.
+"""Train stage: train a network on the annotated images.
 
 Reads   data/images.zip, data/annotations/
 Writes  models/model_weights.pth, metrics/train.json, metrics/epochs.csv, metrics/environment.json
-Keeps   with validation images, the weights of the epoch with the best validation accuracy; else the last ones;
-        and until it has written them, checkpoints from which a killed training resumes to the same bytes
+Keeps   checkpoints until it has written the weights; a killed training resumes from them to the same bytes
+
+The weights are those of the epoch with the best validation accuracy, or of the last epoch without validation images.
 """
 
 from contextlib import nullcontext
@@ -50,7 +51,7 @@ def train(params: Params, group: Group) -> None:
     names = class_names(annotations)
     train_set, val_set, test_set = load_splits(["train", "val", "test"], annotations, images, len(names))
     train_batches = training_batches(train_set, names, params, device, group)
-    # Without validation images there is nothing to select weights by, and the figures are the tutorial's: on test
+    # Without validation images no epoch is selected, and the figures are of test images, as in the tutorial
     selects = len(val_set) > 0
     val_batches = batches_of(val_set if selects else test_set, params, device, group)
     class_weights = train_set.class_weights(names).float().to(device) if params.balance == "loss" else None
@@ -70,7 +71,7 @@ def train(params: Params, group: Group) -> None:
         with resume(state, group, saved, every=every, last=len(train_batches)) as save_if_due:
             while state.epoch < params.epochs:
                 for batch in step.rest_of_epoch():
-                    if step(*batch):  # with an update of the weights
+                    if step(*batch):  # has updated the weights
                         save_if_due()
                 val_loss, val_accuracy = test_loop(val_batches, evaluated, params.precision)
                 figures = {"train_loss": step.mean_loss(), "val_loss": val_loss, "val_accuracy": val_accuracy}
@@ -82,4 +83,4 @@ def train(params: Params, group: Group) -> None:
             say(told)
         if group.is_first:
             state.write_results(paths.WEIGHTS, paths.EPOCHS, paths.TRAIN_METRICS)
-            write_json(paths.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
+            write_json(paths.ENVIRONMENT, [recorded])  # in a list, which DVC does not show as metrics

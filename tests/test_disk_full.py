@@ -24,7 +24,7 @@ from classifier.sources.fashion_mnist import DEBIAN_FOLDER, FILES
 
 PAGE = 4096  # bytes that a small disk gives at a time
 PLENTY = 2**30
-NO_ROOM = " cannot be written: {}; earlier files are as they were. Make room, then run the same command again."
+NO_ROOM = " cannot be written: {}; earlier files are unchanged. Free some space, then run the same command again."
 
 
 def can_mount() -> bool:
@@ -357,7 +357,7 @@ def test_a_read_only_disk_is_named(tmp_path: Path) -> None:
         done = run_stage(root, "annotate")
     check_failed_cleanly(
         done,
-        "data/images.zip: the disk is read-only; earlier files are as they were. Give yourself access, then run the "
+        "data/images.zip: the disk is read-only; earlier files are unchanged. Allow access, then run the "
         "same command again.",
     )
 
@@ -377,7 +377,7 @@ def test_a_missing_permission_is_named(tmp_path: Path, closed: str, mode: int, n
     (root / closed).chmod(0o755)
     check_failed_cleanly(
         done,
-        f"{name or closed}: permission denied; earlier files are as they were. Give yourself access, then run the same "
+        f"{name or closed}: permission denied; earlier files are unchanged. Allow access, then run the same "
         "command again.",
     )
 

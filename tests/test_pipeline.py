@@ -258,7 +258,7 @@ def test_after_a_failed_download_the_earlier_data_comes_back(copied: Project, tm
     assert failed.returncode != 0
     assert "FASHION_MNIST_DIR" in failed.stderr
     assert "Traceback" not in failed.stderr
-    assert "DVC removed what this stage had made before. `classifier restore` brings back" in failed.stderr
+    assert "DVC removed the earlier outputs of this stage. `classifier restore` restores" in failed.stderr
     assert not raw.exists()
     copied.run(sys.executable, "-m", "classifier", "restore")
     assert raw.read_bytes() == before

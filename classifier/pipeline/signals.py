@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM: they end a command, at once or where it is safe to stop."""
+"""SIGINT (Ctrl-C) and SIGTERM: exit at once, or at the next point where it is safe to stop."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """One of SIGNALS has arrived. The exception's notes are told to the user."""
+    """One of SIGNALS has arrived. `run_main` prints the exception's notes."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -28,7 +28,10 @@ def exit_on_signals() -> None:
 
 
 class PendingSignal:
-    """What has arrived while signals are held back."""
+    """The first signal that arrives while signals are deferred.
+
+    seconds: how long it may be deferred; then it is sent again.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.number: int | None = None
@@ -37,9 +40,9 @@ class PendingSignal:
         self.timer.daemon = True
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Remember a signal until time is up; a Ctrl-C after it is no longer held back.
+        """Remember a signal until time is up. A Ctrl-C after it raises Interrupted at once.
 
-        Several SIGTERM may be of one event: SLURM and torchrun each end a process, as does, in a stage, the end of DVC.
+        A second SIGTERM does not: one event can send several, from SLURM, from torchrun, and when DVC dies.
         """
         if self.is_over or (self.number is not None and number == signal.SIGINT):
             _raise(number, frame)
@@ -59,7 +62,7 @@ class PendingSignal:
 
 @contextmanager
 def defer_signals(seconds: float) -> Iterator[PendingSignal]:
-    """Hold signals back, so that what is going on comes to a place where it can stop: for `seconds` at most."""
+    """Defer signals for at most `seconds`, until the block ends or calls `release` where it is safe to stop."""
     held = PendingSignal(seconds)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
