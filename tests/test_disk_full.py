@@ -386,7 +386,7 @@ def test_no_folder_for_temporary_files(downloading: Path) -> None:
     done = run_stage(downloading, "download", limit=0)
     assert done.returncode == 1
     assert done.stderr.startswith("No usable temporary directory found in ['/")
-    assert done.stderr.endswith("set TMPDIR to a folder with room, then run the same command again.\n")
+    assert done.stderr.endswith("set TMPDIR to a folder with space, then run the same command again.\n")
 
 
 # The whole project on a disk that is full
