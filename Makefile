@@ -1,5 +1,5 @@
-# Everything happens in .venv, made from requirements.lock. Programs are started as modules of its Python: their
-# own scripts hold the absolute path of the folder they were made in.
+# All targets use .venv, which is created from requirements.lock. Programs run as modules of its Python, because their
+# scripts contain the absolute path of the folder where they were installed.
 PYTHON ?= python3
 PORT ?= 5000
 N ?= 5
@@ -13,9 +13,9 @@ PAGE := --page reports/benchmarks.md
 SCRIPTS := .ci/run .ci/metrics-comment classifier/command.sh deploy/mlflow-server.sh deploy/train.slurm
 COMPILE := $(RUN) uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock"
 
-# DVC starts the stages with the `python` that it finds on PATH.
+# DVC runs the stages with the first `python` on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Imports are compiled once and kept, whatever the shell says: it halves the time a stage takes to start.
+# Keep bytecode even if the shell disables it: a stage starts in half the time.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
-env: .venv/.synced  ## make .venv from requirements.lock
+env: .venv/.synced  ## create .venv from requirements.lock
 
 .venv/.synced: requirements.lock classifier/command.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
@@ -33,51 +33,51 @@ env: .venv/.synced  ## make .venv from requirements.lock
 	install -m 755 classifier/command.sh $(BIN)/classifier
 	@touch $@
 
-repro: env  ## run what is out of date of the five stages
+repro: env  ## run the stages that are out of date
 	@$(RUN) classifier.pipeline.params
 	$(RUN) dvc repro
 
-test: env  ## the fast tests (in a random order: make test SHUFFLE=7)
+test: env  ## run the fast tests (in random order: make test SHUFFLE=7)
 	$(RUN) pytest -m "$(FAST)" --record=reports/durations-test.json $(OPTIONS)
 
-coverage: env  ## the tests that CI runs, and which lines and branches they do not reach
+coverage: env  ## run the tests of CI, and print the lines and branches that they do not reach
 	$(RUN) pytest -m "not nightly" --cov --cov-report=term-missing:skip-covered
 
-slow: env  ## what CI adds: whole pipelines, and the committed metrics from a fresh clone (SHUFFLE=7; REAL=1: no copies)
+slow: env  ## run the slow tests: whole pipelines, and the committed metrics from a fresh clone (SHUFFLE=7; REAL=1: no forks)
 	$(RUN) pytest -m "slow and not nightly" --record=reports/durations-slow.json $(OPTIONS)
 
-nightly: env  ## repetitions and long trainings, which a schedule runs
+nightly: env  ## run the nightly tests: repetitions and long trainings
 	$(RUN) pytest -m nightly --record=reports/durations-nightly.json $(OPTIONS)
 
-durations: env  ## print cases, processes and seconds by test file, of the last runs of these
+durations: env  ## print cases, processes and seconds by test file, from the last runs of the tests
 	@$(RUN) tests.durations $(wildcard reports/durations-*.json)
 
-check: env  ## formatting, lint, types
+check: env  ## check formatting, lint and types
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(BIN)/shellcheck $(SCRIPTS)
 	$(RUN) mypy
 
-format: env  ## mend formatting and lint where it can be done by itself
+format: env  ## fix formatting, and lint where ruff can
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
-ui: env  ## MLflow's pages on http://127.0.0.1:5000 (another port: make ui PORT=5001)
+ui: env  ## serve the MLflow UI on http://127.0.0.1:5000 (another port: make ui PORT=5001)
 	$(RUN) classifier ui --port $(PORT)
 
-samples: env  ## draw reports/samples.png: training images as the network sees them with params.yaml as it is
+samples: env  ## draw reports/samples.png: training images as the network sees them with the current params.yaml
 	$(RUN) classifier samples
 
-report: env  ## write reports/report.html about the model here (make report AGAINST=main: compared with another commit)
+report: env  ## write reports/report.html about the current model (compared with a commit: make report AGAINST=main)
 	$(RUN) classifier report $(if $(AGAINST),--against $(AGAINST))
 
-verify: env  ## make every output again in a clean clone with an empty cache, and compare
+verify: env  ## rebuild every output in a clean clone with an empty cache, and compare
 	$(RUN) classifier verify
 
 seeds: env  ## run N seeds, print mean and standard deviation of each metric (make seeds N=5 S="lr=0.1 epochs=5")
 	$(RUN) classifier seeds --count $(N) --jobs $(JOBS) $(addprefix --set-param ,$(S))
 
-peers: env .venv-peers/.synced  ## make .venv-peers, with the frameworks that the benchmarks compare with
+peers: env .venv-peers/.synced  ## create .venv-peers, with the frameworks that the benchmarks compare
 
 .venv-peers/.synced: benchmarks/requirements.lock
 	test -x $(PEERS) || $(RUN) uv venv --quiet --clear --python $(BIN)/python .venv-peers
@@ -94,14 +94,14 @@ bench: repro peers  ## run the benchmarks, for hours, into benchmarks/results.md
 	$(RUN) benchmarks.plan $(if $(QUICK),--sample 50 $(PAGE))
 	$(PEERS) -m benchmarks.time_to_accuracy $(if $(QUICK),--seeds 1 --recipe-epochs 1 --limit-seconds 1 $(PAGE))
 
-accelerator:  ## test and time training on this machine's GPU, with .venv if it is there, else with PYTHON
+accelerator:  ## test and time training on this machine's GPU, with .venv if it exists, otherwise with PYTHON
 	$(if $(wildcard .venv/.synced),$(RUN),$(PYTHON) -m) benchmarks.accelerator $(if $(QUICK),--quick)
 
-lock: env  ## write requirements.lock and those of benchmarks/ and deploy/ anew from pyproject.toml
+lock: env  ## resolve pyproject.toml again into requirements.lock, also in benchmarks/ and deploy/
 	$(COMPILE) --extra dev --extra team pyproject.toml --output-file requirements.lock
 	$(COMPILE) --group pyproject.toml:peers --constraints requirements.lock pyproject.toml --output-file benchmarks/requirements.lock
 	$(COMPILE) --constraints requirements.lock deploy/requirements.in --output-file deploy/requirements.lock
 
-clean:  ## remove .venv, .venv-peers and the tools' caches, never data, models or runs
+clean:  ## remove .venv, .venv-peers and the caches of tools; keep data, models and runs
 	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .mypy_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

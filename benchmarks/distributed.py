@@ -126,7 +126,7 @@ def watch(dvc: psutil.Process, project: Project, peaks: dict[int, int], kills: b
         with suppress(psutil.Error, OSError):
             for process in dvc.children(recursive=True):
                 command = process.cmdline()
-                if command[1:3] == ["-m", "stages.train"] or command[1:4] == ["-u", "-m", "stages.train"]:
+                if [word for word in command[1:] if word != "-u"] == ["-m", "stages", "train"]:
                     peaks[process.pid] = max(peaks.get(process.pid, 0), peak_memory(process))
                     if kills and process.environ()["RANK"] == "1" and list(project.root.glob(".checkpoints/*/*.pt")):
                         process.kill()

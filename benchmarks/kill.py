@@ -199,7 +199,7 @@ class Bench:
         """The process of a stage that dvc starts now, and when it was there; a shell that stays between is none."""
         while dvc.poll() is None:
             for process in processes_in(self.root):
-                if words(process)[-2:] == ["-m", f"stages.{stage}"]:
+                if words(process)[-3:] == ["-m", "stages", stage]:
                     return process, time.perf_counter()
             time.sleep(0.005)
         raise PipelineError(f"dvc repro has not run {stage}:\n{self.log.read_text()}")
@@ -358,7 +358,7 @@ class Experiments(Bench):
 
     def is_target(self, process: psutil.Process, target: str, dvc: int) -> bool:
         if target == "stage":
-            return any(word.startswith("stages.") for word in words(process))
+            return "stages" in words(process)
         if target == "worker":
             return "queue-worker" in words(process)
         return target == "everything" or process.pid == dvc

@@ -72,7 +72,7 @@ def start_cat():
     os.set_blocking(cat.stderr.fileno(), False)
     return cat
 tracking._start_sender = start_cat
-runpy.run_module("stages.train", run_name="__main__")
+runpy.run_module("stages", run_name="__main__")
 """
 LAYOUTS = {"one zip": "cp source.zip images", "files": "python -m zipfile -e source.zip images"}
 LAYOUT = """\
@@ -183,7 +183,7 @@ def measure_trials(report: Report, clone: Path, env: dict[str, str], repeats: in
 
 
 def measure_tracking(report: Report, ours: Path, env: dict[str, str], repeats: int) -> None:
-    commands = {"with": ["-m", "stages.train"], "without": ["-c", WITHOUT_SENDER]}
+    commands = {"with": ["-m", "stages", "train"], "without": ["-c", WITHOUT_SENDER, "train"]}
     loops: dict[str, list[float]] = {kind: [] for kind in commands}
     for _ in range(repeats):
         for kind, arguments in commands.items():

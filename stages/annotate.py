@@ -1,15 +1,15 @@
-"""Annotate stage: original files in, image arrays of one shape and a table for each split out.
+"""Annotate stage: turn original files into image arrays of one shape and a table for each split.
 
 Reads   data/raw/
 Writes  data/images/images-00000.npy, ..., data/annotations/{train,val,test,classes}.csv
 """
 
-from classifier.data.lockfile import verified
+from classifier.data.lockfile import locked_md5s, verified
 from classifier.pipeline.annotations import Names, write_csv
-from classifier.pipeline.errors import printable, run_main
+from classifier.pipeline.errors import printable
 from classifier.pipeline.outputs import atomic
 from classifier.pipeline.params import load_params
-from classifier.pipeline.paths import ANNOTATIONS, IMAGES, RAW
+from classifier.pipeline.paths import ANNOTATIONS, IMAGES, LOCK, RAW
 from classifier.preparation.preprocessing import common_shape, first_rows, image_names, workers, write_images
 from classifier.preparation.splits import assign_splits, check_classes, check_labels, class_sizes, find_duplicates
 from classifier.sources import LabelledImages, load_source
@@ -18,7 +18,7 @@ from classifier.sources import LabelledImages, load_source
 def main() -> None:
     params = load_params()
     source = load_source(params.source)
-    raw = verified(RAW)
+    raw = verified(RAW, locked_md5s(LOCK))
     classes = source.class_names(raw)
     splits: dict[str, LabelledImages] = source.read(raw)
     for split, data in splits.items():
@@ -51,7 +51,3 @@ def main() -> None:
     digests = {split: sha256[of_split] for split, of_split in rows.items()}
     for line in find_duplicates(digests, labels, names, classes).lines():
         print(printable(line), flush=True)
-
-
-if __name__ == "__main__":
-    run_main(main)

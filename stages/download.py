@@ -1,12 +1,12 @@
-"""Download stage: the data source's original files.
+"""Download stage: get the original files of the data source.
 
-Reads   what the source reads: the network, or data_path
+Reads   the internet or data_path, depending on the source
 Writes  data/raw/
 """
 
 from pathlib import Path
 
-from classifier.pipeline.errors import printable, run_main
+from classifier.pipeline.errors import printable
 from classifier.pipeline.params import load_params
 from classifier.pipeline.paths import RAW
 from classifier.sources import load_source
@@ -21,7 +21,3 @@ def main() -> None:
     for file in list(sizes)[:SHOWN_FILES]:
         print(f"{printable(str(file))}  {sizes[file]:,} bytes")
     print(f"files: {len(sizes):,}, {sum(sizes.values()):,} bytes")
-
-
-if __name__ == "__main__":
-    run_main(main)

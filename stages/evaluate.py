@@ -1,4 +1,4 @@
-"""Evaluate stage: how well the trained network does on the test images, in numbers and pictures.
+"""Evaluate stage: measure the trained network on the test images, and draw pictures.
 
 Reads   data/images/, data/annotations/, models/model_weights.pth
 Writes  metrics/test.json, metrics/classes.csv, metrics/predictions.csv, metrics/plots/
@@ -7,13 +7,13 @@ Writes  metrics/test.json, metrics/classes.csv, metrics/predictions.csv, metrics
 from classifier.compute.device import choose_kernels, environment, seed_everything, select_device, set_threads
 from classifier.data.dataset import load_splits
 from classifier.data.loader import batches_of
-from classifier.data.lockfile import verified
+from classifier.data.lockfile import locked_md5s, verified
 from classifier.evaluation.metrics import class_scores, largest_class, overall_scores, wilson_interval
 from classifier.evaluation.pictures import draw
 from classifier.evaluation.prediction_table import Predicted, write_predictions
 from classifier.pipeline import paths
 from classifier.pipeline.annotations import class_names, csv_cell
-from classifier.pipeline.errors import printable, run_main
+from classifier.pipeline.errors import printable
 from classifier.pipeline.outputs import atomic, write_json
 from classifier.pipeline.params import load_params
 from classifier.tracking.tracker import Tracker
@@ -22,15 +22,19 @@ from classifier.training.inference import advice, predict, score, trained_networ
 
 def main() -> None:
     params = load_params()
-    tracker = Tracker()
+    md5s = locked_md5s(paths.LOCK)
+    data = (paths.IMAGES, paths.ANNOTATIONS)
+    tracker = Tracker(params.experiment, md5s, paths.PARAMS, data, paths.WEIGHTS)
     device = select_device(params.device)
     set_threads(params.threads)
     choose_kernels(deterministic=params.deterministic, precision=params.precision)
     seed_everything(params.seed)
 
-    names = class_names(verified(paths.ANNOTATIONS))
-    val_set, test_set = load_splits(["val", "test"], len(names))
-    network = trained_network(params.network, test_set.image_shape(), len(names), device, test_flip=params.test_flip)
+    images, annotations = (verified(path, md5s) for path in data)
+    names = class_names(annotations)
+    val_set, test_set = load_splits(["val", "test"], annotations, images, len(names))
+    weights, shape = verified(paths.WEIGHTS, md5s), test_set.image_shape()
+    network = trained_network(weights, params.network, shape, len(names), device, test_flip=params.test_flip)
     logits = predict(batches_of(test_set, params, device), network, params.precision)
 
     loss, accuracy = score(logits, test_set.labels, params.batch_size)
@@ -59,9 +63,5 @@ def main() -> None:
     figures = {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [low, high]} | overall
     write_json(paths.TEST_METRICS, figures)
 
-    with tracker.weights(params, environment(device)):
-        tracker.log_evaluation(test_set.md5())
-
-
-if __name__ == "__main__":
-    run_main(main)
+    with tracker.weights(environment(device)):
+        tracker.log_evaluation(paths.TEST_METRICS, [paths.CLASS_METRICS, paths.PLOTS], test_set.md5())

@@ -1,9 +1,10 @@
-"""Train stage: annotated images in, network weights out.
+"""Train stage: train a network on the annotated images.
 
 Reads   data/images/, data/annotations/
 Writes  models/model_weights.pth, metrics/train.json, metrics/epochs.csv, metrics/environment.json
-Keeps   with validation images, the weights of the epoch with the best validation accuracy; else the last ones;
-        and until it has written them, checkpoints from which a killed training resumes to the same bytes
+Keeps   checkpoints until it has written the weights; a killed training resumes from them to the same bytes
+
+The weights are those of the epoch with the best validation accuracy, or of the last epoch without validation images.
 """
 
 from contextlib import nullcontext
@@ -12,11 +13,10 @@ from classifier.compute.device import environment, keep_freed_memory, select_dev
 from classifier.compute.distributed import Group, process_group
 from classifier.data.dataset import load_splits
 from classifier.data.loader import batches_of, training_batches
-from classifier.data.lockfile import verified
+from classifier.data.lockfile import locked_md5s, verified
 from classifier.networks import Mirrored
 from classifier.pipeline import paths
 from classifier.pipeline.annotations import class_names
-from classifier.pipeline.errors import run_main
 from classifier.pipeline.outputs import write_json
 from classifier.pipeline.params import Params, load_params
 from classifier.progress import say
@@ -35,18 +35,23 @@ def main() -> None:
 
 
 def train(params: Params, group: Group) -> None:
-    tracker = Tracker() if group.is_first else SilentTracker()
+    md5s = locked_md5s(paths.LOCK)
+    data = (paths.IMAGES, paths.ANNOTATIONS)
+    tracker = Tracker(params.experiment, md5s, paths.PARAMS, data, paths.WEIGHTS) if group.is_first else SilentTracker()
     device = select_device(params.device)
     set_threads(params.threads)
     keep_freed_memory()
     recorded = environment(device)
-    # Before images are decoded, as code may be edited meanwhile
-    fingerprint = stage_fingerprint("train", params.model_dump(), recorded) if group.is_first else {}
+    # Before images are decoded: the code may be edited meanwhile
+    fingerprint = (
+        stage_fingerprint(paths.PIPELINE, "train", md5s, params.model_dump(), recorded) if group.is_first else {}
+    )
 
-    names = class_names(verified(paths.ANNOTATIONS))
-    train_set, val_set, test_set = load_splits(["train", "val", "test"], len(names))
+    images, annotations = (verified(path, md5s) for path in data)
+    names = class_names(annotations)
+    train_set, val_set, test_set = load_splits(["train", "val", "test"], annotations, images, len(names))
     train_batches = training_batches(train_set, names, params, device, group)
-    # Without validation images there is nothing to select weights by, and the figures are the tutorial's: on test
+    # Without validation images no epoch is selected, and the figures are of test images, as in the tutorial
     selects = len(val_set) > 0
     val_batches = batches_of(val_set if selects else test_set, params, device, group)
     class_weights = train_set.class_weights(names).float().to(device) if params.balance == "loss" else None
@@ -59,14 +64,14 @@ def train(params: Params, group: Group) -> None:
     every = params.checkpoint_steps * params.accumulate_steps
     with (
         checkpoints(fingerprint) if group.is_first else nullcontext(NoCheckpoints()) as saved,
-        tracker.training(params, recorded, saved.name, saved.started),
+        tracker.training(recorded, saved.name, saved.started),
     ):
         if state.pretrained:
             tracker.tag({"sha256.weights": state.pretrained})
         with resume(state, group, saved, every=every, last=len(train_batches)) as save_if_due:
             while state.epoch < params.epochs:
                 for batch in step.rest_of_epoch():
-                    if step(*batch):  # with an update of the weights
+                    if step(*batch):  # has updated the weights
                         save_if_due()
                 val_loss, val_accuracy = test_loop(val_batches, evaluated, params.precision)
                 figures = {"train_loss": step.mean_loss(), "val_loss": val_loss, "val_accuracy": val_accuracy}
@@ -77,9 +82,5 @@ def train(params: Params, group: Group) -> None:
         if told := advice(state.kept["val_accuracy"], val_batches.dataset.labels):
             say(told)
         if group.is_first:
-            state.write_results()
-            write_json(paths.ENVIRONMENT, [recorded])  # a list: DVC makes no columns of it in its tables of metrics
-
-
-if __name__ == "__main__":
-    run_main(main)
+            state.write_results(paths.WEIGHTS, paths.EPOCHS, paths.TRAIN_METRICS)
+            write_json(paths.ENVIRONMENT, [recorded])  # in a list, which DVC does not show as metrics

@@ -402,7 +402,7 @@ def test_too_little_memory_is_one_line(device: torch.device) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert str(caught.value) == (
-        f"device: {device} has not enough memory for batch_size: 4096; "
+        f"device: {device} does not have enough memory for batch_size: 4096; "
         "try batch_size: 2048 and accumulate_steps: 4, for the same updates"
     )
 

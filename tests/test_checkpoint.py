@@ -273,12 +273,16 @@ def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"lr": 0.1, "network": "mlp", "weights": "start.pth", "workers": 2}
 
 
+def fingerprint(values: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    return stage_fingerprint(Path("dvc.yaml"), "train", {}, values, environment)
+
+
 def test_the_fingerprint_is_deps_parameters_weights_and_environment(pipeline: dict[str, Any]) -> None:
-    found = stage_fingerprint("train", pipeline, {"torch": "2"})
+    found = fingerprint(pipeline, {"torch": "2"})
     assert list(found) == ["train.py", "mlp.py", "data", "start.pth", "lr", "network", "weights", "torch"]
-    assert found == stage_fingerprint("train", pipeline | {"workers": 0}, {"torch": "2"})
+    assert found == fingerprint(pipeline | {"workers": 0}, {"torch": "2"})
     too_long = "https://" + 300 * "x"  # for a name of a file, which is told when weights are read
-    assert stage_fingerprint("train", pipeline | {"weights": too_long}, {})["weights"] == too_long
+    assert fingerprint(pipeline | {"weights": too_long}, {})["weights"] == too_long
 
 
 @pytest.mark.parametrize(
@@ -297,15 +301,15 @@ def test_the_fingerprint_is_deps_parameters_weights_and_environment(pipeline: di
 def test_a_training_with_another_fingerprint_has_its_own_checkpoints(
     pipeline: dict[str, Any], change: Callable[[dict[str, Any]], None]
 ) -> None:
-    give_up(**stage_fingerprint("train", pipeline, {}))
+    give_up(**fingerprint(pipeline, {}))
     change(pipeline)
-    with checkpoints(stage_fingerprint("train", pipeline, {})) as saved:
+    with checkpoints(fingerprint(pipeline, {})) as saved:
         assert saved.load() is None
 
 
 def test_a_training_in_another_environment_has_its_own_checkpoints(pipeline: dict[str, Any]) -> None:
-    give_up(**stage_fingerprint("train", pipeline, {"torch": "2"}))
-    with checkpoints(stage_fingerprint("train", pipeline, {"torch": "3"})) as saved:
+    give_up(**fingerprint(pipeline, {"torch": "2"}))
+    with checkpoints(fingerprint(pipeline, {"torch": "3"})) as saved:
         assert saved.load() is None
 
 

@@ -77,7 +77,7 @@ def write_lock(project: Project, images: str) -> None:
     """The part of dvc.lock that tells the images apart, by their md5."""
     outputs = {"data/images": images, "data/annotations": f"{'1' * 32}.dir"}
     outs = [{"path": path, "hash": "md5", "md5": md5} for path, md5 in outputs.items()]
-    lock = {"schema": "2.0", "stages": {"annotate": {"cmd": "python -m stages.annotate", "outs": outs}}}
+    lock = {"schema": "2.0", "stages": {"annotate": {"cmd": "python -m stages annotate", "outs": outs}}}
     (project.root / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
 
 

@@ -473,6 +473,6 @@ def test_streaming_and_workers_leave_the_weights_as_they_are(tmp_path: Path) -> 
     written = set()
     for limit, workers in [("8", "0"), ("0.00001", "0"), ("0.00001", "2")]:
         project.set_params(memory_limit_gib=limit, workers=workers)
-        project.run(sys.executable, "-m", "stages.train")
+        project.run(sys.executable, "-m", "stages", "train")
         written.add((project.root / "models/model_weights.pth").read_bytes())
     assert len(written) == 1

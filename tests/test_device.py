@@ -157,7 +157,7 @@ def test_tf32_is_used_only_where_it_is_asked_for(precision: Precision) -> None:
 def test_too_little_memory_names_the_batch_size_to_try(
     error: RuntimeError, batch_size: int, accumulate_steps: int | None, advice: str
 ) -> None:
-    expected = pytest.raises(PipelineError, match=f"^device: cuda has not enough memory for {advice}")
+    expected = pytest.raises(PipelineError, match=f"^device: cuda does not have enough memory for {advice}")
     with expected, naming_batch_size(torch.device("cuda"), batch_size, accumulate_steps):
         raise error
 

@@ -24,7 +24,7 @@ from classifier.sources.fashion_mnist import DEBIAN_FOLDER, FILES
 
 PAGE = 4096  # bytes that a small disk gives at a time
 PLENTY = 2**30
-NO_ROOM = " cannot be written: {}; earlier files are as they were. Make room, then run the same command again."
+NO_ROOM = " cannot be written: {}; earlier files are unchanged. Free some space, then run the same command again."
 
 
 def can_mount() -> bool:
@@ -46,7 +46,7 @@ def run_stage(
         env["PYTHONDONTWRITEBYTECODE"] = "1"  # Python would keep what the limit lets through of a compiled module
         env["COVERAGE_PROCESS_CONFIG"] = ""  # with `make coverage`, its own file would not be written
     return subprocess.run(
-        [*prefix, sys.executable if prefix else python(), "-m", f"stages.{stage}"],
+        [*prefix, sys.executable if prefix else python(), "-m", "stages", stage],
         cwd=root, env=clean_environment(root.parent, **env), stdin=subprocess.DEVNULL,
         capture_output=True, text=True, preexec_fn=None if limit is None else set_limit,
     )  # fmt: skip
@@ -357,7 +357,7 @@ def test_a_read_only_disk_is_named(tmp_path: Path) -> None:
         done = run_stage(root, "annotate")
     check_failed_cleanly(
         done,
-        "data/images: the disk is read-only; earlier files are as they were. Give yourself access, then run the "
+        "data/images: the disk is read-only; earlier files are unchanged. Allow access, then run the "
         "same command again.",
     )
 
@@ -377,7 +377,7 @@ def test_a_missing_permission_is_named(tmp_path: Path, closed: str, mode: int, n
     (root / closed).chmod(0o755)
     check_failed_cleanly(
         done,
-        f"{name or closed}: permission denied; earlier files are as they were. Give yourself access, then run the same "
+        f"{name or closed}: permission denied; earlier files are unchanged. Allow access, then run the same "
         "command again.",
     )
 
@@ -386,7 +386,7 @@ def test_no_folder_for_temporary_files(downloading: Path) -> None:
     done = run_stage(downloading, "download", limit=0)
     assert done.returncode == 1
     assert done.stderr.startswith("No usable temporary directory found in ['/")
-    assert done.stderr.endswith("set TMPDIR to a folder with room, then run the same command again.\n")
+    assert done.stderr.endswith("set TMPDIR to a folder with space, then run the same command again.\n")
 
 
 # The whole project on a disk that is full

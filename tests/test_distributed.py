@@ -268,7 +268,7 @@ def test_a_second_machine_joins_the_training_that_dvc_runs_on_the_first(
     before = second.outputs()
     meeting = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
     with subprocess.Popen(
-        [sys.executable, "-m", "stages.train"], cwd=second.root,
+        [sys.executable, "-m", "stages", "train"], cwd=second.root,
         env=clean_environment(tmp_path, **meeting, PET_NODE_RANK="1"), stdout=subprocess.PIPE, text=True,
     ) as joining:  # fmt: skip
         untrained.dvc("repro", "train", check=True, **meeting, PET_NODE_RANK="0")

@@ -10,6 +10,7 @@ from imports import ROOT, imported_names, project_file, project_files_behind
 
 from classifier.pipeline import paths
 from classifier.pipeline.params import UNTRACKED, Params, modules_in
+from stages import __main__
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 NETWORKS = "classifier/networks"
@@ -138,15 +139,21 @@ def given_params(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("stage", ["download", "annotate", "train", "evaluate"])
 def test_the_params_of_a_stage_are_those_it_reads(stage: str) -> None:
     # val_size and the like reach a later stage through the files of an earlier one
-    read = parameters_read(stage) | ({"launcher"} if stage == "train" else set())  # by stages/__init__.py
+    read = parameters_read(stage) | ({"launcher"} if stage == "train" else set())  # by stages/__main__.py
     assert set(STAGES[stage]["params"]) == read - UNTRACKED
 
 
 def test_no_parameter_is_part_of_a_command() -> None:
     """A shell would run what it says."""
     assert {name: stage["cmd"] for name, stage in STAGES.items()} == {
-        name: f"python -m stages.{name}" for name in STAGES
+        name: f"python -m stages {name}" for name in STAGES
     }
+
+
+def test_python_m_stages_runs_the_stages_of_dvc_yaml() -> None:
+    modules = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "__main__"}
+    assert tuple(STAGES) == __main__.STAGES
+    assert set(STAGES) == modules
 
 
 @pytest.mark.parametrize("stage", ["check", "export"])

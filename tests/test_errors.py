@@ -29,4 +29,4 @@ def test_a_place_that_mlflow_reads_otherwise_is_told_at_the_start(tmp_path: Path
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / name, env=env, capture_output=True, text=True)
     (character,) = set(name) & set("%#?")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"{tmp_path / name}: MLflow takes {character} in a path for a part of an address")
+    assert done.stderr.startswith(f"{tmp_path / name}: MLflow does not support {character} in this path")

@@ -57,7 +57,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def export(project: Project, check: bool = True) -> str:
     """Run the stage; return what it says on standard error, without lines of progress, as on a busy machine."""
-    said = project.run("python", "-m", "stages.export", check=check).stderr
+    said = project.run("python", "-m", "stages", "export", check=check).stderr
     return "".join(line for line in said.splitlines(keepends=True) if not line.endswith((" left\n", " so far\n")))
 
 

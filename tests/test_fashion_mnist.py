@@ -75,7 +75,7 @@ def start(folder: Path, env: dict[str, str], *command: str) -> "subprocess.Popen
     (folder / "params.yaml").write_text(re.sub(r"(?m)^source: \S+", "source: fashion_mnist", params), encoding="utf-8")
     ours = {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "PATH": str(folder / "tmp")}
     return subprocess.Popen(
-        [python(), *(command or ("-m", "stages.download"))],
+        [python(), *(command or ("-m", "stages", "download"))],
         cwd=folder,
         env=ours | env,
         stdin=subprocess.DEVNULL,

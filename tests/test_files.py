@@ -18,7 +18,7 @@ LOCK = """\
 schema: '2.0'
 stages:
   download:
-    cmd: python -m stages.download
+    cmd: python -m stages download
     deps:
     - path: stages/download.py
       hash: md5
@@ -31,7 +31,7 @@ stages:
   check:
     cmd: 'true'
   train:
-    cmd: python -m stages.train
+    cmd: python -m stages train
     outs:
     - path: metrics/train.json
       hash: md5
@@ -210,9 +210,7 @@ def test_a_missing_file_is_an_error_that_says_what_to_do(tmp_path: Path) -> None
 
 def test_json_that_is_cut_off_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text('{"loss": 0.')
-    with pytest.raises(
-        PipelineError, match=r"train\.json: not as the pipeline writes it .*; `dvc repro` makes it anew"
-    ):
+    with pytest.raises(PipelineError, match=r"train\.json: not valid JSON .*; `dvc repro` writes it again"):
         read_json(tmp_path / "train.json")
 
 

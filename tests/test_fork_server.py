@@ -43,10 +43,10 @@ def test_a_module_is_the_one_in_its_folder_and_none_of_this_project_is_there_bef
     (tmp_path / "stages").mkdir()
     loaded = "[name in sys.modules for name in ('torch', 'classifier')]"
     code = f"import sys; print(__name__, sys.argv[1:], sys.orig_argv[1:], {loaded})"
-    (tmp_path / "stages/train.py").write_text(code)
+    (tmp_path / "stages/__main__.py").write_text(code)
     (tmp_path / "stages/__init__.py").write_text("import sys; print(sys.argv[0])")
-    done = run(tmp_path, "-m", "stages.train", "1")
-    assert done.stdout == "-m\n__main__ ['1'] ['-m', 'stages.train', '1'] [True, False]\n", done.stderr
+    done = run(tmp_path, "-m", "stages", "train")
+    assert done.stdout == "-m\n__main__ ['train'] ['-m', 'stages', 'train'] [True, False]\n", done.stderr
 
 
 def test_dvc_is_forked_too(tmp_path: Path) -> None:

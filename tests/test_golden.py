@@ -28,7 +28,7 @@ def annotated(fashion_mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     project = Project.create(tmp_path_factory.mktemp("golden") / "project")
     project.set_params(shuffle="false", val_size="0")
     for stage in ("download", "annotate"):
-        project.run(sys.executable, "-m", f"stages.{stage}", FASHION_MNIST_DIR=str(fashion_mnist_dir))
+        project.run(sys.executable, "-m", "stages", stage, FASHION_MNIST_DIR=str(fashion_mnist_dir))
     return project
 
 

@@ -101,7 +101,7 @@ def test_a_signal_while_a_stage_imports_its_modules_ends_it_without_a_traceback(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages.train"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "stages", "train"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while "multiarray" not in Path(f"/proc/{process.pid}/maps").read_text():  # of numpy, the first of the large ones

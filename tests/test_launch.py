@@ -1,10 +1,12 @@
 """The train stage's launcher: torchrun with checked words, and never a command that a parameter spells."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from imports import ROOT
 from project import Project
 
 from classifier.compute.launch import launcher_command
@@ -23,11 +25,11 @@ from classifier.pipeline.errors import PipelineError
 def test_options_about_processes_are_handed_on(launcher: str, words: list[str] | None) -> None:
     words = launcher.split()[1:] if words is None else words
     start = [sys.executable, "-m", "torch.distributed.run"]
-    assert launcher_command(launcher, "stages.train") == [*start, *words, "-m", "stages.train"]
+    assert launcher_command(launcher) == [*start, *words]
 
 
 def test_python_needs_no_launcher() -> None:
-    assert launcher_command("python", "stages.train") == []
+    assert launcher_command("python") == []
 
 
 @pytest.mark.parametrize(
@@ -39,8 +41,16 @@ def test_python_needs_no_launcher() -> None:
     ],
 )  # fmt: skip
 def test_words_that_name_a_program_or_a_file_are_refused(words: str) -> None:
-    with pytest.raises(PipelineError, match=r"^params\.yaml: launcher: .*; of torchrun's options it may have "):
-        launcher_command(f"torchrun {words}", "stages.train")
+    with pytest.raises(PipelineError, match=r"^params\.yaml: launcher: .*; allowed options of torchrun: "):
+        launcher_command(f"torchrun {words}")
+
+
+@pytest.mark.parametrize(("words", "shown"), [(["trian"], "'trian'"), ([], "''"), (["train", "x"], "'train x'")])
+def test_an_unknown_stage_is_one_line_that_lists_the_stages(words: list[str], shown: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "stages", *words], cwd=ROOT, capture_output=True, text=True)
+    stages = "check, download, annotate, train, evaluate, export"
+    assert done.stderr == f"python -m stages: {shown} is not a stage; the stages are {stages}\n"
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 @pytest.mark.slow
@@ -48,7 +58,7 @@ def test_words_that_name_a_program_or_a_file_are_refused(words: str) -> None:
     ("launcher", "complaint"),
     [
         ('"touch {}; python"', "params.yaml: launcher: 'touch {}; python' is not python, or a torchrun command line"),
-        ("torchrun {}", "params.yaml: launcher: unrecognized arguments: {}; of torchrun's options it may have "),
+        ("torchrun {}", "params.yaml: launcher: unrecognized arguments: {}; allowed options of torchrun: "),
     ],
 )
 def test_a_parameter_does_not_run_a_command(tmp_path: Path, launcher: str, complaint: str) -> None:
@@ -63,7 +73,7 @@ def test_a_parameter_does_not_run_a_command(tmp_path: Path, launcher: str, compl
     shutil.rmtree(project.root / ".dvc/tmp", ignore_errors=True)
     failed = project.dvc("repro", "--single-item", "train", check=False)
     assert failed.returncode != 0
-    assert "Running stage 'train':\n> python -m stages.train\n" in failed.stdout
+    assert "Running stage 'train':\n> python -m stages train\n" in failed.stdout
     assert complaint.format(ran) in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not ran.with_suffix(".txt").exists()

@@ -40,7 +40,7 @@ def run_in_a_copy(project: Project, name: str, path: Path | str) -> subprocess.C
 def test_images_outside_of_the_repository_in_a_copy_are_found_by_their_absolute_path(project: Project) -> None:
     assert "files: 4, " in run_in_a_copy(project, "absolute", project.root.parent / NAME).stdout
     failed = run_in_a_copy(project, "relative", f"../{NAME}").stderr
-    assert "leads out of the repository, of which this experiment has a copy elsewhere.\nGive the whole path" in failed
+    assert "is outside of the repository. This experiment runs in a copy elsewhere.\nGive the whole path" in failed
     assert f"-S data_path={project.root.parent / NAME}" in failed
 
 

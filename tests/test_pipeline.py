@@ -216,7 +216,7 @@ def test_a_wrong_parameter_is_one_line_from_make_repro_and_from_the_stage(
     made = project.run("make", "--assume-old", ".venv/.synced", "repro", check=False)
     assert made.returncode != 0
     assert [out for out in made.stderr.splitlines() if not out.startswith("make")] == [line]
-    staged = project.run(sys.executable, "-m", "stages.download", check=False)
+    staged = project.run(sys.executable, "-m", "stages", "download", check=False)
     assert (staged.returncode, staged.stderr.splitlines(), staged.stdout) == (1, [line], "")
     assert not (project.root / "data/raw").exists()
 
@@ -226,7 +226,7 @@ def test_a_device_that_is_not_there_is_an_error_that_names_the_ones_that_are(rep
     before = params.read_text()
     try:
         reproduced.set_params(device="cuda:77")
-        done = reproduced.run(sys.executable, "-m", "stages.train", check=False)
+        done = reproduced.run(sys.executable, "-m", "stages", "train", check=False)
     finally:
         params.write_text(before)
     assert done.returncode == 1
@@ -235,7 +235,7 @@ def test_a_device_that_is_not_there_is_an_error_that_names_the_ones_that_are(rep
 
 
 def test_a_python_without_the_packages_is_told_what_to_activate(reproduced: Project) -> None:
-    done = reproduced.run(sys.executable, "-S", "-m", "stages.train", check=False)
+    done = reproduced.run(sys.executable, "-S", "-m", "stages", "train", check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(f"{sys.executable} has no torch or no psutil: ")
     assert done.stderr.endswith("Activate the environment, `. .venv/bin/activate`, then run the same command again; "
@@ -258,7 +258,7 @@ def test_after_a_failed_download_the_earlier_data_comes_back(copied: Project, tm
     assert failed.returncode != 0
     assert "FASHION_MNIST_DIR" in failed.stderr
     assert "Traceback" not in failed.stderr
-    assert "DVC removed what this stage had made before. `classifier restore` brings back" in failed.stderr
+    assert "DVC removed the earlier outputs of this stage. `classifier restore` restores" in failed.stderr
     assert not raw.exists()
     copied.run(sys.executable, "-m", "classifier", "restore")
     assert raw.read_bytes() == before
@@ -311,7 +311,7 @@ def test_weights_without_a_run_in_the_store_get_one(copied: Project) -> None:
     """As where model and data were pulled onto a machine that has not trained."""
     for path in copied.root.glob("mlflow.db*"):
         path.unlink()
-    copied.run(sys.executable, "-m", "stages.evaluate")
+    copied.run(sys.executable, "-m", "stages", "evaluate")
     with sqlite3.connect(copied.root / "mlflow.db") as store:
         assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
 

@@ -286,7 +286,7 @@ def test_a_file_of_which_the_manifest_does_not_speak_is_not_opened(
     ("content", "complaint"),
     [
         (None, r"manifest\.json: missing; it tells the model's classes"),
-        ("{", "not as the pipeline writes it"),
+        ("{", "not valid JSON"),
         ("[]", "not a manifest that export wrote"),
         ("{}", "not a manifest that export wrote"),
         ('{"classes": ["a"], "files": {"model.pth": {}}, "input": {"shape": [0, 1, 4, 6]}}', "not a manifest that"),

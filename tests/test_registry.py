@@ -21,17 +21,16 @@ from mlflow import MlflowClient
 from PIL import Image
 from test_decoding import tiled_tiff
 from torch import nn
-from tracker import without_sender
+from tracker import EVALUATION, stage_tracker, without_sender
 
 from classifier.data.decoding import decode_image
 from classifier.export.formats import write
 from classifier.pipeline.errors import PipelineError
-from classifier.pipeline.params import Params, load_params
+from classifier.pipeline.params import load_params
 from classifier.tracking import registry
 from classifier.tracking.registry import Version, find_champion, find_versions, promote, version_called
 from classifier.tracking.sender import Sender
 from classifier.tracking.store import find_runs
-from classifier.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 
@@ -86,10 +85,10 @@ def export(
         answers.loc[list(right), "predicted"] = "circle"
         answers.to_csv("metrics/plots/confusion.csv", index=False)
         write_accuracy(0.6)
-        train(params)
-        tracker = Tracker()
-        with tracker.weights(params, {"device": "cpu"}):
-            tracker.log_evaluation(test_set)
+        train()
+        tracker = stage_tracker()
+        with tracker.weights({"device": "cpu"}):
+            tracker.log_evaluation(*EVALUATION, test_set)
             tracker.register(params.registered_model, onnx / "model.onnx", onnx / "manifest.json")
         assert Sender().send_all() == {}
         return find_versions(f"name = '{params.registered_model}'")[0]
@@ -101,8 +100,8 @@ def write_accuracy(accuracy: float) -> None:
     Path("metrics/test.json").write_text(json.dumps({"accuracy": accuracy, "loss": 0.5, "accuracy_ci95": [0.5, 0.9]}))
 
 
-def train(params: Params) -> None:
-    with Tracker().training(params, {"device": "cpu"}, uuid4().hex, time.time()):
+def train() -> None:
+    with stage_tracker().training({"device": "cpu"}, uuid4().hex, time.time()):
         pass
 
 
@@ -199,11 +198,11 @@ def test_results_go_to_the_run_of_their_own_experiment_where_several_have_the_sa
     for name in ("first", "second"):
         monkeypatch.setenv("DVC_EXP_NAME", name)
         Path("models/model_weights.pth").write_bytes(weights)
-        train(load_params())
+        train()
     monkeypatch.setenv("DVC_EXP_NAME", "first")
-    tracker = Tracker()
-    with tracker.weights(load_params(), {"device": "cpu"}):
-        tracker.log_evaluation("one")
+    tracker = stage_tracker()
+    with tracker.weights({"device": "cpu"}):
+        tracker.log_evaluation(*EVALUATION, "one")
     assert Sender().send_all() == {}
     evaluated = {run.name: "test_accuracy" in run.metrics for run in find_runs("tags.`dvc.exp_name` != ''")}
     assert evaluated == {"first": True, "second": False}
@@ -217,9 +216,9 @@ def test_an_evaluation_is_logged_once_for_the_same_images_if_only_a_missing_one_
     version = export(range(60))
     for test_set, accuracy in (("one", 0.7), ("another", 0.8)):
         write_accuracy(accuracy)
-        tracker = Tracker()
-        with tracker.weights(load_params(), {"device": "cpu"}):
-            tracker.log_evaluation(test_set, if_missing=True)
+        tracker = stage_tracker()
+        with tracker.weights({"device": "cpu"}):
+            tracker.log_evaluation(*EVALUATION, test_set, if_missing=True)
         assert Sender().send_all() == {}
         (run,) = find_runs(f"attributes.run_id = '{version.run_id}'")
         assert run.metrics["test_accuracy"] == (0.6 if test_set == "one" else accuracy)

@@ -47,7 +47,7 @@ def build(image_shape, classes):
     return network
 """
 DVC = ["-m", "dvc"]
-STAGE = ["-m", "stages.train"]
+STAGE = ["-m", "stages", "train"]
 
 
 class Reference(NamedTuple):

@@ -15,7 +15,7 @@ from classifier.data.loader import training_batches
 from classifier.pipeline.annotations import class_names
 from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.params import load_params
-from classifier.pipeline.paths import ANNOTATIONS
+from classifier.pipeline.paths import ANNOTATIONS, IMAGES
 
 NAMES = ["cat", "dog", "eel"]
 
@@ -31,7 +31,7 @@ def annotated(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project in which only download and annotate have run. Tests change params.yaml alone."""
     project = small_project(tmp_path_factory.mktemp("samples"), batch_size="32")
     for stage in ("download", "annotate"):
-        project.run(sys.executable, "-m", f"stages.{stage}")
+        project.run(sys.executable, "-m", "stages", stage)
     project.set_params(source="fashion_mnist")  # this process does not know the project's own
     return project
 
@@ -55,7 +55,7 @@ def test_they_are_the_images_and_targets_of_the_train_stage(
     annotated.set_params(**(defaults | params))
     names = class_names(ANNOTATIONS)
     pixels, targets = first_images(sample_batches(load_params(), names), rows=4, columns=8)
-    (train_set,) = load_splits(["train"], len(names))
+    (train_set,) = load_splits(["train"], ANNOTATIONS, IMAGES, len(names))
     batches = list(training_batches(train_set, names, load_params(), torch.device("cpu")).epoch(0))
     assert torch.equal(pixels, torch.cat([images[:8] for images, _ in batches])[:32])
     expected = torch.cat([of_batch[:8] for _, of_batch in batches])[:32]
@@ -68,10 +68,11 @@ def test_a_class_without_images_is_named_before_the_training_starts(
     monkeypatch.chdir(annotated.root)
     annotated.set_params(shuffle="true")
     names = [*class_names(ANNOTATIONS), "Umbrella"]
+    (train_set,) = load_splits(["train"], ANNOTATIONS, IMAGES, len(names))
     for balance in ("sampler", "loss"):
         annotated.set_params(balance=balance)
         with pytest.raises(PipelineError, match=r"train\.csv: balance: no image of class Umbrella; add some, or set"):
-            training_batches(load_splits(["train"], len(names))[0], names, load_params(), torch.device("cpu"))
+            training_batches(train_set, names, load_params(), torch.device("cpu"))
 
 
 def test_the_picture_is_of_known_size_and_the_same_bytes_again(

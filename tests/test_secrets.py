@@ -14,6 +14,7 @@ from tracker import Server, contents, statuses, waiting, without_sender
 
 from classifier.pipeline.errors import PipelineError, masked
 from classifier.pipeline.params import load_params
+from classifier.pipeline.paths import PARAMS, WEIGHTS
 from classifier.provenance.storage import _first_line
 from classifier.tracking.journal import Journal
 from classifier.tracking.store import store_errors
@@ -64,9 +65,9 @@ def test_a_journal_holds_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{TRACKER_SECRET}@127.0.0.1:9")
     Path("params.yaml").write_text(f"{Path('params.yaml').read_text()}address: {REMOTE}\n")
     without_sender(monkeypatch)
-    tracker = Tracker()
+    tracker = Tracker(params.experiment, {}, PARAMS, [], WEIGHTS)
     monkeypatch.setattr("classifier.tracking.tracker.hash_file", lambda path: "0" * 32)
-    with tracker.training(params, {"device": "cpu"}, "name", time.time()):
+    with tracker.training({"device": "cpu"}, "name", time.time()):
         pass
     (first, *_) = Journal(tracker.journal.folder).records()
     assert first is not None

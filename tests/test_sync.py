@@ -31,6 +31,7 @@ from tracker import (
     paced,
     query,
     silent_server,
+    stage_tracker,
     statuses,
     steps,
     steps_waiting,
@@ -46,7 +47,6 @@ from classifier.tracking import sender as sync
 from classifier.tracking import store
 from classifier.tracking.journal import Journal, home, journals
 from classifier.tracking.sender import Sender, send_to_every_store
-from classifier.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 
@@ -88,9 +88,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Pat
 
 def train(epochs: range = range(1, 4), name: str | None = None, experiment: str = "fashion-mnist") -> Journal:
     """A training that tells these epochs; its journal."""
-    tracker = Tracker()
-    params = load_params().model_copy(update={"experiment": experiment})
-    with tracker.training(params, {"device": "cpu"}, name or uuid4().hex, time.time()):
+    tracker = stage_tracker(experiment)
+    with tracker.training({"device": "cpu"}, name or uuid4().hex, time.time()):
         for epoch in epochs:
             tracker.log_metrics({"loss": 1 / epoch}, epoch)
         tracker.log_files(Path("params.yaml"))
@@ -119,8 +118,8 @@ def test_a_record_that_has_arrived_but_was_not_noted_so_is_not_there_twice(repos
 
 
 def test_senders_that_take_turns_at_one_journal_send_all_once(repository: Path) -> None:
-    tracker, senders = Tracker(), [Sender(), Sender()]
-    with tracker.training(load_params(), {"device": "cpu"}, uuid4().hex, time.time()):
+    tracker, senders = stage_tracker(), [Sender(), Sender()]
+    with tracker.training({"device": "cpu"}, uuid4().hex, time.time()):
         for epoch in range(1, 13):
             tracker.log_metrics({"loss": 1 / epoch}, epoch)
             assert senders[epoch // 2 % 2].send_all() == {}
@@ -193,9 +192,9 @@ def test_a_deleted_experiment_is_told_and_other_journals_are_sent(repository: Pa
 
 
 def test_a_deleted_run_is_told_and_when_it_is_restored_the_rest_is_sent(repository: Path) -> None:
-    sender, tracker = Sender(), Tracker()
+    sender, tracker = Sender(), stage_tracker()
     client = MlflowClient(f"sqlite:///{repository / 'mlflow.db'}")
-    with tracker.training(load_params(), {"device": "cpu"}, uuid4().hex, time.time()):
+    with tracker.training({"device": "cpu"}, uuid4().hex, time.time()):
         tracker.log_metrics({"loss": 1}, 1)
         assert sender.send_all() == {}
         ((run_id,),) = query(repository / "mlflow.db", "SELECT run_uuid FROM runs")
@@ -215,8 +214,8 @@ def test_a_deleted_run_is_told_and_when_it_is_restored_the_rest_is_sent(reposito
 
 
 def test_a_store_that_was_made_anew_gets_a_half_sent_journal_from_its_start(repository: Path) -> None:
-    tracker = Tracker()
-    with tracker.training(load_params(), {"device": "cpu"}, uuid4().hex, time.time()):
+    tracker = stage_tracker()
+    with tracker.training({"device": "cpu"}, uuid4().hex, time.time()):
         tracker.log_metrics({"loss": 1}, 1)
         assert Sender().send_all() == {}
         MlflowClient(f"sqlite:///{repository / 'mlflow.db'}")  # no other connection to it is of use
@@ -347,7 +346,7 @@ class Stage(NamedTuple):
 
 def run_stage(project: Project, name: str, **env: str) -> Stage:
     start = time.monotonic()
-    done = project.run(sys.executable, "-m", f"stages.{name}", check=True, **env)
+    done = project.run(sys.executable, "-m", "stages", name, check=True, **env)
     seconds = time.monotonic() - start
     print(f"{name} {env}: {seconds:.1f} s\n{done.stderr}")
     results = {name: (project.root / name).read_bytes() for name in RESULTS}
@@ -558,14 +557,14 @@ def test_a_store_whose_making_is_cut_off_again_and_again_is_made_in_the_end(repo
 
 def test_the_machine_is_measured_while_a_training_runs(repository: Path) -> None:
     code = "from classifier.tracking import sender as sync; sync.SAMPLE_SECONDS = 1; sync.main()"
-    tracker = Tracker()
+    tracker = stage_tracker()
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, bufsize=0,
         env=clean_environment(repository, PYTHONPATH=str(ROOT), DVC_ROOT=str(repository)),
     ) as sender:  # fmt: skip
         assert sender.stdin is not None
         sender.stdin.write(os.fsencode(tracker.journal.folder) + b"\0")
-        with tracker.training(load_params(), {"device": "cpu"}, uuid4().hex, time.time()):
+        with tracker.training({"device": "cpu"}, uuid4().hex, time.time()):
             key = "system/cpu_utilization_percentage"
             time.sleep(3)
             tracker.log_metrics({"train_loss": 1.0, "val_accuracy": 0.5}, step=1)
@@ -697,7 +696,7 @@ def test_a_server_killed_in_the_middle_of_a_training_misses_nothing(
     beside = ThreadPoolExecutor().submit(run_stage, quiet, "train")  # at the same time: the machine is as busy for both
     start = time.monotonic()
     with subprocess.Popen(
-        [python(), "-m", "stages.train"], cwd=project.root, stdin=subprocess.DEVNULL,
+        [python(), "-m", "stages", "train"], cwd=project.root, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=clean_environment(tmp_path, MLFLOW_TRACKING_URI=server.address),
     ) as process:  # fmt: skip

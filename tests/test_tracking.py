@@ -127,7 +127,7 @@ def test_a_run_whose_process_is_killed_does_not_stay_running(project: Project) -
 
 
 def test_a_stage_that_fails_before_it_trains_leaves_no_run_and_no_journal(project: Project) -> None:
-    done = project.run(sys.executable, "-m", "stages.train", check=False)
+    done = project.run(sys.executable, "-m", "stages", "train", check=False)
     assert done.returncode == 1
     assert not (project.root / "mlflow.db").exists()
     assert list((project.root / ".journal").glob("*/")) == []
@@ -139,11 +139,12 @@ import time
 from pathlib import Path
 from classifier.pipeline.params import load_params
 from classifier.tracking.tracker import Tracker
-params, tracker = load_params(), Tracker()
+params, weights = load_params(), Path("models/model_weights.pth")
+tracker = Tracker(params.experiment, {}, Path("params.yaml"), [], weights)
 Path("params.yaml").write_text(Path("params.yaml").read_text().replace("lr: 0.001", "lr: 0.5"))
 Path("models").mkdir()
 Path("models/model_weights.pth").write_text("weights")
-with tracker.training(params, {}, "a", time.time()):
+with tracker.training({}, "a", time.time()):
     pass
 """
     project.run(sys.executable, "-c", edited)
@@ -180,7 +181,7 @@ def test_the_process_that_sends_starts_before_torch_is_imported_and_ends_with_it
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text(SEEN_BY_TORCH)
     env = {"PYTHONPATH": str(tmp_path), "RANK": rank, "PATH": real_environment(tmp_path)["PATH"]}
-    done = project.run("python", "-m", f"stages.{stage}", check=False, **env)
+    done = project.run("python", "-m", "stages", stage, check=False, **env)
     assert (done.returncode, done.stdout) == (3, f"{started}\n"), done.stderr
     wait_for(lambda: processes_in(project.root) == [])
     assert not (project.root / ".journal").exists()

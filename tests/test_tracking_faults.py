@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 from imports import ROOT
 from project import clean_environment
-from tracker import without_sender
+from tracker import EVALUATION, stage_tracker, without_sender
 
-from classifier.pipeline.params import load_params
 from classifier.tracking.journal import Journal, home, journals
-from classifier.tracking.tracker import Tracker
 
 LARGEST = 20_000  # bytes of a file, where the disk is full: more than the first record has, less than the pictures
 
@@ -49,9 +47,9 @@ def evaluate() -> list[str]:
 
 
 def track() -> Journal:
-    tracker = Tracker()
-    with tracker.weights(load_params(), {"device": "cpu"}):
-        tracker.log_evaluation("md5")
+    tracker = stage_tracker()
+    with tracker.weights({"device": "cpu"}):
+        tracker.log_evaluation(*EVALUATION, "md5")
         tracker.log_files(Path("metrics/plots"))
         tracker.tag({"a": "b"})
     return Journal(tracker.journal.folder)
@@ -99,8 +97,8 @@ def replace_journals_by_a_file() -> None:
 def test_a_journal_that_is_removed(
     evaluated: Path, capsys: pytest.CaptureFixture[str], take_away: Callable[[], None]
 ) -> None:
-    tracker = Tracker()
-    with tracker.training(load_params(), {"device": "cpu"}, "name", 0.0):
+    tracker = stage_tracker()
+    with tracker.training({"device": "cpu"}, "name", 0.0):
         tracker.log_metrics({"loss": 1.0}, step=1)
         take_away()
         tracker.log_metrics({"loss": 0.5}, step=2)

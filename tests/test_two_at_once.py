@@ -159,7 +159,7 @@ def annotating(reference: Project, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def run_annotate(project: Project) -> None:
-    project.run(sys.executable, "-m", "stages.annotate")
+    project.run(sys.executable, "-m", "stages", "annotate")
 
 
 def being_written(project: Project) -> list[Path]:
@@ -190,7 +190,7 @@ def test_an_annotate_that_is_killed_again_and_again_leaves_whole_files(annotatin
     with watched(root, whole) as met:
         for attempt in range(12):
             annotating.set_params(split_seed="12"[attempt % 2])
-            process = start(annotating, "stages.annotate", real=True)
+            process = start(annotating, "stages", "annotate", real=True)
             if attempt % 3:
                 time.sleep(chance.uniform(0.1, seconds))
             else:
@@ -208,7 +208,7 @@ def test_an_annotate_that_is_killed_again_and_again_leaves_whole_files(annotatin
 
 
 def test_what_a_live_annotate_writes_is_left_to_it(annotating: Project) -> None:
-    first = start(annotating, "stages.annotate", real=True)
+    first = start(annotating, "stages", "annotate", real=True)
     wait_until_it_writes(annotating, first)
     first.send_signal(signal.SIGSTOP)
     (mine,) = being_written(annotating)

@@ -19,8 +19,14 @@ from typing import Any
 import pytest
 from project import Project, clean_environment, python
 
+from classifier.data.lockfile import locked_md5s
+from classifier.pipeline import paths
 from classifier.pipeline.outputs import hash_file
+from classifier.pipeline.params import load_params
 from classifier.tracking.journal import Journal
+from classifier.tracking.tracker import Tracker
+
+EVALUATION = (paths.TEST_METRICS, [paths.CLASS_METRICS, paths.PLOTS])
 
 # A training that tells five epochs, waits for a line from the test, and does so again until the line is "end".
 PACED = """
@@ -31,10 +37,11 @@ from classifier.pipeline.errors import PipelineError, run_main
 from classifier.pipeline.params import load_params
 from classifier.tracking.tracker import Tracker
 def main():
-    tracker, epoch = Tracker(), 0
+    epoch, params, weights = 0, load_params(), Path("models/model_weights.pth")
+    tracker = Tracker(params.experiment, {}, Path("params.yaml"), [], weights)
     Path("models").mkdir(exist_ok=True)
     Path("models/model_weights.pth").write_text(uuid4().hex)
-    with tracker.training(load_params(), {"device": "cpu"}, uuid4().hex, time.time()):
+    with tracker.training({"device": "cpu"}, uuid4().hex, time.time()):
         tracker.log_files(Path("params.yaml"))
         line = ""
         while line != "end":
@@ -46,6 +53,13 @@ def main():
             line = sys.stdin.readline().strip()
 run_main(main)
 """
+
+
+def stage_tracker(experiment: str | None = None) -> Tracker:
+    """The tracker that a stage in this folder has."""
+    params, data = load_params(), (paths.IMAGES, paths.ANNOTATIONS)
+    md5s = locked_md5s(paths.LOCK)
+    return Tracker(experiment or params.experiment, md5s, paths.PARAMS, data, paths.WEIGHTS)
 
 
 @contextmanager

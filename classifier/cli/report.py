@@ -110,7 +110,7 @@ def write_report(target: Path, against: str | None, lineage: str) -> None:
     _check_same_run(test, train, epochs, scores, answers, predictions, counts)
     head = _state("HEAD")
     baseline = _baseline(against, head, test | train)
-    same = _same_images(baseline.outputs if baseline else {}, locked_md5s())
+    same = _same_images(baseline.outputs if baseline else {}, locked_md5s(paths.LOCK))
     ranges = _intervals(predictions, list(scores["class"]))
 
     loader = FileSystemLoader(Path(__file__).parent)
@@ -188,7 +188,7 @@ def _unquoted(table: pd.DataFrame, texts: list[str]) -> pd.DataFrame:
 def _stale() -> list[str]:
     """Code and parameters here that are not what the outputs were made with."""
     parameters = _read(paths.PARAMS, lambda path: dict(read_yaml(path.read_bytes()) or {}))
-    return stale(read_lock(), parameters, md5_here)
+    return stale(read_lock(paths.LOCK), parameters, md5_here)
 
 
 def _predictions() -> pd.DataFrame:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from classifier.data.dataset import load_splits
 from classifier.data.loader import Batches, training_batches
-from classifier.data.lockfile import verified
+from classifier.data.lockfile import locked_md5s, verified
 from classifier.evaluation.plots import save_grid
 from classifier.pipeline import paths
 from classifier.pipeline.annotations import class_names
@@ -24,7 +24,7 @@ def draw_samples(target: Path) -> None:
 
     It needs the outputs of annotate alone. Raises PipelineError if they are missing, were changed or cannot be used.
     """
-    names = class_names(verified(paths.ANNOTATIONS))
+    names = class_names(verified(paths.ANNOTATIONS, locked_md5s(paths.LOCK)))
     pixels, targets = first_images(sample_batches(load_params(), names), ROWS, COLUMNS)
     with atomic(target) as path:
         save_grid(path, pixels.numpy(), titles(targets, names), ROWS, COLUMNS)
@@ -32,7 +32,9 @@ def draw_samples(target: Path) -> None:
 
 def sample_batches(params: Params, names: list[str]) -> Batches:
     """The batches that the train stage has, but for one-hot targets."""
-    (train_set,) = load_splits(["train"], len(names))
+    md5s = locked_md5s(paths.LOCK)
+    annotations, images = verified(paths.ANNOTATIONS, md5s), verified(paths.IMAGES, md5s)
+    (train_set,) = load_splits(["train"], annotations, images, len(names))
     params = params.model_copy(update={"target_transform": None})
     return training_batches(train_set, names, params, torch.device("cpu"))
 

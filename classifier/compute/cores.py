@@ -1,8 +1,8 @@
-"""How many cores there are for this process."""
+"""The number of CPU cores for this process."""
 
 import os
 
 
 def usable_cores() -> int:
-    """The cores that the system lets this process have; all of the machine where it does not say."""
+    """Return the number of cores that this process may use; all of the machine where the system has no such limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Where and how torch computes: the device policy, seeds, determinism, threads, and a record of them all."""
+"""Choose device, kernels, threads and seeds of torch, and record them."""
 
 import ctypes
 import os
@@ -25,9 +25,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def select_device(name: str) -> torch.device:
-    """The device that `device` in params.yaml asks for, announced as `Using cpu device`.
+    """Return the device for the parameter `device`, and print `Using cpu device`.
 
-    auto is cuda, then mps, then cpu. Raises PipelineError, with the usable ones, for one that is not usable.
+    auto is cuda, then mps, then cpu. Raises PipelineError that lists the usable devices if this one is not usable.
     """
     usable = usable_devices()
     if name == "auto":
@@ -42,14 +42,14 @@ def select_device(name: str) -> torch.device:
 
 
 def usable_devices() -> list[str]:
-    """Names of the devices that can be used, the preferred one first; cpu is always the last."""
+    """Return the names of the usable devices, the preferred one first and cpu last."""
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     mps = ["mps"] if torch.backends.mps.is_available() and _holds_a_tensor("mps") else []
     return (["cuda", *cuda] if cuda else []) + mps + ["cpu"]
 
 
 def _holds_a_tensor(name: str) -> bool:
-    """Whether the device has any memory: virtual machines report an mps device that has none."""
+    """Whether the device has memory: virtual machines report an mps device without any."""
     try:
         torch.zeros(1, device=name)
     except RuntimeError:
@@ -58,11 +58,11 @@ def _holds_a_tensor(name: str) -> bool:
 
 
 def set_threads(threads: int | Literal["auto"]) -> int:
-    """Set the number of CPU threads, shared by the processes that torchrun starts on a machine; return this one's.
+    """Set the number of CPU threads of this process, and return it.
 
-    auto is one for each core that may be used.
-    The number decides the last bits of sums, so results are reproducible for one number only. The environment
-    variable CLASSIFIER_THREADS is what auto means where it is set: a rebuild elsewhere uses the recorded number.
+    threads: of the machine, which the processes that torchrun starts share. auto is the environment variable
+    CLASSIFIER_THREADS if it is set, as in a rebuild with the recorded number, otherwise one for each usable core.
+    The number decides the last bits of sums, so results are reproducible only for the same number.
     """
     if threads == "auto" and (recorded := os.environ.get("CLASSIFIER_THREADS")):
         if not recorded.isdecimal() or not 1 <= int(recorded) <= 1024:
@@ -80,11 +80,11 @@ def _processes_here() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of tensors that are gone for the next ones; elsewhere, do nothing.
+    """Make glibc keep freed memory for the next tensors; do nothing with other C libraries.
 
-    By default it gives large blocks back to the system, which hands them out again as new pages, filled with zeros: in
-    each step of a convolutional network thousands of page faults. The numbers of `man 3 mallopt`: blocks below 1 GiB
-    come from the heap, whose free end stays, up to 2 GiB. `python -m benchmarks.step` measures it.
+    By default glibc returns large blocks to the system and gets them back as new pages, filled with zeros: thousands of
+    page faults in each step of a convolutional network. With these thresholds (`man 3 mallopt`), blocks below 1 GiB
+    come from the heap, which keeps up to 2 GiB of free memory. `python -m benchmarks.step` measures the effect.
     """
     with suppress(AttributeError, TypeError):  # another C library; Windows
         mallopt = ctypes.CDLL(None).mallopt
@@ -100,17 +100,17 @@ def seed_everything(seed: int) -> None:
 
 
 def choose_kernels(*, deterministic: bool, precision: Precision) -> None:
-    """Choose among the kernels that torch has for an operation.
+    """Choose which kernels torch uses.
 
-    deterministic: allow only kernels that give the same bits every time; one that has no such form raises RuntimeError
-    when it is called. Otherwise cuDNN times its convolutions at their first call and keeps the quickest.
-    precision: float32 products and convolutions on CUDA devices use TF32, a float32 with 10 bits of mantissa instead
-    of 23, for `tf32` alone; torch's own default uses it in convolutions.
+    deterministic: use only kernels that return the same bits every time; an operation without one raises RuntimeError.
+    If false, cuDNN times its convolutions at the first call and keeps the fastest.
+    precision: with `tf32`, matrix products and convolutions on CUDA devices use TF32, a float32 with 10 bits of
+    mantissa instead of 23. With any other value they do not; torch's default uses it in convolutions.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
-    # What torch.use_deterministic_algorithms does, without its two seconds of import
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    # Same as torch.use_deterministic_algorithms, which imports for two seconds
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
-    # New tensors are otherwise filled with NaN before they are written; benchmarks/step.py tells what that costs
+    # By default, deterministic mode fills new tensors with NaN; benchmarks/step.py measures the cost
     fill.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -118,16 +118,15 @@ def choose_kernels(*, deterministic: bool, precision: Precision) -> None:
 
 
 def place(network: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network to a device; on a CUDA device the channels of convolutions come last in memory, as it wants."""
+    """Move a network to a device; on CUDA, weights get the channels-last layout, for which convolutions are faster."""
     network = network.to(device)
     return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from the CPU to a device, without waiting for the copy where the device is a CUDA device.
+    """Copy a tensor from the CPU to a device. On CUDA, do not wait for the copy.
 
-    A copy from ordinary memory would wait for all work that the device has been given; one from page-locked memory
-    joins it.
+    A copy from pageable memory would wait for all queued work of the device; one from page-locked memory is queued.
     """
     if device.type != "cuda":
         return tensor.to(device)
@@ -135,15 +134,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def has_room(device: torch.device, size: int) -> bool:
-    """Whether so many bytes of images may stay on a device; on a CUDA device, half of what is free is for training."""
+    """Whether `size` bytes of images fit on a device; on CUDA, half of the free memory is left for training."""
     return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 2
 
 
 @contextmanager
 def naming_batch_size(device: torch.device, batch_size: int, accumulate_steps: int | None = None) -> Iterator[None]:
-    """Raise PipelineError that names the batch size to try if the block finds too little memory on the device.
+    """Raise PipelineError with a smaller batch size if the device runs out of memory in the block.
 
-    accumulate_steps: of a training, which can keep its updates by accumulating the gradients of smaller batches.
+    accumulate_steps: of a training, which makes the same updates from smaller batches by accumulating gradients.
     """
     try:
         yield
@@ -157,11 +156,13 @@ def naming_batch_size(device: torch.device, batch_size: int, accumulate_steps: i
             advice = f"try batch_size: {smaller}"
         else:
             advice = f"try batch_size: {smaller} and accumulate_steps: {2 * accumulate_steps}, for the same updates"
-        raise PipelineError(f"device: {device} has not enough memory for batch_size: {batch_size}; {advice}") from None
+        raise PipelineError(
+            f"device: {device} does not have enough memory for batch_size: {batch_size}; {advice}"
+        ) from None
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What decides the last bits of a result besides code, data and parameters."""
+    """Return what affects the last bits of a result, besides code, data and parameters."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     several: dict[str, str | int] = {"processes": processes} if processes > 1 else {}
     return several | {
@@ -197,7 +198,7 @@ def _cpu_name() -> str:
 
 
 def _blas_name() -> str:
-    """The matrix library of this torch build, as its build report names it."""
+    """Return the BLAS library in torch's build configuration."""
     for line in torch.__config__.show().splitlines():
         if "Math Kernel Library" in line or "OpenBLAS" in line or "Accelerate" in line:
             return line.strip(" -")

@@ -1,7 +1,7 @@
-"""Several processes that train one network together, as torchrun starts them; one alone has nothing to exchange.
+"""Train one network in several processes, which torchrun starts. A single process exchanges nothing.
 
-Each works on its part of every batch. Losses and gradients are those of the whole batch, so that training does what one
-process does, but for the last bits of sums. The first process alone writes files and tells MLflow.
+Each process works on its part of every batch. Losses and gradients are those of the whole batch, so the result is that
+of one process, except for the last bits of sums. Only the first process writes files and tracking records.
 """
 
 import os
@@ -19,12 +19,12 @@ from classifier.pipeline.errors import PipelineError
 
 T = TypeVar("T")
 
-# For what the others may have to wait for: images being decoded, the first process writing a checkpoint
-PATIENCE = timedelta(hours=2)
+# The longest wait for another process, which may decode images or write a checkpoint
+TIMEOUT = timedelta(hours=2)
 
 
 class Group:
-    """One of `size` processes, of which `local_size` are on this machine; numbers count from 0."""
+    """One of `size` processes, `local_size` of them on this machine. Ranks count from 0."""
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
         self.rank = rank
@@ -37,14 +37,14 @@ class Group:
         return self.rank == 0
 
     def part(self, count: int, rank: int | None = None) -> range:
-        """Which images of a batch of `count` this process, or another, works on; there may be none for some."""
+        """Return the indices in a batch of `count` images for process `rank`, by default this one; may be empty."""
         rank = self.rank if rank is None else rank
         each, rest = divmod(count, self.size)
         start = rank * each + min(rank, rest)
         return range(start, start + each + (rank < rest))
 
     def in_order(self, own: Tensor, counts: Sequence[int]) -> Tensor:
-        """Reassemble per-process rows in dataset order: (N, ...). counts: the images of each batch."""
+        """Reassemble per-process rows in dataset order: (N, ...). counts: the number of images of each batch."""
         if self.size == 1:
             return own
         parts = [
@@ -53,9 +53,9 @@ class Group:
         return torch.cat([rows for of_batch in zip(*parts, strict=True) for rows in of_batch])
 
     def ddp_network(self, network: nn.Module) -> nn.Module:
-        """The network, such that backward gives all processes the mean of their gradients.
+        """Wrap a network so that backward averages gradients over all processes.
 
-        Batch normalisation becomes one over all processes' images. Parameters and their names stay.
+        Batch normalisation uses the images of all processes. Parameters and their names do not change.
         """
         if self.size == 1:
             return network
@@ -67,28 +67,28 @@ class Group:
         return DistributedDataParallel(network, forward_sync_buffers=False)
 
     def no_exchange(self, network: nn.Module) -> AbstractContextManager[None]:
-        """A block whose gradients stay in this process, to be exchanged with those of a later backward."""
+        """Return a context in which gradients accumulate in this process; a later backward exchanges them."""
         return network.no_sync() if self.size > 1 else nullcontext()  # type: ignore[operator, no-any-return]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of the processes' tensors; the tensor given is not to be used again."""
+        """Return the sum of all processes' tensors; the argument is overwritten."""
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether one of the processes says so; on the CPU, so that no accelerator is waited for."""
+        """Whether the flag is true in any process; computed on the CPU, so that it does not wait for an accelerator."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag))).item())
 
     def gather(self, value: T) -> list[T]:
-        """What each process gives, in their order."""
+        """Return the values of all processes, by rank."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             torch.distributed.all_gather_object(values, value)
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, for all."""
+        """Return in every process what `make` returns in the first one."""
         made: list[Any] = [make() if self.is_first else None]
         if self.size > 1:
             torch.distributed.broadcast_object_list(made)
@@ -100,9 +100,9 @@ ALONE = Group()
 
 @contextmanager
 def process_group() -> Iterator[Group]:
-    """The processes that torchrun has started with this one.
+    """Yield the group of processes that torchrun started together.
 
-    All but the first are silent, but for errors of their own. Raises PipelineError if another one is gone.
+    Only the first prints to standard output. Raises PipelineError if another process has ended.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -116,22 +116,22 @@ def process_group() -> Iterator[Group]:
     if not group.is_first:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115, until the process ends
     try:
-        store, *_ = next(rendezvous("env://", timeout=PATIENCE))
+        store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            # torchrun keeps the store when it starts its processes again, with the addresses of those before
+            # After a restart, torchrun keeps the store, which still holds the addresses of the earlier processes
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = PrefixStore(f"attempt {attempt}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(
-            backend, store=store, rank=group.rank, world_size=group.size, timeout=PATIENCE
+            backend, store=store, rank=group.rank, world_size=group.size, timeout=TIMEOUT
         )
         yield group
     except (RuntimeError, torch.distributed.DistError) as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
             raise
         raise PipelineError(
-            f"process {group.rank}: another of the {group.size} processes has ended, see above; what is trained so far "
-            "is kept: run the same command again"
+            f"process {group.rank}: another of the {group.size} processes has ended, see above. Its last checkpoint is "
+            "kept: run the same command again to resume"
         ) from None
     finally:
         if torch.distributed.is_initialized():
@@ -139,7 +139,7 @@ def process_group() -> Iterator[Group]:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of all processes' tensors, whose gradient is the sum of theirs."""
+    """Sum tensors over all processes; the gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(_: Any, tensor: Tensor) -> Tensor:
@@ -153,9 +153,9 @@ class _Sum(torch.autograd.Function):
 
 
 class _BatchNormOverAll:
-    """The forward of a batch normalisation whose mean and variance in training are those of all processes' images.
+    """Forward of a batch normalisation that, in training, uses mean and variance of the images of all processes.
 
-    torch.nn.SyncBatchNorm, which does the same, does not run on CPUs.
+    torch.nn.SyncBatchNorm does the same, but not on CPUs.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -13,12 +13,10 @@ from torch.utils.data import Dataset
 
 from classifier.data.arrays import ImageArrays, array_files
 from classifier.data.decoding import decode_image
-from classifier.data.lockfile import verified
 from classifier.data.transforms import accept_tensors, to_float
 from classifier.pipeline.annotations import faulty_rows, read_annotations
 from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.image_files import ImageFiles
-from classifier.pipeline.paths import ANNOTATIONS, IMAGES
 
 READ_BYTES = 2**26  # of images that are in memory at a time where all are read
 
@@ -160,11 +158,13 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         raise PipelineError(f"{self.annotations}: names no image")
 
 
-def load_splits(splits: Sequence[str], classes: int) -> list[CustomImageDataset]:
-    """Return some of train, val and test, as the annotate stage has written them."""
-    images = ImageArrays(verified(IMAGES))
-    tables = verified(ANNOTATIONS)
-    return [CustomImageDataset(tables / f"{split}.csv", images, classes=classes) for split in splits]
+def load_splits(splits: Sequence[str], annotations: Path, images: Path, classes: int) -> list[CustomImageDataset]:
+    """Load some of train, val and test, as the annotate stage writes them.
+
+    annotations: the folder of <split>.csv. images: the folder of image arrays, which all splits share.
+    """
+    arrays = ImageArrays(images)
+    return [CustomImageDataset(annotations / f"{split}.csv", arrays, classes=classes) for split in splits]
 
 
 def _open_images(path: Path) -> ImageFiles | ImageArrays:

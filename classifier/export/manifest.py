@@ -6,21 +6,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from classifier.data.lockfile import locked_md5s, verified
-from classifier.pipeline import paths
-from classifier.pipeline.outputs import hash_file, read_json
+from classifier.pipeline.outputs import hash_file
 
 PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors")
 
 
 def manifest(
-    models: list[Path], image_shape: tuple[int, ...], names: list[str], parameters: Mapping[str, Any]
+    models: list[Path],
+    image_shape: tuple[int, ...],
+    names: list[str],
+    md5s: Mapping[Path, str | None],
+    parameters: Mapping[str, Any],
+    metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What holds of every export: nothing that differs from one rebuild to the next.
 
-    image_shape: (C, H, W); names: of the classes; parameters: all that decide results.
+    image_shape: (C, H, W); names: of the classes; md5s: of the data and the weights; parameters: all that decide
+    results; metrics: of training and test.
     """
-    md5s = locked_md5s()
     return {
         "input": {"name": "pixels", "shape": ["batch", *image_shape], "dtype": "float32", "range": [0, 1]},
         "output": {"name": "logits", "shape": ["batch", len(names)], "dtype": "float32"},
@@ -34,12 +37,8 @@ def manifest(
             }
             for model in models
         },
-        "md5": {str(path): md5s.get(str(path)) for path in (paths.RAW, paths.IMAGES, paths.ANNOTATIONS)}
-        | {str(paths.WEIGHTS): hash_file(paths.WEIGHTS)},
+        "md5": {str(path): md5 for path, md5 in md5s.items()},
         "parameters": dict(parameters),
-        "metrics": {
-            "train": read_json(verified(paths.TRAIN_METRICS)),
-            "test": read_json(verified(paths.TEST_METRICS)),
-        },
+        "metrics": dict(metrics),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
     }

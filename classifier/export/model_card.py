@@ -15,7 +15,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from classifier.pipeline.errors import masked
-from classifier.pipeline.paths import EXPORT, repository_root
+from classifier.pipeline.paths import repository_root
 
 WEAKEST_SHOWN = 3  # classes
 
@@ -54,19 +54,19 @@ def model_card(manifest: dict[str, Any], scores: pd.DataFrame, labels: dict[str,
     )
 
 
-def next_steps(names: Sequence[str]) -> str:
+def next_steps(export: Path, names: Sequence[str]) -> str:
     """Where the exported model is, and what can be done next; in an experiment's copy, how it gets into the checkout.
 
-    names: of the files of the model.
+    export: the folder of the model. names: of its files there.
     """
     if repository_root() == Path.cwd():
         return (
-            f"The model is in {EXPORT}: {', '.join(names)}; README.md there shows how to load each.\n"
+            f"The model is in {export}: {', '.join(names)}; README.md there shows how to load each.\n"
             "Next: `classifier predict image.jpg`, `make report` for a page about the model, `make ui` for all runs."
         )
     experiment = os.environ.get("DVC_EXP_NAME", "EXPERIMENT")
     return (
-        f"The model belongs to the experiment {experiment}: `dvc exp apply {experiment}` brings it to {EXPORT}.\n"
+        f"The model belongs to the experiment {experiment}: `dvc exp apply {experiment}` brings it to {export}.\n"
         "Next: `dvc exp show` to compare the experiments, `make ui` for all runs."
     )
 

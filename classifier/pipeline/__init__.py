@@ -1,1 +1,1 @@
-"""What every stage uses: parameters, paths, outputs that appear whole, dvc.lock, errors, signals, tables."""
+"""Used by every stage: parameters, paths, atomic outputs, errors, signals, annotations and the image archive."""

@@ -1,4 +1,4 @@
-"""What ends a command early, and how: an error that a user can mend, a place that cannot be written to, or a signal."""
+"""How a command fails: an error that the user can fix, no space or access, or a signal."""
 
 import atexit
 import errno
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from classifier.pipeline.signals import Interrupted, leave_at_once, listen
+from classifier.pipeline.signals import Interrupted, exit_on_signals, listen
 
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "file too large"}
 NO_ACCESS = {
@@ -21,24 +21,23 @@ NO_ACCESS = {
 
 
 class PipelineError(Exception):
-    """Something a user can mend. The message names the file, row, key or value at fault and what to do next."""
+    """An error that the user can fix. The message names the file, row, key or value, and what to do next."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a command's `main` and leave the process with its exit code.
+    """Run a command's `main` and exit.
 
-    0 done; 1 failed, with the PipelineError's message on standard error, or because there is no room to write, or no
-    access; 130 or 143 interrupted by SIGINT or SIGTERM. Any other exception is a defect of the pipeline and keeps its
-    traceback.
+    Exit codes: 0 done; 1 failed, with one message on standard error for a PipelineError, a full disk or missing access;
+    130 or 143 interrupted by SIGINT or SIGTERM. Any other exception is a bug of the pipeline and keeps its traceback.
     """
     exit_without_collecting()
     listen()
     try:
         _check_temporary_folder()
-        _check_place()
+        _check_working_directory()
         main()
     except PipelineError as error:
-        lines = [*masked(str(error)).split("\n"), *_way_back()]
+        lines = [*masked(str(error)).split("\n"), *_restore_hint()]
         sys.exit("\n".join(map(printable, lines)))  # prints to standard error and exits with 1
     except Interrupted as interrupt:
         print("\n".join(["interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
@@ -49,13 +48,13 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         name = fault.filename or "an output"
         if fault.errno in NO_ROOM:
-            what = f"{name} cannot be written: {NO_ROOM[fault.errno]}; earlier files are as they were. Make room"
+            what = f"{name} cannot be written: {NO_ROOM[fault.errno]}; earlier files are unchanged. Free some space"
         else:
-            what = f"{name}: {NO_ACCESS[fault.errno]}; earlier files are as they were. Give yourself access"
+            what = f"{name}: {NO_ACCESS[fault.errno]}; earlier files are unchanged. Allow access"
         sys.exit(f"{what}, then run the same command again.")
     finally:
         sys.stdout.flush()
-        leave_at_once()
+        exit_on_signals()
 
 
 def exit_without_collecting() -> None:
@@ -63,15 +62,15 @@ def exit_without_collecting() -> None:
     atexit.register(gc.freeze)
 
 
-def _way_back() -> list[str]:
-    """What else there is to say in a stage that DVC runs in the main checkout, where its earlier outputs are gone."""
+def _restore_hint() -> list[str]:
+    """Return what to add to an error of a stage that DVC runs in the main checkout: DVC removed its outputs."""
     if os.environ.get("DVC_STAGE", "check") == "check" or Path(os.environ.get("DVC_ROOT", "")).resolve() != Path.cwd():
         return []
-    return ["DVC removed what this stage had made before. `classifier restore` brings back what is committed."]
+    return ["DVC removed the earlier outputs of this stage. `classifier restore` restores the committed ones."]
 
 
 def disk_fault(error: BaseException) -> OSError | None:
-    """The lack of room or of access behind an exception: libraries that cannot write raise others on top of it."""
+    """Return the OSError for lack of space or access that caused an exception, if any; libraries wrap it in others."""
     behind: BaseException | None = error
     while behind:
         if isinstance(behind, OSError) and behind.errno in (*NO_ROOM, *NO_ACCESS):
@@ -81,41 +80,40 @@ def disk_fault(error: BaseException) -> OSError | None:
 
 
 def _check_temporary_folder() -> None:
-    """Raise PipelineError if there is no folder for temporary files, which libraries ask for at places of their own."""
+    """Raise PipelineError if no folder for temporary files is writable; libraries would raise other errors."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise PipelineError(
-            f"{error.strerror}: their disks are full or they may not be written to; earlier files are as they were. "
-            "Make room, or set TMPDIR to a folder with room, then run the same command again."
+            f"{error.strerror}: their disks are full or they are not writable; earlier files are unchanged. "
+            "Free some space, or set TMPDIR to a folder with space, then run the same command again."
         ) from None
 
 
-def _check_place() -> None:
-    """Raise PipelineError if the path of this folder has a character with another meaning in MLflow's addresses."""
+def _check_working_directory() -> None:
+    """Raise PipelineError if the working directory has a character in its path that MLflow misreads in URIs."""
     here = str(Path.cwd())
     if found := sorted(set(here) & set("%#?")):
         raise PipelineError(
-            f"{here}: MLflow takes {' and '.join(found)} in a path for a part of an address; move or clone the "
-            "repository to a folder without"
+            f"{here}: MLflow does not support {' and '.join(found)} in this path; move the repository elsewhere"
         )
 
 
-# In an address: all up to its last @, whatever a password is made of; name:password@ without a scheme; and the value
-# of a key that says it is secret, percent-encoded too. Addresses of files have no passwords, but may have an @.
-_TELLING_KEY = (
+# In a URL: everything up to its last @, because passwords may hold any character; name:password@ without a scheme; the
+# value of a key that names a secret, also percent-encoded. URLs of files have no passwords, but may have an @.
+_KEY_NAME = (
     r"[\w.-]*(?:token|passw(?:or)?d|pwd|secret|credential|signature|(?<![a-z])sig|(?:access|account|api)[_-]?key)"
 )
 _SECRET = re.compile(
     r"(?<=://)(?<!sqlite://)(?<!file://)\S*(?=@)"
     r"|[^\s/:@'\"]+:(?!//)[^\s@'\"]+(?=@)"
-    rf"|(?P<key>{_TELLING_KEY}[\w.-]*(?:=|%3D))(?:(?!%3B|%26)[^&\s;'\"])+",
+    rf"|(?P<key>{_KEY_NAME}[\w.-]*(?:=|%3D))(?:(?!%3B|%26)[^&\s;'\"])+",
     re.IGNORECASE,
 )
 
 
 def masked(text: str) -> str:
-    """The text with stars in place of what is secret in the addresses in it.
+    """Return the text with stars in place of the secrets in URLs.
 
     http://me:secret@host?token=secret becomes http://***@host?token=***.
     """
@@ -123,5 +121,5 @@ def masked(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a line of text with escapes in place of what would move a terminal's cursor, or is not Unicode."""
+    """Return a line of text with escapes in place of control characters and of what is not Unicode."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -1,6 +1,6 @@
-"""params.yaml as one frozen, typed model: every key known, every value checked, no default hidden in code.
+"""Read params.yaml into a frozen, typed model that checks every key and value. There are no defaults in code.
 
-`python -m classifier.pipeline.params` checks the file and prints nothing when it is right.
+`python -m classifier.pipeline.params` checks the file and prints nothing if it is valid.
 """
 
 import difflib
@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def modules_in(folder: str) -> list[str]:
-    """Names of the networks or data sources: the modules in classifier/<folder>."""
+    """Return the names of the networks or data sources: the modules in classifier/<folder>."""
     return sorted(path.stem for path in (PACKAGE / folder).glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -58,7 +58,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Params(BaseModel):
-    """The parameters, named as in params.yaml. A field's description says which values are allowed."""
+    """The parameters in params.yaml. A field's description names the allowed values; error messages quote it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -137,16 +137,16 @@ class Params(BaseModel):
 
 
 def data_name(source: str, data_path: str) -> str:
-    """The name of a data set: of your own images that of their folder or zip, else that of the source.
+    """Return the name of a data set: for your own images that of their folder or zip, otherwise that of the source.
 
-    MLflow takes it in its addresses, so it has letters, digits, `.`, `_` and `-` alone.
+    It holds only letters, digits, `.`, `_` and `-`, because MLflow uses it in URIs.
     """
     own = re.sub(r"\.zip$", "", PurePath(data_path).name, flags=re.IGNORECASE)
     name = own if source == "folder" else source.replace("_", "-")
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
 
 
-# They change no result: no stage tracks them, and they are not part of what made a model.
+# They change no result: no stage tracks them, and the manifest leaves them out.
 UNTRACKED = frozenset(
     {"checkpoint_steps", "cuda_graphs", "workers", "memory_limit_gib", "experiment", "registered_model"}
 )
@@ -155,7 +155,7 @@ UNTRACKED = frozenset(
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check the parameters.
 
-    Raises PipelineError with one line for each key at fault: the key, its value and what is allowed.
+    Raises PipelineError with one line for each wrong key: the key, its value and what is allowed.
     """
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ def load_params(path: Path = PARAMS) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        # A list or a union can fail in several places, and a misspelt key is also a missing one: each is told once.
+        # A list or a union can fail in several places, and a misspelt key is also a missing one: report each key once.
         keys = dict.fromkeys(str(fault["loc"][0]) for fault in error.errors())
         misspelt = {_closest_key(key) for key in keys if key not in Params.model_fields}
         complaints = [
@@ -185,7 +185,7 @@ def _closest_key(key: str) -> str | None:
 
 
 def _complaint(key: str, content: dict[str, Any], error: ValidationError) -> str:
-    """One line on what is wrong with `key` and what would be right."""
+    """Return one line: what is wrong with `key`, and what is allowed."""
     fields = Params.model_fields
     if key not in fields:
         close = _closest_key(key)
@@ -194,19 +194,19 @@ def _complaint(key: str, content: dict[str, Any], error: ValidationError) -> str
     allowed = fields[key].description
     for fault in error.errors():
         if fault["loc"][0] == key and "error" in fault.get("ctx", {}):
-            allowed = str(fault["ctx"]["error"])  # a validator above knows it better
+            allowed = str(fault["ctx"]["error"])  # a validator above is more specific
     if key not in content:
         return f"{key}: missing; it must be {allowed}"
     return f"{key}: {_shown(content[key])} is not {allowed}"
 
 
-_SHORT = reprlib.Repr()  # a few lines of YAML can hold gigabytes: lists of the same lists
+_SHORT = reprlib.Repr()  # a few lines of YAML can expand to gigabytes, with anchors in nested lists
 _SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value is None else masked(_SHORT.repr(value))
+    return "an empty value" if value is None else masked(_SHORT.repr(value))
 
 
 def main() -> None:

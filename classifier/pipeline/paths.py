@@ -1,4 +1,4 @@
-"""Where the pipeline's files are, relative to dvc.yaml."""
+"""Paths of the pipeline's files, relative to dvc.yaml."""
 
 import os
 from pathlib import Path
@@ -23,12 +23,12 @@ PLOTS = Path("metrics/plots")
 
 
 def exported_name(export_format: str) -> str:
-    """The name of the file in EXPORT that holds a format of `export_formats`; int8 is ONNX too."""
+    """Return the name of the file in EXPORT for one of `export_formats`; int8 is also ONNX."""
     return f"model.{'int8.onnx' if export_format == 'int8' else export_format}"
 
 
 def repository_root() -> Path:
-    """The main checkout, also when DVC runs an experiment in a temporary copy of it."""
+    """Return the main checkout, also when DVC runs an experiment in a temporary copy of it."""
     if root := os.environ.get("DVC_ROOT"):
         return Path(root)
     here = Path.cwd()

@@ -1,9 +1,9 @@
-"""SIGINT (Ctrl-C) and SIGTERM: they end a command, at once or where it is safe to stop."""
+"""SIGINT (Ctrl-C) and SIGTERM: exit at once, or at the next point where it is safe to stop."""
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -11,28 +11,27 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """One of SIGNALS has arrived. The exception's notes are told to the user."""
+    """One of SIGNALS has arrived. `run_main` prints the exception's notes."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 def listen() -> None:
-    """From now on, a signal raises Interrupted in the main thread."""
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as in a job that the shell has put into the background
-            signal.signal(number, _raise)
+    """Make a signal raise Interrupted in the main thread."""
+    _handle(_raise)
 
 
-def leave_at_once() -> None:
-    """From now on, a signal ends the process: its work is done, and an exception would come out of what exits."""
-    for number in SIGNALS:
-        if signal.getsignal(number) == _raise:
-            signal.signal(number, _leave)
+def exit_on_signals() -> None:
+    """Make a signal exit at once, as during imports and at exit, where an exception would print a traceback."""
+    _handle(_exit)
 
 
 class PendingSignal:
-    """What has arrived while signals are held back."""
+    """The first signal that arrives while signals are deferred.
+
+    seconds: how long it may be deferred; then it is sent again.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.number: int | None = None
@@ -41,9 +40,9 @@ class PendingSignal:
         self.timer.daemon = True
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Remember a signal until time is up; a Ctrl-C after it is no longer held back.
+        """Remember a signal until time is up. A Ctrl-C after it raises Interrupted at once.
 
-        Several SIGTERM may be of one event: SLURM and torchrun each end a process, as does, in a stage, the end of DVC.
+        A second SIGTERM does not: one event can send several, from SLURM, from torchrun, and when DVC dies.
         """
         if self.is_over or (self.number is not None and number == signal.SIGINT):
             _raise(number, frame)
@@ -63,7 +62,7 @@ class PendingSignal:
 
 @contextmanager
 def defer_signals(seconds: float) -> Iterator[PendingSignal]:
-    """Hold signals back, so that what is going on comes to a place where it can stop: for `seconds` at most."""
+    """Defer signals for at most `seconds`, until the block ends or calls `release` where it is safe to stop."""
     held = PendingSignal(seconds)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
@@ -78,10 +77,16 @@ def defer_signals(seconds: float) -> Iterator[PendingSignal]:
     held.release()
 
 
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # the shell ignores SIGINT in background jobs
+            signal.signal(number, handler)
+
+
 def _raise(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit(number: int, frame: FrameType | None) -> None:
     os.write(2, b"interrupted\n")
     os._exit(128 + number)

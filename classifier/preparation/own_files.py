@@ -8,7 +8,7 @@ from pathlib import Path
 
 from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.outputs import is_there
-from classifier.pipeline.paths import PARAMS, repository_root
+from classifier.pipeline.paths import repository_root
 
 
 def is_copy() -> bool:
@@ -28,7 +28,7 @@ def find_data(data_path: Path) -> None:
         if places and is_copy():
             places = f", neither{places} nor in the copy of it that this experiment runs in, {Path.cwd()}"
         raise PipelineError(
-            f"{PARAMS}: data_path: there is no {data_path}{places}.\n"
+            f"params.yaml: data_path: there is no {data_path}{places}.\n"
             "Put your images there, or give their whole path, from / on: -S data_path=/where/they/are"
         )
 
@@ -36,7 +36,7 @@ def find_data(data_path: Path) -> None:
 def _link(link: Path, original: Path) -> None:
     if ".." in Path(os.path.normpath(link)).parts:
         raise PipelineError(
-            f"{PARAMS}: data_path: {link} leads out of the repository, of which this experiment has a copy elsewhere.\n"
+            f"params.yaml: data_path: {link} is outside of the repository. This experiment runs in a copy elsewhere.\n"
             f"Give the whole path: -S data_path={Path(os.path.normpath(original))}"
         )
     if not link.exists():

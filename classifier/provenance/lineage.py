@@ -20,7 +20,7 @@ from classifier.data.lockfile import locked_md5s, md5s_in, read_lock
 from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.outputs import existing, hash_file, hash_path
 from classifier.pipeline.params import Params
-from classifier.pipeline.paths import EXPORT, LOCK, METRICS, PARAMS, WEIGHTS, exported_name
+from classifier.pipeline.paths import ANNOTATIONS, EXPORT, IMAGES, LOCK, METRICS, PARAMS, WEIGHTS, exported_name
 from classifier.pipeline.safe_yaml import read_yaml
 from classifier.provenance.storage import YES, Storage
 from classifier.tracking.git import (
@@ -41,9 +41,9 @@ from classifier.tracking.tracker import (
     COMMIT_TAG,
     EXPERIMENT_TAG,
     LEFT_OUT_TAG,
-    MD5_TAGS,
     PATCH,
     WEIGHTS_TAG,
+    md5_tag,
 )
 
 MANIFEST = "manifest.json"
@@ -129,7 +129,7 @@ def trace_here() -> Lineage:
     """
     md5 = hash_file(existing(WEIGHTS))
     lineage = Lineage(f"The model here, {WEIGHTS} (md5 {md5})")
-    lock = read_lock()
+    lock = read_lock(LOCK)
     if md5s_in(lock).get(str(WEIGHTS)) != md5:
         lineage.unknown.append(
             f"{WEIGHTS} itself: it is not what {LOCK} says; `classifier restore` brings the committed one back"
@@ -157,7 +157,7 @@ def is_exported_here(path: Path) -> bool:
     """Whether dvc.lock, here or in a commit, or the registry has a file with these bytes among the exported ones."""
     md5, sha256 = hash_file(path), hash_file(path, "sha256")
     with Storage() as storage:
-        if md5 in (storage.files(locked_md5s().get(str(EXPORT), "")) or {}).values():
+        if md5 in (storage.files(locked_md5s(LOCK).get(str(EXPORT), "")) or {}).values():
             return True
         if any(md5 in _exported_md5s(commit, storage) for commit in commits_holding(str(EXPORT))):
             return True
@@ -214,7 +214,8 @@ def _of_run(run: Run, lineage: Lineage, storage: Storage, md5: str = "") -> Line
     lineage.experiment = run.tags.get(EXPERIMENT_TAG)
     lineage.parameters = dict(run.parameters)
     lineage.metrics = dict(run.metrics)
-    tracked = {str(path): run.tags[tag] for path, tag in MD5_TAGS.items() if tag in run.tags}
+    outputs = (IMAGES, ANNOTATIONS, WEIGHTS)
+    tracked = {str(path): run.tags[md5_tag(path)] for path in outputs if md5_tag(path) in run.tags}
     lineage.outputs = _outputs(tracked, storage)
     _add_tracked(lineage, [run], storage)
     lineage.unknown.append(

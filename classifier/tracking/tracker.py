@@ -11,18 +11,15 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from classifier.data.lockfile import locked_md5s
 from classifier.pipeline.errors import masked
 from classifier.pipeline.outputs import hash_file, read_json
-from classifier.pipeline.params import Params
-from classifier.pipeline.paths import ANNOTATIONS, CLASS_METRICS, IMAGES, PARAMS, PLOTS, TEST_METRICS, WEIGHTS
 from classifier.pipeline.signals import Interrupted
 from classifier.tracking.code_patch import CodePatch, code_patch
 from classifier.tracking.git import commits_holding, git
@@ -37,7 +34,6 @@ MOST_LEFT_OUT = 20  # files
 EXPERIMENT_TAG = "dvc.exp_name"
 TEST_SET_TAG = "md5.test_set"
 OPENER_TAG = "opened_by"  # a training, by a name that it keeps when it goes on after it was killed, or a journal
-MD5_TAGS = {IMAGES: "md5.images", ANNOTATIONS: "md5.annotations", WEIGHTS: WEIGHTS_TAG}
 PATCH = "code.patch"
 LARGEST_PATCH = 10_000_000  # bytes
 
@@ -48,13 +44,28 @@ UPLOAD_PATIENCE = 120  # pictures and models; a store that does not answer is gi
 SIGNAL_PATIENCE = 1.5  # a signal is answered within five
 
 
+def md5_tag(path: Path) -> str:
+    """Return the tag that holds the md5 of an output: `md5.images` for data/images."""
+    return f"md5.{path.stem}"
+
+
 class Tracker:
     """The journal of this stage and the process that sends it.
 
     Whatever goes wrong here is a warning: the stage goes on, and MLflow does not get what could not be written.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, experiment: str, md5s: Mapping[str, str], parameters: Path, data: Sequence[Path], weights: Path
+    ) -> None:
+        """Start recording.
+
+        md5s: of all outputs by path, from dvc.lock. parameters: params.yaml. data: the outputs that are the data set.
+        """
+        self._experiment = experiment
+        self._md5s = dict(md5s)
+        self._parameters_file, self._weights = parameters, weights
+        self._data = {path: md5s[str(path)] for path in data if str(path) in md5s}
         self._is_warned = self._has_run = False
         self._sender = _waiting.pop() if _waiting else _start_sender()
         self._parameters: dict[str, str] = {}
@@ -66,35 +77,33 @@ class Tracker:
         self._unused = weakref.finalize(self, _abandon, self.journal, self._sender)
         # As the stage has read them: while it works, they may be edited
         with self._tolerated():
-            self._parameters = _spelt_parameters()
+            self._parameters = _spelt_parameters(parameters)
             # Without DVC's files; settings are no code
             self._code = code_patch(".", ":!dvc.lock", ":!metrics", ":!.dvc")
 
     @contextmanager
-    def training(
-        self, params: Params, environment: Mapping[str, str | int], name: str, started: float
-    ) -> Iterator[None]:
+    def training(self, environment: Mapping[str, str | int], name: str, started: float) -> Iterator[None]:
         """Open a run for a training. It ends FINISHED; KILLED if a signal ends the block, FAILED if an error does.
 
         name, started: of the training, the same (and so the same run) when it is resumed after it was killed.
         """
-        with self._run(params, name, _tags(environment), TRAINING_PATIENCE, started=started):
+        with self._run(name, self._tags(environment), TRAINING_PATIENCE, started=started):
             yield
             with self._tolerated():
-                weights = hash_file(WEIGHTS)
+                weights = hash_file(self._weights)
                 # A training of the same weights that was killed before DVC took note of it has left a finished run
-                is_new = weights not in locked_md5s().values() and not commits_holding(weights)
+                is_new = self._md5s.get(str(self._weights)) != weights and not commits_holding(weights)
                 self._write("tags", lambda _: {"tags": {WEIGHTS_TAG: weights}, "supersedes": is_new})
 
     @contextmanager
-    def weights(self, params: Params, environment: Mapping[str, str | int]) -> Iterator[None]:
+    def weights(self, environment: Mapping[str, str | int]) -> Iterator[None]:
         """Reopen the run that trained models/model_weights.pth, or have one if the store does not know the weights.
 
         Runs whose parameters make no difference have the same weights: that of this experiment's name comes first.
         """
-        weights = hash_file(WEIGHTS)
-        tags = _tags(environment) | {WEIGHTS_TAG: weights}
-        with self._run(params, self.journal.folder.name, tags, UPLOAD_PATIENCE, weights=weights):
+        weights = hash_file(self._weights)
+        tags = self._tags(environment) | {WEIGHTS_TAG: weights}
+        with self._run(self.journal.folder.name, tags, UPLOAD_PATIENCE, weights=weights):
             yield
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -113,12 +122,13 @@ class Tracker:
         """Log a file, or the files of a folder, to the open run."""
         self._write("files", lambda journal: {"files": [[journal.keep(path), None]]})
 
-    def log_evaluation(self, test_set: str, *, if_missing: bool = False) -> None:
+    def log_evaluation(self, metrics: Path, files: Sequence[Path], test_set: str, *, if_missing: bool = False) -> None:
         """Log what `evaluate` has written, and the md5 of the images and labels that it tested on.
 
+        metrics: JSON. files: also folders, which keep their name.
         if_missing: only if the run has no evaluation on these images, as where DVC had it in its run cache.
         """
-        test = read_json(TEST_METRICS)
+        test = read_json(metrics)
         low, high = test["accuracy_ci95"]
 
         def content(journal: Journal) -> dict[str, Any]:
@@ -126,8 +136,8 @@ class Tracker:
                 "values": {f"test_{name}": value for name, value in test.items() if name != "accuracy_ci95"}
                 | {"test_accuracy_ci95_low": low, "test_accuracy_ci95_high": high},
                 "files": [
-                    [journal.keep(path), folder]
-                    for path, folder in ((CLASS_METRICS, None), (PLOTS, "plots"))
+                    [journal.keep(path), path.name if path.is_dir() else None]
+                    for path in files
                     if path.exists()  # no stage after evaluate needs the pictures
                 ],
                 "tags": {TEST_SET_TAG: test_set},
@@ -150,7 +160,6 @@ class Tracker:
     @contextmanager
     def _run(
         self,
-        params: Params,
         opener: str,
         tags: dict[str, str],
         patience: float,
@@ -158,7 +167,7 @@ class Tracker:
         weights: str | None = None,
         started: float | None = None,
     ) -> Iterator[None]:
-        if code := [name for name in self._code.names if name != str(PARAMS)]:
+        if code := [name for name in self._code.names if name != str(self._parameters_file)]:
             tags = tags | {CHANGED_TAG: " ".join(code)}
         if left_out := [f"{name}: {reason}" for name, reason in self._code.left_out.items()]:
             more = [f"and {len(left_out) - MOST_LEFT_OUT} more"] * (len(left_out) > MOST_LEFT_OUT)
@@ -168,13 +177,16 @@ class Tracker:
             patch = self._code.patch
             return {
                 "store": masked(os.environ.get("MLFLOW_TRACKING_URI", "")),
-                "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or params.experiment,
+                "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME") or self._experiment,
                 "name": _run_name(),
                 "opener": opener,
                 "weights": weights,
                 "tags": tags | {OPENER_TAG: opener},
                 "parameters": self._parameters,
-                "datasets": _datasets(params.source),
+                "datasets": [
+                    {"name": f"{self._parameters.get('source')}: {path}", "path": str(path), "md5": md5}
+                    for path, md5 in self._data.items()
+                ],
                 "patch": journal.keep_bytes(PATCH, patch) if 0 < len(patch) <= LARGEST_PATCH else None,
                 "started": started,
             }
@@ -189,6 +201,19 @@ class Tracker:
             self._end("FAILED", patience)
             raise
         self._end("FINISHED", patience)
+
+    def _tags(self, environment: Mapping[str, str | int]) -> dict[str, str]:
+        tags = {
+            "mlflow.user": _user(),
+            "mlflow.source.name": "dvc repro",
+            "mlflow.source.type": "LOCAL",
+            COMMIT_TAG: git("rev-parse", "HEAD"),
+            EXPERIMENT_TAG: os.environ.get("DVC_EXP_NAME", ""),
+            "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
+        } | {md5_tag(path): md5 for path, md5 in self._data.items()}
+        return {key: value for key, value in tags.items() if value} | {
+            key: str(value) for key, value in environment.items()
+        }
 
     def _write(self, kind: str, content: Callable[[Journal], dict[str, Any]]) -> None:
         """Add a record to the journal; none without the first, which opens the run."""
@@ -304,21 +329,6 @@ def _run_name() -> str:
     return os.environ.get("DVC_EXP_NAME") or f"repro {git('rev-parse', '--short', 'HEAD')}".strip()
 
 
-def _tags(environment: Mapping[str, str | int]) -> dict[str, str]:
-    md5s = locked_md5s()
-    tags = {
-        "mlflow.user": _user(),
-        "mlflow.source.name": "dvc repro",
-        "mlflow.source.type": "LOCAL",
-        COMMIT_TAG: git("rev-parse", "HEAD"),
-        EXPERIMENT_TAG: os.environ.get("DVC_EXP_NAME", ""),
-        "dvc.baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV", ""),
-    } | {MD5_TAGS[path]: md5s.get(str(path), "") for path in (IMAGES, ANNOTATIONS)}
-    return {key: value for key, value in tags.items() if value} | {
-        key: str(value) for key, value in environment.items()
-    }
-
-
 def _user() -> str:
     """Who runs this; nothing where the system has no name for that, as in a container for a number of its own."""
     with suppress(KeyError, OSError):
@@ -326,14 +336,7 @@ def _user() -> str:
     return ""
 
 
-def _spelt_parameters() -> dict[str, str]:
+def _spelt_parameters(parameters: Path) -> dict[str, str]:
     """Every parameter as params.yaml has it, passwords in addresses masked: 8 stays 8 where it is a float."""
-    spelt = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    spelt = yaml.safe_load(parameters.read_text(encoding="utf-8"))
     return {key: masked(value if isinstance(value, str) else json.dumps(value)) for key, value in spelt.items()}
-
-
-def _datasets(source: str) -> list[dict[str, str]]:
-    """The data by the md5 that DVC knows it by."""
-    md5s = locked_md5s()
-    known = {str(path): md5s[str(path)] for path in (IMAGES, ANNOTATIONS) if str(path) in md5s}
-    return [{"name": f"{source}: {path}", "path": path, "md5": md5} for path, md5 in known.items()]

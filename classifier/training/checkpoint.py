@@ -23,10 +23,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from classifier.compute.distributed import Group
-from classifier.data.lockfile import locked_md5s
 from classifier.pipeline.errors import disk_fault
 from classifier.pipeline.outputs import atomic, hash_bytes, hash_path, is_there
-from classifier.pipeline.paths import PIPELINE, repository_root
+from classifier.pipeline.paths import repository_root
 from classifier.pipeline.safe_yaml import read_yaml
 from classifier.pipeline.signals import defer_signals
 from classifier.training.state import TrainState
@@ -42,15 +41,19 @@ DIGEST_BYTES = 32  # SHA-256, before the content
 PATIENCE_SECONDS = 12
 
 
-def stage_fingerprint(stage: str, values: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides a stage's result, by name: the deps and params of its row in dvc.yaml, and the environment."""
-    row = read_yaml(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
+def stage_fingerprint(
+    pipeline: Path, stage: str, md5s: Mapping[str, str], values: Mapping[str, Any], environment: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return all that decides a stage's result, by name: its deps and params in dvc.yaml, and the environment.
+
+    pipeline: dvc.yaml. md5s: of the outputs of earlier stages, by path; other deps are hashed. values: all parameters.
+    """
+    row = read_yaml(pipeline.read_text(encoding="utf-8"))["stages"][stage]
     deps = [re.sub(r"\$\{(\w+)\}", lambda key: str(values[key[1]]), dep) for dep in row["deps"]]
     parameters = {key: values[key] for key in row["params"]}
     files = [Path(name) for name in (*deps, parameters.get("weights") or "") if name]
-    outputs = locked_md5s()  # of the stages before; whoever reads them makes sure that they are those
-    md5s = {str(path): outputs.get(str(path)) or hash_path(path) for path in files if is_there(path)}
-    return md5s | parameters | dict(environment)
+    hashes = {str(path): md5s.get(str(path)) or hash_path(path) for path in files if is_there(path)}
+    return hashes | parameters | dict(environment)
 
 
 @contextmanager

@@ -15,23 +15,21 @@ from torch import Tensor, nn
 
 from classifier.compute.device import Precision, naming_batch_size, place
 from classifier.data.loader import Batches
-from classifier.data.lockfile import verified
 from classifier.networks import Mirrored, build_network
 from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.outputs import atomic
-from classifier.pipeline.paths import WEIGHTS
 from classifier.progress import progress
 
 
 def trained_network(
-    name: str, image_shape: tuple[int, int, int], classes: int, device: torch.device, *, test_flip: bool
+    weights: Path, name: str, image_shape: tuple[int, int, int], classes: int, device: torch.device, *, test_flip: bool
 ) -> nn.Module:
-    """The network with the weights that the train stage has written, and as test_flip says.
+    """Return a network with the weights that the train stage wrote; with test_flip, mirrored images count too.
 
-    Raises PipelineError if they are missing or were changed, or are those of another network.
+    Raises PipelineError if the weights are those of another network.
     """
     network = place(build_network(name, image_shape, classes), device)
-    load_weights(network, verified(WEIGHTS), device)
+    load_weights(network, weights, device)
     return Mirrored(network) if test_flip else network
 
 

@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from classifier.pipeline.annotations import write_csv
 from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.outputs import atomic, write_json
-from classifier.pipeline.paths import EPOCHS, TRAIN_METRICS, WEIGHTS
 from classifier.training.cuda_graphs import GraphedStep
 from classifier.training.inference import save_weights
 
@@ -94,12 +94,12 @@ class TrainState:
             setattr(self, name, content[name])
         _set_random_states(content["random"])
 
-    def write_results(self) -> None:
-        """Write the weights that were kept, their figures, and those of each epoch."""
-        save_weights(self.weights, WEIGHTS)
-        with atomic(EPOCHS) as path:
+    def write_results(self, weights: Path, epochs: Path, metrics: Path) -> None:
+        """Write the kept weights, the figures of each epoch (CSV), and those of the kept epoch (JSON)."""
+        save_weights(self.weights, weights)
+        with atomic(epochs) as path:
             write_csv(path, {key: [figures[key] for figures in self.history] for key in self.history[0]})
-        write_json(TRAIN_METRICS, self.kept)
+        write_json(metrics, self.kept)
 
     def _broken(self) -> str:
         """The first parameter whose gradient is not finite; on an accelerator, of a batch that may be a later one."""
