@@ -1,4 +1,4 @@
-"""The manifest: what exported files are and what made them, for programs."""
+"""The manifest: a machine-readable description of the exported files and of what they were made from."""
 
 import platform
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors
 def manifest(
     models: list[Path], image_shape: tuple[int, ...], names: list[str], parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What holds of every export: nothing that differs from one rebuild to the next.
+    """Return the content of the manifest; rebuilding the same model gives the same content.
 
-    image_shape: (C, H, W); names: of the classes; parameters: all that decide results.
+    image_shape: (C, H, W). names: of the classes. parameters: all that decide results.
     """
     md5s = locked_md5s()
     return {
@@ -29,7 +29,7 @@ def manifest(
             model.name: {
                 "sha256": hash_file(model, "sha256"),
                 "bytes": model.stat().st_size,
-                # torch reads parts of the other two as pickles
+                # torch unpickles parts of .pth and .pt2 files
                 "trusted_source_only": model.suffix not in (".onnx", ".safetensors"),
             }
             for model in models
