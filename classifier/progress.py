@@ -1,6 +1,6 @@
-"""Progress of long work: a bar on a terminal; elsewhere, as in a log, one line every ten seconds.
+"""Progress of long operations: a bar on a terminal; otherwise, as in a log, one line every ten seconds.
 
-A line says what is being done, how far it is, and the time left. Work that ends within ten seconds has none.
+A line states the operation, the progress and the time left. Operations that take less than ten seconds print none.
 No result depends on this module, so it is no dependency of a stage.
 """
 
@@ -21,10 +21,10 @@ EVERY_SECONDS = 10.0
 def progress(
     desc: str, unit: str, total: float | None = None, *, initial: float = 0, hidden: bool = False, leave: bool = True
 ) -> Bar:
-    """Return tqdm's bar, or, if standard error is no terminal, what the lines are made of; both are used with `with`.
+    """Return a context manager to count progress: tqdm's bar, or Lines if standard error is no terminal.
 
-    desc: what is being done. unit: in the singular; bytes are B. initial: units that were done before.
-    hidden: show nothing. leave: whether the bar stays on the terminal when the work is done.
+    desc: the operation. unit: in the singular, or B for bytes. initial: units that were done before.
+    hidden: show nothing. leave: whether the bar stays on the terminal at the end.
     """
     if hidden or sys.stderr.isatty():
         return tqdm(
@@ -34,19 +34,19 @@ def progress(
 
 
 def report(stage: str) -> None:
-    """Tell how long a stage has been running where nothing else tells how far it is, as during its imports."""
+    """Print how long a stage has been running whenever no other progress is shown, as during its imports."""
     if not sys.stderr.isatty():
         Lines(f"{stage} stage").__enter__()
 
 
 def say(text: str) -> None:
-    """Print a line to standard output at once; the next line of progress comes ten seconds later."""
+    """Print a line to standard output at once, and postpone the next progress line to ten seconds later."""
     print(text, flush=True)
-    _put_off()
+    _postpone()
 
 
 class Lines:
-    """What is used of tqdm's bar. It only counts: a thread writes its text when a line is due."""
+    """A progress counter with the part of tqdm's interface that is used; a thread prints it when a line is due."""
 
     def __init__(self, desc: str, unit: str = "", total: float | None = None, initial: float = 0) -> None:
         self.desc, self.unit, self.total = desc, unit, total
@@ -66,7 +66,7 @@ class Lines:
     def __enter__(self) -> "Lines":
         global _thread
         if not _open:
-            _put_off()
+            _postpone()
         _open.append(self)
         if _thread is None:
             _thread = threading.Thread(target=_write_lines, daemon=True)
@@ -81,17 +81,17 @@ class Lines:
         parts = []
         if self.total:
             share = self.n / self.total
-            parts.append(f"{self._counted(self.n)} of {self._counted(self.total)}{self._units()} ({share:.0%})")
+            parts.append(f"{self._format(self.n)} of {self._format(self.total)}{self._units()} ({share:.0%})")
         elif self.n:
-            parts.append(f"{self._counted(self.n)}{self._units()}")
+            parts.append(f"{self._format(self.n)}{self._units()}")
         if self.total and done:
             parts.append(f"{tqdm.format_interval((self.total - self.n) * seconds / done)} left")
         else:
-            parts.append(f"{tqdm.format_interval(seconds)} so far")
+            parts.append(f"{tqdm.format_interval(seconds)} elapsed")
         parts += [f"{name} {figure}" for name, figure in self.figures.items()]
         return f"{self.desc}: {', '.join(parts)}"
 
-    def _counted(self, number: float) -> str:
+    def _format(self, number: float) -> str:
         return tqdm.format_sizeof(number, "B") if self.unit == "B" else f"{number:,.0f}"
 
     def _units(self) -> str:
@@ -99,11 +99,11 @@ class Lines:
 
 
 _open: list[Lines] = []  # the innermost last
-_due = 0.0  # when the next line is, by the monotonic clock
+_due = 0.0  # time of the next line, by the monotonic clock
 _thread: threading.Thread | None = None
 
 
-def _put_off() -> None:
+def _postpone() -> None:
     global _due
     _due = time.monotonic() + EVERY_SECONDS
 
@@ -112,7 +112,7 @@ def _write_lines() -> None:
     while True:
         time.sleep(max(_due - time.monotonic(), EVERY_SECONDS / 100))
         if _open and time.monotonic() >= _due:
-            with suppress(IndexError, OSError):  # it has just ended; or nobody reads
+            with suppress(IndexError, OSError):  # the operation has just ended, or standard error is closed
                 # Not through sys.stderr, whose lock this thread could hold when the process forks or ends
                 os.write(2, f"{_open[-1]}\n".encode())
-            _put_off()
+            _postpone()

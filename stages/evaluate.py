@@ -17,7 +17,7 @@ from classifier.pipeline.errors import printable
 from classifier.pipeline.outputs import atomic, write_json
 from classifier.pipeline.params import load_params
 from classifier.tracking.tracker import Tracker
-from classifier.training.inference import advice, predict, score, trained_network
+from classifier.training.inference import advice, predict_logits, score, trained_network
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     val_set, test_set = load_splits(["val", "test"], annotations, images, len(names))
     weights, shape = verified(paths.WEIGHTS, md5s), test_set.image_shape()
     network = trained_network(weights, params.network, shape, len(names), device, test_flip=params.test_flip)
-    logits = predict(batches_of(test_set, params, device), network, params.precision)
+    logits = predict_logits(batches_of(test_set, params, device), network, params.precision)
 
     loss, accuracy = score(logits, test_set.labels, params.batch_size)
     low, high = wilson_interval(round(accuracy * len(test_set)), len(test_set))
@@ -56,7 +56,7 @@ def main() -> None:
         draw(folder, network, test_set, logits.numpy(), names, params.seed)
     predicted = [Predicted("test", test_set.files, test_set.labels.numpy(), logits.numpy())]
     if len(val_set):
-        val_logits = predict(batches_of(val_set, params, device), network, params.precision)
+        val_logits = predict_logits(batches_of(val_set, params, device), network, params.precision)
         predicted.insert(0, Predicted("val", val_set.files, val_set.labels.numpy(), val_logits.numpy()))
     with atomic(paths.PREDICTIONS) as path:
         write_predictions(path, predicted, names)

@@ -7,14 +7,16 @@ Reads   models/model_weights.pth, metrics/train.json, metrics/test.json, metrics
 Writes  models/export/: model.<format> for each of export_formats, manifest.json, README.md
 """
 
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from classifier.compute.device import choose_kernels, environment, seed_everything, select_device, set_threads
 from classifier.data.dataset import load_splits
+from classifier.data.loader import batches_of
 from classifier.data.lockfile import locked_md5s, verified
-from classifier.export.calibration import calibrated
+from classifier.export.calibration import calibrate
 from classifier.export.formats import write_checked
 from classifier.export.manifest import manifest
 from classifier.export.model_card import model_card, next_steps
@@ -52,9 +54,10 @@ def main() -> None:
     shape = splits["test"].image_shape()
     weights = verified(paths.WEIGHTS, md5s)
     network = trained_network(weights, params.network, shape, len(names), device, test_flip=params.test_flip)
+    to_batches = partial(batches_of, params=params, device=device)
     facts: dict[str, Any] = {}  # of the manifest, for some parameters
     if params.temperature_scaling:
-        network, facts["calibration"] = calibrated(network, splits, params)
+        network, facts["calibration"] = calibrate(network, splits["val"], splits["test"], to_batches)
 
     with temporary_folder(paths.EXPORT) as aside:
         with atomic(paths.EXPORT) as folder:
@@ -66,7 +69,9 @@ def main() -> None:
             write_checked(network, params.network, len(names), pixels, models, also=onnx)
             if "int8" in params.export_formats:
                 models.append(folder / paths.exported_name("int8"))
-                facts["int8"] = write_int8(models[-1], onnx, splits, params)
+                facts["int8"] = write_int8(
+                    models[-1], onnx, splits, to_batches, seed=params.seed, max_drop=params.int8_max_drop
+                )
             made_from = {path: md5s.get(str(path)) for path in (paths.RAW, *data)} | {weights: hash_file(weights)}
             parameters = params.model_dump(exclude=set(UNTRACKED))
             about = manifest(models, shape, names, made_from, parameters, metrics) | facts

@@ -31,7 +31,7 @@ from classifier.networks import build_network
 from classifier.pipeline.errors import PipelineError
 from classifier.training import initial_state as start
 from classifier.training.cuda_graphs import WARM_UP
-from classifier.training.inference import load_weights, predict, save_weights, test_loop
+from classifier.training.inference import load_weights, predict_logits, save_weights, test_loop
 from classifier.training.optimization import build_loss
 from classifier.training.state import TrainState
 
@@ -204,8 +204,8 @@ def test_a_network_trained_here_says_the_same_on_the_cpu(device: torch.device, t
     network = build_network("cnn", (3, 16, 16), len(NAMES))
     load_weights(network, tmp_path / "weights.pth", CPU)
     options: dict[str, Any] = {"memory_limit_gib": 1, "workers": 0}
-    here = predict(Batches(dataset, 64, device, **options), state.network, "float32")
-    there = predict(Batches(dataset, 64, CPU, **options), network, "float32")
+    here = predict_logits(Batches(dataset, 64, device, **options), state.network, "float32")
+    there = predict_logits(Batches(dataset, 64, CPU, **options), network, "float32")
     torch.testing.assert_close(there, here, rtol=0, atol=1e-3)
 
 

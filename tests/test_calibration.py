@@ -1,4 +1,4 @@
-"""Temperature scaling: the temperature that made the logits is found, and answers stay as they are."""
+"""Temperature scaling: recover a known temperature, and leave predictions unchanged."""
 
 import math
 from pathlib import Path
@@ -11,16 +11,15 @@ from small_images import make_images
 from torch import nn
 
 from classifier.data.dataset import CustomImageDataset
-from classifier.data.loader import batches_of
+from classifier.data.loader import Batches
 from classifier.evaluation.metrics import expected_calibration_error, negative_log_likelihood
-from classifier.export.calibration import HIGHEST, LOWEST, calibrated, fit_temperature
+from classifier.export.calibration import HIGHEST, LOWEST, calibrate, fit_temperature
 from classifier.export.formats import TemperatureScaled
-from classifier.pipeline.params import load_params
-from classifier.training.inference import predict
+from classifier.training.inference import predict_logits
 
 
 def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (count, 4) and labels that are drawn with just the probabilities that they give."""
+    """Return logits (count, 4), and labels drawn from their softmax probabilities."""
     generator = np.random.default_rng(0)
     logits = generator.normal(scale=2, size=(count, 4))
     labels = (softmax(logits, axis=1).cumsum(axis=1) > generator.random((count, 1))).argmax(axis=1)
@@ -61,17 +60,19 @@ def test_the_network_is_calibrated_on_the_validation_images_and_measured_on_the_
     for split, count in (("val", 40), ("test", 24)):
         (tmp_path / split).mkdir()
         splits[split] = CustomImageDataset(*make_images(tmp_path / split, count, size=6))
-    params = load_params().model_copy(update={"batch_size": 7})
+
+    def to_batches(dataset: CustomImageDataset) -> Batches:
+        return Batches(dataset, 7, torch.device("cpu"), memory_limit_gib=1, workers=0)
+
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
 
     def answers(split: str, network: nn.Module) -> np.ndarray:
-        batches = batches_of(splits[split], params, torch.device("cpu"))
-        return predict(batches, network, "float32").double().numpy()
+        return predict_logits(to_batches(splits[split]), network, "float32").double().numpy()
 
     logits = {split: answers(split, network) for split in splits}
     labels = {split: dataset.labels.numpy() for split, dataset in splits.items()}
-    scaled, facts = calibrated(network, splits, params)
+    scaled, facts = calibrate(network, splits["val"], splits["test"], to_batches)
     temperature = fit_temperature(logits["val"], labels["val"])
     assert scaled.temperature == facts["temperature"] == temperature
     assert facts["validation_images"] == 40

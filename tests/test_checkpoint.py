@@ -1,4 +1,4 @@
-"""Checkpoints: a training that was interrupted anywhere goes on to the same bytes, and from its own state alone."""
+"""Checkpoints: a training interrupted anywhere resumes to the same bytes, and only from its own checkpoints."""
 
 import hashlib
 import io
@@ -49,11 +49,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Stopped(BaseException):
-    """What a signal or a kill is here."""
+    """Raised in place of a signal or a kill."""
 
 
 def give_up(**fingerprint: Any) -> Path:
-    """A training with this fingerprint that was interrupted after its first checkpoint; its folder."""
+    """Abandon a training with this fingerprint after its first checkpoint; return its folder."""
     with suppress(Stopped), checkpoints(fingerprint) as saved:
         saved.save(0, 1, {"batch": 1})
         raise Stopped
@@ -73,11 +73,11 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
     )  # fmt: skip
 
 
-Result = tuple[bytes, str]  # the file of the weights that are kept, and the figures of all epochs
+Result = tuple[bytes, str]  # the file of the kept weights, and the metrics of all epochs as JSON
 
 
 class Training:
-    """A training as the stage has it, of a network whose every kind of state matters."""
+    """A training like the stage's, of a network with every kind of state."""
 
     def __init__(self, batches: Batches, optimizer: str, stop_before: int | None = None) -> None:
         self.batches = batches
@@ -117,7 +117,7 @@ class Training:
 
 @pytest.fixture(scope="module", params=["adam", "sgd"])
 def uninterrupted(request: pytest.FixtureRequest, batches: Batches, tmp_path_factory: Any) -> tuple[str, Result]:
-    """An optimiser's name, and what it leads to."""
+    """The name of an optimiser and the result of an uninterrupted training."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("uninterrupted")))
         return request.param, Training(batches, request.param).run()
@@ -133,7 +133,7 @@ def test_a_training_stopped_before_any_batch_goes_on_to_the_same_bytes(
     random.seed(batch)
     resumed = Training(batches, optimizer)
     assert resumed.run() == expected
-    done = batch // BATCHES * BATCHES + batch % BATCHES // ACCUMULATE * ACCUMULATE  # batches that an update has ended
+    done = batch // BATCHES * BATCHES + batch % BATCHES // ACCUMULATE * ACCUMULATE  # batches up to the last update
     assert resumed.seen == EPOCHS * BATCHES - done
     assert not list(home.glob("*/"))
 
@@ -166,7 +166,7 @@ def test_the_random_states_come_back(batches: Batches) -> None:
     assert draw() == drawn
 
 
-# Checkpoints that are damaged
+# Damaged checkpoints
 
 
 def test_the_last_two_checkpoints_are_kept() -> None:
@@ -210,9 +210,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         last = saved.folder / "epoch-000000-batch-000000002.pt"
         damage(last)
         assert saved.load() == {"batch": 1}
-        assert (
-            capsys.readouterr().err == f"{last}: damaged, so it is passed over for the checkpoint before it, if any\n"
-        )
+        assert capsys.readouterr().err == f"{last}: damaged checkpoint, removed; the one before it is used, if any\n"
         assert not (saved.folder / "ran").exists()
 
 
@@ -232,13 +230,13 @@ def test_with_all_checkpoints_damaged_training_starts_anew(capsys: pytest.Captur
 def test_a_training_whose_record_is_damaged_says_so_and_goes_on(
     content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The folder is called by what the training is made of."""
+    """The name of the folder is the hash of the fingerprint."""
     record = give_up(lr=0.1) / "training.json"
     record.write_text(content)
     with checkpoints({"lr": 0.1}) as saved:
         assert saved.load() == {"batch": 1}
         assert saved.fingerprint == {"lr": 0.1}
-    damaged = f"{record}: damaged; the training goes on all the same, in another run of MLflow\n"
+    damaged = f"{record}: damaged, written again; the training continues in a new MLflow run\n"
     assert capsys.readouterr().err == damaged
 
 
@@ -256,12 +254,12 @@ def test_a_checkpoint_for_which_there_is_no_room_leaves_the_ones_before() -> Non
         ]
 
 
-# Which training goes on from which
+# Which checkpoint a training resumes from
 
 
 @pytest.fixture
 def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A folder with a pipeline of one stage and its files; the values of its parameters."""
+    """Create a pipeline of one stage and its files; return the values of its parameters."""
     monkeypatch.chdir(tmp_path)
     Path("dvc.yaml").write_text(
         "stages:\n  train:\n    deps: [train.py, '${network}.py', data]\n    params: [lr, network, weights]\n"
@@ -281,7 +279,7 @@ def test_the_fingerprint_is_deps_parameters_weights_and_environment(pipeline: di
     found = fingerprint(pipeline, {"torch": "2"})
     assert list(found) == ["train.py", "mlp.py", "data", "start.pth", "lr", "network", "weights", "torch"]
     assert found == fingerprint(pipeline | {"workers": 0}, {"torch": "2"})
-    too_long = "https://" + 300 * "x"  # for a name of a file, which is told when weights are read
+    too_long = "https://" + 300 * "x"  # for a file name; reading the weights reports it
     assert fingerprint(pipeline | {"weights": too_long}, {})["weights"] == too_long
 
 
@@ -332,7 +330,7 @@ def test_the_order_of_the_fingerprint_makes_no_other_training() -> None:
 def test_what_sets_a_given_up_training_apart_is_told() -> None:
     give_up(lr=0.1, epochs=3, cnn="an md5")
     with checkpoints({"lr": 0.2, "epochs": 3, "mlp": "another md5"}) as saved:
-        assert saved.given_up() == (
+        assert saved.difference_from_abandoned() == (
             "lr was 0.1 and is 0.2, cnn was an md5 and is None, mlp was None and is another md5"
         )
 
@@ -342,21 +340,21 @@ def test_of_several_given_up_trainings_the_last_is_told() -> None:
         folder = give_up(lr=lr)
         os.utime(folder, (0, folder.stat().st_mtime - age))
     with checkpoints({"lr": 0.3}) as saved:
-        assert saved.given_up() == "lr was 0.2 and is 0.3"
+        assert saved.difference_from_abandoned() == "lr was 0.2 and is 0.3"
 
 
 def test_a_training_under_way_is_not_told_as_given_up() -> None:
     with checkpoints({"lr": 0.1}), checkpoints({"lr": 0.2}) as saved:
-        assert saved.given_up() is None
+        assert saved.difference_from_abandoned() is None
 
 
 def test_a_given_up_training_with_a_damaged_record_is_not_told() -> None:
     (give_up(lr=0.1) / "training.json").write_text("{")
     with checkpoints({"lr": 0.2}) as saved:
-        assert saved.given_up() is None
+        assert saved.difference_from_abandoned() is None
 
 
-# What is left, and what is locked
+# Cleaning up and locking
 
 
 def test_a_training_that_succeeds_leaves_nothing(home: Path) -> None:
@@ -390,13 +388,13 @@ def test_a_training_whose_checkpoints_are_taken_away_goes_on(
         saved.save(0, 2, {"batch": 2})
         saved.save(0, 3, {"batch": 3})
         raise Stopped
-    if take_away is remove:  # what is saved after that counts, in the same run
+    if take_away is remove:  # the checkpoints saved after that are used, in the same run
         name = saved.name
         with checkpoints(MAKINGS) as saved:
             assert saved.load() == {"batch": 3}
             assert saved.name == name
     else:
-        warning = "not written, so a killed training would not go on from here"
+        warning = "not written, so a killed training cannot resume from here"
         assert capsys.readouterr().err.count(warning) == 1
 
 
@@ -411,7 +409,7 @@ def test_the_oldest_given_up_trainings_go_but_none_under_way(home: Path, capsys:
         assert set(home.glob("*/")) == {oldest.folder, *folders}
         newest = [give_up(seed=100), give_up(seed=101)]
         assert set(home.glob("*/")) == {oldest.folder, *folders[1:], *newest}
-        assert capsys.readouterr().out == f"removed the checkpoints of a training that was given up: {folders[0]}\n"
+        assert capsys.readouterr().out == f"Removed the checkpoints of an abandoned training: {folders[0]}\n"
 
 
 def test_a_process_with_the_same_fingerprint_waits_and_gets_its_own_set_and_a_killed_ones_lock_is_free(
@@ -428,7 +426,7 @@ def test_a_process_with_the_same_fingerprint_waits_and_gets_its_own_set_and_a_ki
         with checkpoints({"lr": 0.1}) as second:
             assert second.name != name
             assert second.load() is None
-        assert capsys.readouterr().out.startswith("The same training is under way in another process")
+        assert capsys.readouterr().out.startswith("Another process runs the same training")
         process.send_signal(signal.SIGKILL)
     with checkpoints({"lr": 0.1}) as third:
         assert third.name == name

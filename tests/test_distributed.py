@@ -34,7 +34,7 @@ from classifier.data.dataset import CustomImageDataset
 from classifier.compute.device import set_threads
 from classifier.compute.distributed import process_group
 from classifier.networks import build_network
-from classifier.training.inference import predict
+from classifier.training.inference import predict_logits
 from classifier.training.optimization import build_optimizer, build_scheduler
 from classifier.training.state import TrainState
 from train_loop import train_loop
@@ -57,13 +57,13 @@ with process_group() as group:
     network = Float64(build_network(settings["network"], batches.image_shape, 4))
     optimizer = build_optimizer("sgd", list(network.parameters()), 0.05, 0.9, 0.0)
     state = TrainState(network, optimizer, build_scheduler("constant", optimizer, 100))
-    state.trained = group.ddp_network(network)
+    state.wrapped = group.ddp_network(network)
     losses = []
     for _ in range(2):
         losses.append(train_loop(batches, state, nn.CrossEntropyLoss(), accumulate_steps=settings["accumulate"],
                                  precision=settings["precision"]))
         state.end_epoch({"loss": losses[-1]}, keep=True)
-    logits = predict(batches, network, "float32")
+    logits = predict_logits(batches, network, "float32")
     print(json.dumps({"losses": losses, "rank": group.rank, "logits": logits.tolist(), "weights":
                       {name: tensor.tolist() for name, tensor in network.state_dict().items()}}))
 """
@@ -209,7 +209,7 @@ def untrained(reference: Project, tmp_path: Path) -> Project:
 
 def assert_saved_when_ended(printed: str) -> None:
     """A training goes on from a checkpoint behind that which it had saved by itself, after batch 7."""
-    saved = re.search(r"Going on in epoch 3 after batch (\d+)", printed)
+    saved = re.search(r"Resuming epoch 3 after batch (\d+)", printed)
     assert saved is not None
     assert int(saved[1]) > 7
 
@@ -243,7 +243,7 @@ def test_torchrun_starts_a_killed_process_again_and_training_goes_on_to_the_same
     untrained: Project, reference: Project, rank: int
 ) -> None:
     done = untrained.dvc("repro", "train", RANK_AT=str(rank), AT=str(2 * BATCHES + 9), END="itself")
-    assert "Going on in epoch 3 after batch 7\n" in done.stdout
+    assert "Resuming epoch 3 after batch 7\n" in done.stdout
     assert_trained_as(untrained, reference)
 
 

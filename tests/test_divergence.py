@@ -1,4 +1,4 @@
-"""A training whose numbers stop being finite ends with an error that says where: epoch, batch, lr, last loss."""
+"""A training that diverges raises an error that names the epoch, the batch, the lr and the last finite loss."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
 
 
 class SpoiltGradient(torch.autograd.Function):
-    """The identity, whose gradient has one entry of a given number."""
+    """The identity, with one entry of its gradient replaced by a given number."""
 
     @staticmethod
     def forward(context: Any, values: Tensor, number: float) -> Tensor:
@@ -58,7 +58,7 @@ class Spoiling(nn.Module):
 
 
 class DeadUnit(nn.Module):
-    """Two layers in which one pass gives a bias an infinite gradient: it would silence a unit, and no loss show it."""
+    """Two layers; in one pass a bias gets an infinite gradient, which turns off a unit without changing any loss."""
 
     def __init__(self, spoilt_pass: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Place(NamedTuple):
 
 
 def plain_training(batches: Batches, network: nn.Module, lr: float, schedule: str) -> Place:
-    """Train in a plain loop that looks at every loss and every gradient; where the first is not finite."""
+    """Train in a plain loop that checks every loss and gradient; return where the first is not finite."""
     optimizer = torch.optim.SGD(network.parameters(), lr)
     last_loss, step = math.nan, 0
     for epoch in range(1, EPOCHS + 1):
@@ -163,7 +163,9 @@ def test_the_first_batch_has_no_last_finite_loss(batches: Batches) -> None:
         next(network.parameters()).fill_(1e30)
         list(network.parameters())[2].fill_(1e30)
     state = build_state(batches, network, 0.1, "constant")
-    with pytest.raises(PipelineError, match=r"epoch 1, batch 1: the loss is (nan|inf) at lr 0.1, the first\n"):
+    with pytest.raises(
+        PipelineError, match=r"epoch 1, batch 1: the loss is (nan|inf) at lr 0.1, no finite loss before it\n"
+    ):
         train(batches, state)
 
 

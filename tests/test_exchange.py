@@ -1,4 +1,4 @@
-"""The exported formats: read back in other processes, they give the network's logits, or an error."""
+"""The exported formats: read in another process, they return the network's logits or raise an error."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from hostile import RunsCodeWhenUnpickled
 from project import python
 from torch import Tensor, nn
 
-from classifier.export.formats import TOLERANCE, TemperatureScaled, checking, read_logits, write, write_weights
+from classifier.export.formats import TOLERANCE, TemperatureScaled, read_logits, start_checker, write, write_weights
 from classifier.networks import Mirrored, build_network
 from classifier.pipeline.errors import PipelineError
 
@@ -52,7 +52,7 @@ write_weights(network, "mlp", {IMAGE_SHAPE}, {CLASSES}, Path(sys.argv[1]) / "mod
 
 
 def check_files(paths: list[Path], network: nn.Module, pixels: torch.Tensor) -> dict[str, float]:
-    with checking(paths) as check:
+    with start_checker(paths) as check:
         return check(network, pixels)
 
 
@@ -66,7 +66,7 @@ def some_pixels(count: int) -> Tensor:
 
 
 def write_all(network: nn.Module, folder: Path) -> None:
-    """The network in every format."""
+    """Write the network in every format."""
     for suffix in FORMATS[:3]:
         write(network, some_pixels(2), folder / f"model.{suffix}")
     write_weights(network, "mlp", IMAGE_SHAPE, CLASSES, folder / "model.safetensors")
@@ -81,7 +81,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that checks exported files is a copy of one that has imported torch."""
+    """Fork the checking process from one that has imported torch."""
     monkeypatch.setattr(sys, "executable", python())
 
 
@@ -121,7 +121,7 @@ def test_a_network_in_training_mode_is_exported_in_evaluation_mode(tmp_path: Pat
 
 
 def test_the_example_is_not_kept(exported: Path, tmp_path: Path) -> None:
-    """Not even what lies behind a view: the images are the user's."""
+    """A view's storage is not saved either: it would disclose the user's images."""
     write(mlp(), some_pixels(1000)[:2], tmp_path / "model.pt2")
     assert (tmp_path / "model.pt2").stat().st_size == (exported / "model.pt2").stat().st_size
 
@@ -146,7 +146,7 @@ def test_checking_refuses_other_weights(exported: Path) -> None:
 
 @pytest.mark.parametrize(("change", "is_taken"), [(0.9e-5, True), (1.2e-5, False)])
 def test_large_logits_may_differ_by_more(tmp_path: Path, change: float, is_taken: bool) -> None:
-    """As rounding makes them."""
+    """Rounding errors grow with the logits."""
     write(TemperatureScaled(mlp(), 1e-6), some_pixels(2), tmp_path / "model.pth")
     trained = TemperatureScaled(mlp(), 1e-6 * (1 + change))
     with nullcontext() if is_taken else pytest.raises(PipelineError, match="its logits differ"):
@@ -155,7 +155,7 @@ def test_large_logits_may_differ_by_more(tmp_path: Path, change: float, is_taken
 
 @pytest.mark.slow
 def test_checking_refuses_other_classes(exported: Path) -> None:
-    with pytest.raises(PipelineError, match=r"^model\.pth: gives 5 logits an image, not 6$"):
+    with pytest.raises(PipelineError, match=r"^model\.pth: returns 5 logits an image, not 6$"):
         check_files([exported / "model.pth"], mlp(classes=6), some_pixels(7))
 
 
@@ -192,7 +192,7 @@ def test_unknown_formats_are_refused(tmp_path: Path) -> None:
         read_logits(path, some_pixels(1).numpy())
 
 
-# Weights alone: a file tells how to build the network, and is believed nothing that does not fit together
+# .safetensors: the metadata describe how to build the network, and must be consistent with the tensors
 
 
 def test_weights_of_known_metadata_and_bytes(exported: Path, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def check_refused(path: Path, reason: str) -> None:
     with pytest.raises(PipelineError) as caught:
         read_logits(path, some_pixels(2).numpy())
     line = str(caught.value)
-    assert line.startswith(f"{path}: broken, or not a file that export wrote: {reason}")
+    assert line.startswith(f"{path}: damaged, or not a file that export wrote: {reason}")
     assert "\n" not in line
     assert len(line) < len(str(path)) + 400
 

@@ -1,4 +1,4 @@
-"""The export stage as a user runs it: all formats of one model, its card, and what it refuses."""
+"""The export stage as a user runs it: all formats, the model card, and errors."""
 
 import json
 import re
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 MODELS = ["model.pth", "model.pt2", "model.safetensors", "model.int8.onnx"]
 TRIED = 5  # test images
 
-# Runs the Python blocks of README.md beside it, one after the other, for the images 0.png, 1.png, ...; prints the
-# class that each way to read a model names, and keeps the logits.
+# Runs the Python blocks of the model card for the images 0.png, 1.png, ...; prints the class that each way to load the
+# model predicts, and saves the logits.
 RUN_CARD = f"""
 import re
 from pathlib import Path
@@ -45,7 +45,7 @@ def read_json(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project with everything in models/export but model.onnx. Tests that share it leave it as it is."""
+    """A project with every file in models/export except model.onnx. Tests that share it must not change it."""
     project = small_project(
         tmp_path_factory.mktemp("export"),
         export_formats="[pth, pt2, safetensors, int8]", temperature_scaling="true", int8_max_drop="0.1",
@@ -56,9 +56,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def export(project: Project, check: bool = True) -> str:
-    """Run the stage; return what it says on standard error, without lines of progress, as on a busy machine."""
+    """Run the stage; return its standard error without progress lines, which slow machines print."""
     said = project.run("python", "-m", "stages", "export", check=check).stderr
-    return "".join(line for line in said.splitlines(keepends=True) if not line.endswith((" left\n", " so far\n")))
+    return "".join(line for line in said.splitlines(keepends=True) if not line.endswith((" left\n", " elapsed\n")))
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def copied(exported: Project, tmp_path: Path) -> Project:
 
 
 def scaled_logits(project: Project) -> np.ndarray:
-    """The test images' logits by the weights, the manifest's temperature and mirror images, (N, classes)."""
+    """Compute the logits (N, classes) of the test images with the manifest's temperature and with test_flip."""
     data, manifest = project.root / "data", read_json(project.root / "models/export/manifest.json")
     test_set = CustomImageDataset(data / "annotations/test.csv", data / "images")
     network = build_network("mlp", (1, 28, 28), 10)
@@ -154,7 +154,7 @@ def test_an_int8_file_leads_back_to_what_made_it(exported: Project) -> None:
 
 
 def test_int8_that_costs_too_much_fails_and_leaves_the_earlier_export(copied: Project) -> None:
-    """One hidden unit, to which nothing listens, is so large that in eight bits all others are 0."""
+    """One unused hidden unit is so large that all others round to 0 in eight bits."""
     weights = copied.root / "models/model_weights.pth"
     state = torch.load(weights, weights_only=True)
     state["linear_relu_stack.2.bias"][0] = 1e6
@@ -165,8 +165,8 @@ def test_int8_that_costs_too_much_fails_and_leaves_the_earlier_export(copied: Pr
     before = copied.outputs()
     (complaint,) = [line for line in export(copied, check=False).splitlines() if line.startswith("int8")]
     found = re.fullmatch(
-        r"int8: right for ([\d.]+)% of 40 validation images, the float network for ([\d.]+)%; int8_max_drop allows "
-        r"10\.00% less\. Raise int8_max_drop, or take int8 out of export_formats\.",
+        r"int8: accuracy ([\d.]+)% on 40 validation images, ([\d.]+)% in float32; int8_max_drop allows a drop of "
+        r"10\.00%\. Raise int8_max_drop, or remove int8 from export_formats\.",
         complaint,
     )
     assert found

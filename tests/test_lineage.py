@@ -1,4 +1,4 @@
-"""From a file, a run, an experiment or a commit to what made it, and back by the commands that are printed."""
+"""Trace files, runs, experiments and commits to their origin, and restore it with the printed commands."""
 
 import contextlib
 import json
@@ -67,12 +67,12 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
 
 @pytest.fixture
 def copied(history: History, tmp_path: Path) -> Project:
-    """A copy that a test may change."""
+    """A copy that the test may change."""
     return history.project.copy(tmp_path / "project")
 
 
 def lineage(project: Project, target: str | None) -> Lineage:
-    """As the command does it, without the seconds that its imports take. None: of the model here."""
+    """Trace a target as the command does, in this process. None: the model in the checkout."""
     with contextlib.chdir(project.root), pytest.MonkeyPatch.context() as patch:
         for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):
             patch.delenv(name, raising=False)
@@ -88,7 +88,7 @@ def run_id(project: Project, weights: str) -> str:
 
 
 def follow(project: Project, commands: list[str]) -> None:
-    """Run the commands as a person does, with this project's command line."""
+    """Run the printed commands with the project's own command line."""
     for command in commands:
         project.run("sh", "-ec", re.sub("^classifier ", f"{python()} -m classifier ", command))
 
@@ -148,10 +148,10 @@ def test_what_the_cache_has_lost_comes_from_the_remote(history: History, copied:
 
 
 def test_a_remote_that_cannot_be_asked_is_told(copied: Project) -> None:
-    """Here because the package for its kind is not installed."""
+    """The package for this type of remote is not installed."""
     copied.dvc("remote", "add", "--local", "--default", "store", "gs://no-such-bucket/store")
     found = lineage(copied, "other")
-    assert all(output.remote.startswith("cannot be asked: ") for output in found.outputs)
+    assert all(output.remote.startswith("not reachable: ") for output in found.outputs)
     assert found.commands[-1] == "dvc checkout"
 
 
@@ -160,7 +160,7 @@ def test_what_neither_cache_nor_remote_has_is_told_and_made_again(history: Histo
     shutil.rmtree(copied.root / ".dvc/cache/runs")
     found = lineage(copied, "other")
     assert found.unknown == [
-        f"the bytes of {WEIGHTS}: in no cache or remote, so they have to be made again",
+        f"the bytes of {WEIGHTS}: neither cache nor remote has them; `dvc repro` rebuilds",
     ]
     follow(copied, found.commands)
     assert hash_file(copied.root / WEIGHTS) == history.weights["other"]
@@ -191,7 +191,7 @@ def test_a_run_of_uncommitted_code_comes_back_by_its_patch(history: History, cop
     found = lineage(copied, run_id(copied, history.weights["uncommitted"]))
     assert found.commit is None
     assert found.runs[0].tags["git.changed_files"] == "classifier/networks/mlp.py classifier/new_file.py"
-    assert "what else differed from the commit, and is not in the patch: new_file.txt: no code of the pipeline" in (
+    assert "a difference from the commit that is not in the patch: new_file.txt: no code of the pipeline" in (
         found.unknown
     )
     follow(copied, found.commands)
@@ -218,7 +218,7 @@ def test_a_commit_whose_code_is_not_that_of_its_lock_says_so(copied: Project) ->
     copied.set_params(lr="0.7")
     copied.commit()
     (note,) = lineage(copied, "HEAD").unknown
-    assert note.startswith("the code: dvc.lock of this commit was made with other content of")
+    assert note.startswith("the code: not that which wrote dvc.lock of this commit: ")
     assert note.endswith("classifier/training, lr in params.yaml")
 
 
@@ -270,7 +270,7 @@ def test_the_model_here_is_that_of_the_commit_or_the_experiment_or_uncommitted(
     }
     assert list(found.exported) == ["model.pth"]
     (note,) = found.unknown
-    assert note.startswith("the way back: none until it is committed, `git add params.yaml dvc.lock metrics && ")
+    assert note.startswith("how to restore it: commit it first, `git add params.yaml dvc.lock metrics && ")
     assert describe(found).splitlines()[2:4] == ["commit:", "  uncommitted"]
 
     copied.commit()
@@ -290,7 +290,7 @@ def test_what_is_nothing_here_is_one_clear_message(history: History, target: str
 def test_a_file_that_nothing_knows_is_told_with_its_hashes(history: History, tmp_path: Path) -> None:
     file = tmp_path / "stranger.onnx"
     file.write_bytes(b"stranger")
-    with pytest.raises(PipelineError, match=f"nothing here knows it by its md5 {hash_file(file)}"):
+    with pytest.raises(PipelineError, match=f"no dvc.lock in this clone, has its md5 {hash_file(file)}"):
         lineage(history.project, str(file))
 
 

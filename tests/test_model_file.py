@@ -1,4 +1,4 @@
-"""Model files that may be anybody's: refused with one message, before anything in them is run."""
+"""Untrusted model files are refused with one message before any of their code runs."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ WEIGHTS = np.ones((24, 2), np.float32)
 
 
 def manifest(path: Path, **changes: Any) -> None:
-    """Write a manifest that is right for a file, but for the changes."""
+    """Write a manifest that matches a file except for the changes."""
     content = {
         "classes": CLASSES,
         "input": {"shape": ["batch", *SHAPE]},
@@ -37,7 +37,7 @@ def manifest(path: Path, **changes: Any) -> None:
 def graph_of(
     *more: onnx.NodeProto, outputs: tuple[Any, ...] = ("batch", 2), weights: np.ndarray = WEIGHTS, last: str = "product"
 ) -> onnx.ModelProto:
-    """An ONNX model of one matrix product; `more` operators come behind it, and `last` becomes the logits."""
+    """Build an ONNX model of one matrix product and `more` operators; the output `last` becomes the logits."""
     nodes = [
         helper.make_node("Flatten", ["pixels"], ["flat"]),
         helper.make_node("MatMul", ["flat", "weights"], ["product"]),
@@ -81,7 +81,7 @@ def constant(name: str, value: list[int]) -> onnx.NodeProto:
 
 
 def huge(*operators: onnx.NodeProto) -> onnx.ModelProto:
-    """A model that adds the sum of a huge value."""
+    """Build a model that adds the sum of a huge tensor."""
     total = helper.make_node("ReduceSum", ["huge"], ["sum"], keepdims=0)
     return graph_of(*operators, total, helper.make_node("Add", ["product", "sum"], ["added"]), last="added")
 
@@ -111,7 +111,7 @@ def with_branch() -> onnx.ModelProto:
 
 
 HOSTILE: dict[str, tuple[Callable[[], onnx.ModelProto | None], str]] = {
-    "garbage": (lambda: None, "broken, or no model of images"),
+    "garbage": (lambda: None, "damaged, or not a model for images"),
     "data elsewhere": (lambda: with_external_data("initializer"), "its data is in another file"),
     "data elsewhere, of an operator": (lambda: with_external_data("operator"), "its data is in another file"),
     "a huge constant": (
@@ -129,7 +129,7 @@ HOSTILE: dict[str, tuple[Callable[[], onnx.ModelProto | None], str]] = {
                      helper.make_node("ReduceMax", ["whole"], ["most"], keepdims=0),
                      constant("shape", [1]), helper.make_node("Reshape", ["most", "shape"], ["size"]),
                      helper.make_node("ConstantOfShape", ["size"], ["huge"])),
-        "how large ConstantOfShape makes 'huge' cannot be told",
+        "the size of 'huge', an output of ConstantOfShape, is unknown",
     ),
     "a branch": (with_branch, "it has loops or branches"),
     "a foreign operator": (
@@ -138,15 +138,15 @@ HOSTILE: dict[str, tuple[Callable[[], onnx.ModelProto | None], str]] = {
     ),
     "a scalar": (
         lambda: graph_of(helper.make_node("ReduceSum", ["product"], ["all"], keepdims=0), last="all", outputs=()),
-        r"gives logits \(\) for one image, but .*manifest\.json has 2 classes",
+        r"returns logits \(\) for one image, but .*manifest\.json has 2 classes",
     ),
     "more logits": (
         lambda: graph_of(weights=np.ones((24, 3), np.float32), outputs=("batch", 3)),
-        r"gives logits \(1, 3\) for one image, but .*manifest\.json has 2 classes",
+        r"returns logits \(1, 3\) for one image, but .*manifest\.json has 2 classes",
     ),
     "fewer logits": (
         lambda: graph_of(weights=np.ones((24, 1), np.float32), outputs=("batch", 1)),
-        r"gives logits \(1, 1\) for one image, but .*manifest\.json has 2 classes",
+        r"returns logits \(1, 1\) for one image, but .*manifest\.json has 2 classes",
     ),
 }  # fmt: skip
 
@@ -169,13 +169,13 @@ def test_a_hostile_or_contradictory_onnx_file_is_refused(tmp_path: Path, kind: s
         ({"classes": [0, 1]}, "its classes are not a list of names"),
         ({"classes": {"0": "cat", "1": "dog"}}, "its classes are not a list of names"),
         ({"classes": ["cat", ""]}, "its classes are not a list of names"),
-        ({"classes": ["cat", "cat"]}, "not all different"),
-        ({"classes": []}, "its classes are none"),
+        ({"classes": ["cat", "cat"]}, "1 to 100,000 different classes"),
+        ({"classes": []}, "it must have 1 to 100,000 different classes"),
         ({"input": {"shape": ["batch", 1, 4, 10**6]}}, "images cannot be 1 x 4 x 1000000"),
         ({"input": {"shape": ["batch", 1, 4, "6"]}}, "images cannot be 1 x 4 x '6'"),
         ({"input": {"shape": ["batch", 2, 4, 6]}}, "images cannot be 2 x 4 x 6"),
-        ({"input": {"shape": ["batch", 3, 4, 6]}}, "its images are not 3 x 4 x 6, as the manifest says"),
-        ({"files": {"model.onnx": {"sha256": 1}}}, "a SHA-256 is no text"),
+        ({"input": {"shape": ["batch", 3, 4, 6]}}, "its images are not 3 x 4 x 6 as in the manifest"),
+        ({"files": {"model.onnx": {"sha256": 1}}}, "a SHA-256 is not a string"),
     ],
 )
 def test_a_manifest_that_is_at_fault_is_named(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
@@ -200,7 +200,7 @@ def test_a_manifest_of_any_size_is_not_read(tmp_path: Path) -> None:
         open_model_file(path)
 
 
-# Formats that hold code
+# Formats that can contain code
 
 
 def write_pickle(path: Path, ran: Path) -> None:
@@ -208,7 +208,7 @@ def write_pickle(path: Path, ran: Path) -> None:
 
 
 def write_archive(path: Path, ran: Path) -> None:
-    """As torch writes both formats, with a pickle in it."""
+    """Write a zip with a pickle, as torch does for both formats."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model/data.pkl", pickle.dumps(RunsCodeWhenUnpickled(ran)))
         archive.writestr("model/version", "3\n")
@@ -222,7 +222,7 @@ def test_a_file_that_a_manifest_vouches_for_runs_no_code(
     path, ran = tmp_path / name, tmp_path / "ran"
     make(path, ran)
     manifest(path)
-    with pytest.raises(PipelineError, match=r"not opened: it can hold code, and neither dvc\.lock nor the registry"):
+    with pytest.raises(PipelineError, match=r"not opened: it can contain code, and neither dvc\.lock nor the registry"):
         open_model_file(path)
     assert not ran.exists()
 
@@ -234,7 +234,7 @@ def test_a_broken_file_that_is_trusted_is_told(tmp_path: Path, name: str, conten
     path = tmp_path / name
     path.write_bytes(content)
     manifest(path)
-    with pytest.raises(PipelineError, match=rf"{name}: broken, or no"):
+    with pytest.raises(PipelineError, match=rf"{name}: damaged, or not"):
         open_model_file(path, trust=True)
 
 

@@ -1,4 +1,4 @@
-"""Every network in classifier/networks, found by listing, and what is particular to each."""
+"""Tests for every network in classifier/networks, and for the properties of each."""
 
 import io
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from torchvision import models
 
 from classifier.export.formats import TOLERANCE, read_logits, write
 from classifier.networks import MEAN, STD, Mirrored, build_network, cnn
-from classifier.networks.vgg16 import averages
+from classifier.networks.vgg16 import averaging_matrix
 from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.params import modules_in
 
 NETWORKS = modules_in("networks")
 OF_TORCHVISION = ["resnet18", "vgg16"]
-SIDES = {"vgg16": 32}  # pixels, where 28 are too few
-SLOW = {"vgg16"}  # to draw 134 million numbers takes seconds
+SIDES = {"vgg16": 32}  # pixels; 28 otherwise
+SLOW = {"vgg16"}  # initialising 134 million parameters takes seconds
 
 Shape = tuple[int, int, int]
 
@@ -184,7 +184,7 @@ def test_cnn_takes_images_of_any_size(image_shape: Shape) -> None:
 
 
 def test_cnn_does_not_depend_on_brightness_and_contrast_but_for_the_border() -> None:
-    """It takes pixels as they are: batch normalisation behind its first convolution undoes both."""
+    """The batch normalisation after the first convolution removes both."""
     network = build("cnn")
     stage = network.get_submodule("stages.0").train()
     pixels = torch.rand(8, 1, 28, 28)
@@ -295,5 +295,5 @@ def test_images_that_are_too_small_are_refused(name: str, size: tuple[int, int],
 def test_averages_are_those_of_adaptive_pooling(size: tuple[int, int]) -> None:
     maps = torch.rand(2, 3, *size)
     expected = nn.functional.adaptive_avg_pool2d(maps, (7, 7))
-    torch.testing.assert_close(averages(size[0]) @ maps @ averages(size[1]).T, expected)
-    assert torch.equal(averages(7), torch.eye(7))
+    torch.testing.assert_close(averaging_matrix(size[0]) @ maps @ averaging_matrix(size[1]).T, expected)
+    assert torch.equal(averaging_matrix(7), torch.eye(7))

@@ -320,7 +320,7 @@ def test_a_network_that_has_learnt_nothing_is_told(reproduced: Project, tmp_path
     project = reproduced.copy(tmp_path / "project")
     project.set_params(lr="1e-6", epochs="1")
     printed = project.dvc("repro", "evaluate").stdout
-    warning = "The network is not clearly better than answering the largest class every time"
+    warning = "The network is not clearly better than always predicting the largest class"
     assert re.findall(rf"^{warning} \((.*)\): train it longer", printed, re.MULTILINE) == ["10.0%", "10.0%"]
     assert re.search(rf"^Epoch 1: .*\n{warning}", printed, re.MULTILINE)  # by train, on the validation images
     assert re.search(rf"every time would be right on 10.0%\n{warning}", printed)  # by evaluate, on the test images

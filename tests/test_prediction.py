@@ -31,8 +31,7 @@ from classifier.export.formats import write
 from classifier.networks import build_network
 from classifier.pipeline.errors import PipelineError, printable
 from classifier.provenance.model_file import BATCH, Model
-from classifier.training.inference import load_weights
-from classifier.training.inference import predict as logits_of
+from classifier.training.inference import load_weights, predict_logits
 
 CLASSES = ["dark", "bright, or\nnot"]
 FORMATS = ["pth", "pt2", "onnx", "safetensors"]
@@ -268,7 +267,7 @@ def test_a_file_that_is_not_what_the_manifest_says_is_not_opened(
 ) -> None:
     path = exported("model.pth", b"as it was exported")
     path.write_bytes(pickle.dumps(RunsCodeWhenUnpickled(tmp_path / "ran")))
-    with pytest.raises(PipelineError, match=r"model\.pth: not the file that .*manifest\.json speaks of: its SHA-256"):
+    with pytest.raises(PipelineError, match=r"model\.pth: not opened: its SHA-256 differs from .*manifest\.json"):
         open_and_close("model.pth", tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -278,14 +277,14 @@ def test_a_file_of_which_the_manifest_does_not_speak_is_not_opened(
 ) -> None:
     path = exported("model.pth", b"as it was exported")
     path.rename(tmp_path / "renamed.pth")
-    with pytest.raises(PipelineError, match=r"renamed\.pth: not among the files of .*, which are model\.pth"):
+    with pytest.raises(PipelineError, match=r"renamed\.pth: .* does not list it; it lists model\.pth"):
         open_and_close("renamed.pth", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, r"manifest\.json: missing; it tells the model's classes"),
+        (None, r"manifest\.json: missing; it holds the names of the classes"),
         ("{", "not valid JSON"),
         ("[]", "not a manifest that export wrote"),
         ("{}", "not a manifest that export wrote"),
@@ -428,7 +427,7 @@ def evaluated(project: Project) -> tuple[list[str], np.ndarray]:
     network = build_network("mlp", test_set.image_shape(), 10)
     load_weights(network, project.root / "models/model_weights.pth", torch.device("cpu"))
     batches = Batches(test_set, 64, torch.device("cpu"), memory_limit_gib=1, workers=0)
-    return [*test_set.files], logits_of(batches, network, "float32").numpy()
+    return [*test_set.files], predict_logits(batches, network, "float32").numpy()
 
 
 @pytest.mark.slow

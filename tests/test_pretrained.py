@@ -1,4 +1,4 @@
-"""Weights to start from: files of both kinds, torchvision's by name, and what becomes of those that do not fit."""
+"""Pretrained weights: files of both formats, torchvision's by name, and files that do not fit."""
 
 import hashlib
 import http.server
@@ -57,7 +57,7 @@ def test_all_tensors_of_a_file_are_taken_over(
     assert load_pretrained(network, "cnn", str(path)) == sha256(path)
     torch.testing.assert_close(network.state_dict(), given.state_dict(), rtol=0, atol=0)
     assert all(parameter.requires_grad for parameter in network.parameters())
-    assert capsys.readouterr().out == f"44 of 44 tensors are from {path}\n"
+    assert capsys.readouterr().out == f"Loaded 44 of 44 tensors from {path}\n"
 
 
 def test_the_layers_fitted_to_images_and_classes_stay_newly_drawn_where_they_differ(
@@ -72,10 +72,10 @@ def test_the_layers_fitted_to_images_and_classes_stay_newly_drawn_where_they_dif
         expected = drawn[key] if key in (FIRST, *LAST) else given.state_dict()[key]
         assert torch.equal(tensor, expected), key
     assert capsys.readouterr().out.splitlines() == [
-        f"41 of 44 tensors are from {path}",
-        "  stages.0.0.weight is newly drawn: 64 x 3 x 4 x 4, not 64 x 1 x 4 x 4",
-        "  classifier.weight is newly drawn: 5 x 256, not 10 x 256",
-        "  classifier.bias is newly drawn: 5, not 10",
+        f"Loaded 41 of 44 tensors from {path}",
+        "  stages.0.0.weight is newly initialised: 64 x 3 x 4 x 4, not 64 x 1 x 4 x 4",
+        "  classifier.weight is newly initialised: 5 x 256, not 10 x 256",
+        "  classifier.bias is newly initialised: 5, not 10",
     ]
 
 
@@ -89,8 +89,7 @@ def test_for_grey_images_the_first_convolution_is_the_sum_over_the_channels(
     grey = torch.rand(4, 1, 8, 8)
     torch.testing.assert_close(network(grey), given(grey.expand(4, 3, 8, 8)), rtol=0, atol=1e-5)
     assert (
-        "  stages.0.0.weight is the sum over the channels: 64 x 1 x 4 x 4, of 64 x 3 x 4 x 4\n"
-        in capsys.readouterr().out
+        "  stages.0.0.weight is summed over channels: 64 x 1 x 4 x 4, from 64 x 3 x 4 x 4\n" in capsys.readouterr().out
     )
 
 
@@ -145,20 +144,20 @@ def put(key: str, tensor: Callable[[Tensor], object]) -> Callable[[State], None]
     ("change", "message"),
     [
         (remove, r"does not fit the network: it lacks stages\.1\.2\.running_var, stages\.2\.0\.weight$"),
-        (add, r"does not fit the network: it has extra\.A, extra\.B, extra\.C and 23 more besides$"),
-        (add_line, r"does not fit the network: it has 'a\\nb\\x1bc{91} besides$"),
+        (add, r"does not fit the network: it has unknown tensors extra\.A, extra\.B, extra\.C and 23 more$"),
+        (add_line, r"does not fit the network: it has unknown tensors 'a\\nb\\x1bc{91}$"),
         (reshape, r"not fit the network: it has stages\.2\.0\.weight of 256 x 128 x 5 x 5, not 256 x 128 x 3 x 3$"),
         (count_in_fractions, r"does not fit the network: it has stages\.1\.2\.num_batches_tracked of torch\.float32$"),
-        (put(LAST[1], lambda bias: bias * torch.nan), r"plain tensor of finite numbers in classifier\.bias$"),
-        (put(MIDDLE, lambda weight: weight.to_sparse()), r"plain tensor of finite numbers in stages\.2\.0\.weight$"),
-        (put(MIDDLE, lambda weight: weight.to(torch.complex64)), r"plain tensor of finite numbers in stages\.2\.0"),
-        (put(MIDDLE, lambda weight: weight.to("meta")), r"plain tensor of finite numbers in stages\.2\.0\.weight$"),
-        # A few bytes that say that they are 10^15 numbers: neither compared nor summed
+        (put(LAST[1], lambda bias: bias * torch.nan), r"dense tensor of finite numbers in classifier\.bias$"),
+        (put(MIDDLE, lambda weight: weight.to_sparse()), r"dense tensor of finite numbers in stages\.2\.0\.weight$"),
+        (put(MIDDLE, lambda weight: weight.to(torch.complex64)), r"dense tensor of finite numbers in stages\.2\.0"),
+        (put(MIDDLE, lambda weight: weight.to("meta")), r"dense tensor of finite numbers in stages\.2\.0\.weight$"),
+        # A few bytes expanded to 10^15 numbers: must not be compared or summed
         (
             put(FIRST, lambda weight: torch.zeros(1).expand(16, 10**12, 3, 3)),
             r"of finite numbers in stages\.0\.0\.weight$",
         ),
-        (put(MIDDLE, lambda _: "text"), r"plain tensor of finite numbers in stages\.2\.0\.weight$"),
+        (put(MIDDLE, lambda _: "text"), r"dense tensor of finite numbers in stages\.2\.0\.weight$"),
     ],
 )
 def test_tensors_that_do_not_fit(change: Callable[[State], None], message: str, tmp_path: Path) -> None:
@@ -167,11 +166,11 @@ def test_tensors_that_do_not_fit(change: Callable[[State], None], message: str, 
     torch.save(state, tmp_path / "start.pth")
     before = deepcopy(network.state_dict())
     check_refused(network, tmp_path / "start.pth", message)
-    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)  # nothing was taken over
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)  # unchanged
 
 
 def check_refused(network: nn.Module, path: Path, message: str) -> None:
-    """Loading the file raises an error of one line that begins with the parameter and names the file."""
+    """Check that loading the file raises an error of one line that starts with the parameter and names the file."""
     with pytest.raises(PipelineError, match=message) as caught:
         load_pretrained(network, "cnn", str(path))
     text = str(caught.value)
@@ -187,7 +186,7 @@ def write_half(path: Path) -> None:
 
 
 def write_header(path: Path, **entry: object) -> None:
-    """A .safetensors file of one tensor whose header may say what is not so."""
+    """Write a .safetensors file of one tensor with a header that may be wrong."""
     header = json.dumps({MIDDLE: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | entry}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
 
@@ -218,14 +217,18 @@ def write_compressed(path: Path) -> None:
         ("pth", lambda path: torch.save({}, path), "does not fit the network: it lacks .* and 41 more$"),
         ("safetensors", lambda _: None, "there is no file"),
         ("safetensors", Path.mkdir, "there is no file"),
-        ("safetensors", write_text, "cannot be read as a whole .safetensors file"),
-        ("safetensors", write_nothing, "cannot be read as a whole .safetensors file"),
-        ("safetensors", write_half, "cannot be read as a whole .safetensors file"),
-        ("safetensors", lambda path: path.write_bytes(b"\xff" * 64), "cannot be read as a whole .safetensors file"),
-        ("safetensors", lambda path: torch.save(cnn().state_dict(), path), "cannot be read as a whole .safetensors"),
-        ("safetensors", lambda path: write_header(path, shape=[2**40]), "cannot be read as a whole .safetensors file"),
-        ("safetensors", lambda path: write_header(path, data_offsets=[0, 2**40]), "cannot be read as a whole"),
-        ("safetensors", lambda path: write_header(path, dtype="X9"), "cannot be read as a whole .safetensors file"),
+        ("safetensors", write_text, "cannot be read as a complete .safetensors file"),
+        ("safetensors", write_nothing, "cannot be read as a complete .safetensors file"),
+        ("safetensors", write_half, "cannot be read as a complete .safetensors file"),
+        ("safetensors", lambda path: path.write_bytes(b"\xff" * 64), "cannot be read as a complete .safetensors file"),
+        ("safetensors", lambda path: torch.save(cnn().state_dict(), path), "cannot be read as a complete .safetensors"),
+        (
+            "safetensors",
+            lambda path: write_header(path, shape=[2**40]),
+            "cannot be read as a complete .safetensors file",
+        ),
+        ("safetensors", lambda path: write_header(path, data_offsets=[0, 2**40]), "cannot be read as a complete"),
+        ("safetensors", lambda path: write_header(path, dtype="X9"), "cannot be read as a complete .safetensors file"),
         ("safetensors", write_header, "does not fit the network: it lacks"),
     ],
 )
@@ -246,19 +249,19 @@ def test_code_in_a_file_is_not_run(suffix: str, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-# torchvision's weights by name; a server stands in for that which has them
+# torchvision's weights by name, from a local server
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder where torch keeps what it downloads."""
+    """The folder for torch's downloads."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     return tmp_path / "home/hub/checkpoints"
 
 
 @contextmanager
 def served(content: bytes | None) -> Iterator[str]:
-    """The address of a server that gives these bytes, whatever it is asked for; None: that knows nothing."""
+    """Yield the address of a server that answers every request with these bytes; None: with 404."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -283,7 +286,7 @@ def served(content: bytes | None) -> Iterator[str]:
 
 @pytest.fixture
 def offered(tmp_path: Path) -> tuple[nn.Module, bytes, str]:
-    """A network, a file of its weights, and the name that torchvision would give to the file."""
+    """A network, the content of its weights file, and the name that torchvision would give to the file."""
     given = cnn(seed=1)
     torch.save(given.state_dict(), tmp_path / "offered.pth")
     content = (tmp_path / "offered.pth").read_bytes()
@@ -315,7 +318,7 @@ def check_both_ways_out(network: nn.Module, url: str, checkpoints: Path, reason:
     text = str(caught.value)
     assert text.startswith(f"weights: {url} cannot be downloaded: ")
     assert text.endswith(
-        f". Fetch it in another way, then put it into {checkpoints}, or give its path in params.yaml: "
+        f". Download it by other means, then put it into {checkpoints}, or set its path in params.yaml: "
         f"`weights: path/to/{url.rpartition('/')[2]}`"
     )
     assert "\n" not in text
@@ -365,7 +368,7 @@ def test_another_file_under_the_name_of_torchvisions(checkpoints: Path) -> None:
     checkpoints.mkdir(parents=True)
     path = checkpoints / "resnet18-f37072fd.pth"
     torch.save(cnn().state_dict(), path)
-    with pytest.raises(PipelineError, match="is not the file that https://download") as caught:
+    with pytest.raises(PipelineError, match="differs from https://download") as caught:
         load_pretrained(cnn(), "resnet18", "DEFAULT")
     assert str(caught.value).startswith(f"weights: {path} ")
 
@@ -392,12 +395,12 @@ def test_names_that_torchvision_does_not_have(network: str, weights: str, messag
         load_pretrained(cnn(), network, weights)
 
 
-# A network of torchvision's there and back
+# torchvision's models
 
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("vgg16", marks=pytest.mark.slow)])
 def test_torchvisions_model_there_and_back(name: str, tmp_path: Path) -> None:
-    """Its weights give its logits in ours, and are the same when ours are saved and loaded; one network at a time."""
+    """torchvision's weights give the same logits in our network, and its model can load our saved weights."""
     torch.manual_seed(0)
     pixels = torch.rand(2, 3, 224, 224)
     transform = models.get_model_weights(name).DEFAULT.transforms()
@@ -425,13 +428,13 @@ def test_torchvisions_model_there_and_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_train_stage_starts_from_a_file(tmp_path: Path) -> None:
-    """It says so, tags the run with the file's hash, and freezes after it has loaded."""
+    """It prints so, tags the run with the hash of the file, and freezes layers after loading."""
     project = small_project(tmp_path, network="cnn", epochs="1", freeze="[stages.*]", weights="start-v1.pth")
     given = cnn(1, (1, 28, 28), 3)
     torch.save(given.state_dict(), project.root / "start-v1.pth")
     output = project.dvc("repro", "train").stdout
-    assert "42 of 44 tensors are from start-v1.pth\n" in output
-    assert "  classifier.bias is newly drawn: 10, not 3\n" in output
+    assert "Loaded 42 of 44 tensors from start-v1.pth\n" in output
+    assert "  classifier.bias is newly initialised: 10, not 3\n" in output
     trained = torch.load(project.root / "models/model_weights.pth")
     for key, tensor in given.state_dict().items():
         assert key in LAST or torch.equal(trained[key], tensor), key

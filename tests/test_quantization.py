@@ -1,4 +1,4 @@
-"""int8: nearly the float network's answers from a quarter of the bytes, the same bytes every time, or an error."""
+"""int8: logits close to float32, a quarter of the bytes, reproducible files, or an error."""
 
 import subprocess
 from pathlib import Path
@@ -30,7 +30,7 @@ quantize(folder / "model.onnx", np.load(folder / "pixels.npy"), Path(sys.argv[2]
 
 
 class Shift(nn.Module):
-    """Normalises its input, as networks here do."""
+    """Normalise the input, as the networks of the product do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Shift(nn.Module):
 
 
 def trained() -> nn.Module:
-    """A network with all that convolutional ones have, trained on `images` for a moment."""
+    """Train a network with the layers of convolutional networks on `images` for 20 steps."""
     torch.manual_seed(0)
     network = nn.Sequential(
         Shift(),
@@ -67,7 +67,7 @@ def trained() -> nn.Module:
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
-    """(count, 1, SIZE, SIZE): noise with a dark quarter, which is the class: 0, 1, 2, 3, 0, ..."""
+    """Return noise (count, 1, SIZE, SIZE) with a dark quarter, whose position is the class: 0, 1, 2, 3, 0, ..."""
     pixels = torch.rand(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
     for index in range(count):
         row, column = divmod(index % CLASSES, 2)
@@ -98,7 +98,7 @@ def test_it_answers_nearly_as_the_float_network_at_every_batch_size(exported: Pa
 
 def test_weights_are_bytes_and_logits_stay_float(exported: Path) -> None:
     small, large = ((exported / name).stat().st_size for name in ("model.int8.onnx", "model.onnx"))
-    assert small < 0.6 * large  # of so few weights, scales and names are a part
+    assert small < 0.6 * large  # with so few weights, scales and names take a large part
     model = onnx.load(exported / "model.int8.onnx")
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) > 1}
     assert set(types.values()) == {onnx.TensorProto.INT8}
@@ -108,7 +108,7 @@ def test_weights_are_bytes_and_logits_stay_float(exported: Path) -> None:
 
 
 def test_convolutions_have_a_scale_for_each_channel_and_weights_keep_to_seven_bits(exported: Path) -> None:
-    """With all eight, sums of two products are cut off by processors without VNNI."""
+    """With eight bits, sums of two products saturate on processors without VNNI."""
     graph = onnx.load(exported / "model.int8.onnx").graph
     tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     weights = {name: tensor for name, tensor in tensors.items() if tensor.dtype == np.int8 and tensor.ndim > 1}
@@ -131,7 +131,7 @@ def batches(tmp_path: Path) -> Batches:
 
 
 def constant(path: Path, answer: int) -> Path:
-    """An ONNX file that gives one answer to every image."""
+    """Write an ONNX file that predicts the same class for every image."""
     layer = nn.Linear(SIZE * SIZE, CLASSES)
     with torch.no_grad():
         layer.weight.zero_()
@@ -143,7 +143,7 @@ def constant(path: Path, answer: int) -> Path:
 def test_the_cost_is_counted_in_images(batches: Batches, tmp_path: Path) -> None:
     """Of 50 images 13 are of class 0 and 12 of class 3."""
     better, worse = constant(tmp_path / "better.onnx", 0), constant(tmp_path / "worse.onnx", 3)
-    facts = accuracy_cost(worse, better, batches, "validation", max_drop=0.02)  # just as much as it costs
+    facts = accuracy_cost(worse, better, batches, "validation", max_drop=0.02)  # exactly the drop
     saved = better.stat().st_size - worse.stat().st_size
     assert facts == {
         "images": 50, "split": "validation", "accuracy": 0.24, "float_accuracy": 0.26, "bytes_saved": saved,
@@ -152,6 +152,6 @@ def test_the_cost_is_counted_in_images(batches: Batches, tmp_path: Path) -> None
     with pytest.raises(PipelineError) as caught:
         accuracy_cost(worse, better, batches, "validation", max_drop=0.019)
     assert str(caught.value) == (
-        "int8: right for 24.00% of 50 validation images, the float network for 26.00%; int8_max_drop allows 1.90% "
-        "less. Raise int8_max_drop, or take int8 out of export_formats."
+        "int8: accuracy 24.00% on 50 validation images, 26.00% in float32; int8_max_drop allows a drop of 1.90%. "
+        "Raise int8_max_drop, or remove int8 from export_formats."
     )

@@ -99,7 +99,7 @@ def test_experiments_whose_workers_are_killed_are_continued(project: Project) ->
     run_queue(project)
     states = states_in(queue_status(project))
     assert len(states) == 2
-    assert queue_logs(project, dict.fromkeys(states, "")).count("Going on in epoch ") == 2
+    assert queue_logs(project, dict.fromkeys(states, "")).count("Resuming epoch ") == 2
     assert copies(project) == []
     for name in ("first", "second"):
         assert project.run("git", "for-each-ref", f"refs/exps/**/{name}").stdout.count("\n") == 1

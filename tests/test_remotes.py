@@ -147,5 +147,5 @@ def test_a_server_that_is_away_is_told_in_one_line(first: Project) -> None:
     first.dvc("remote", "modify", "team", "endpointurl", "http://127.0.0.1:9")
     done = first.run(sys.executable, "-m", "classifier", "push", check=False, AWS_MAX_ATTEMPTS="1")
     assert done.returncode == 1
-    assert "The remote does not have everything: " in done.stderr
+    assert "The push is incomplete: " in done.stderr
     assert "Traceback" not in done.stderr

@@ -31,12 +31,12 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def project(reproduced: Project, tmp_path: Path) -> Project:
-    """A project whose results are committed, which a test may change."""
+    """A project with committed results that the test may change."""
     return reproduced.copy(tmp_path / "project")
 
 
 def restore(project: Project) -> str:
-    """What the command prints, without the seconds that its imports take."""
+    """Return the output of the command, run in this process."""
     with contextlib.chdir(project.root), pytest.MonkeyPatch.context() as patch:
         patch.delenv("DVC_ROOT", raising=False)
         return "\n".join(restore_committed(ASIDE))
@@ -47,7 +47,7 @@ def status(project: Project) -> list[str]:
 
 
 def commit_from_another_machine(project: Project) -> None:
-    """Commit results as another processor has them: other bytes of all that train and the later stages make."""
+    """Commit results like another processor's: different bytes in the outputs of train and later stages."""
     md5s = locked_md5s(project.root / "dvc.lock")
     lock = (project.root / "dvc.lock").read_text()
     for path, md5 in md5s.items():
@@ -127,9 +127,9 @@ def test_everything_comes_back_and_edits_are_kept(project: Project) -> None:
     assert project.outputs() == before
     assert status(project) == ["classifier/data/arrays.py"]
     assert "restored from Git: dvc.lock, metrics/train.json, params.yaml\n" in told
-    assert f"moved to {ASIDE}, since no cache has them: {WEIGHTS}\n" in told
+    assert f"moved to {ASIDE}, because no cache has them: {WEIGHTS}\n" in told
     assert "restored from DVC: data/images, models/export, models/model_weights.pth\n" in told
-    assert told.endswith("not touched, and other than committed: classifier/data/arrays.py")
+    assert told.endswith("not touched, but different from the commit: classifier/data/arrays.py")
     assert (project.root / ASIDE / WEIGHTS).read_text() == "in no cache"
     project.run("git", "apply", str(ASIDE / "changes.patch"))
     assert (project.root / "params.yaml").read_text() == edited
@@ -142,13 +142,15 @@ def test_what_is_nowhere_is_told_with_the_way_to_make_it(project: Project) -> No
     md5 = locked_md5s(project.root / "dvc.lock")[WEIGHTS]
     (project.root / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}").unlink()
     shutil.rmtree(project.root / "models")
-    with pytest.raises(PipelineError, match=rf"(?s)models/export\n{WEIGHTS}: not restored, .*`dvc repro` makes them"):
+    with pytest.raises(
+        PipelineError, match=rf"(?s)models/export\n{WEIGHTS}: not restored, .*`dvc repro` rebuilds them"
+    ):
         restore(project)
     assert (project.root / "models/export/model.onnx").exists()
 
 
 def test_the_remote_is_asked_before_a_run(project: Project, tmp_path: Path) -> None:
-    """It has the results that the commit names, and no others."""
+    """The remote has the results of the commit and no others."""
     project.dvc("remote", "add", "--local", "--default", "store", str(tmp_path / "remote"))
     project.dvc("push")
     before = project.outputs()

@@ -1,4 +1,4 @@
-"""A killed training, repeated by the same command, ends where an uninterrupted one does: real dvc, stages and store."""
+"""A killed training, started again, ends like an uninterrupted one: with real dvc, stages and store."""
 
 import os
 import re
@@ -27,8 +27,8 @@ SETTINGS = {
     "epochs": str(EPOCHS), "batch_size": "8", "momentum": "0.9", "schedule": "cosine", "augment": "[crop, flip]",
     "checkpoint_steps": "7", "export_formats": "[pth]",
 }  # fmt: skip
-# Put behind the network: a training stops itself, as SIGSTOP does, before the batch whose number is in $HOLD; when it
-# is told to go on, each batch takes long, so that what is to end it comes in time.
+# Appended to the network: the training stops itself with SIGSTOP before batch number $HOLD. After SIGCONT each batch
+# takes long, so that it is still running when the test ends it.
 HOLDING = """
 
 import os, signal, time
@@ -72,7 +72,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 @pytest.fixture
 def project(reference: Reference, tmp_path: Path) -> Project:
-    """A project with data that is annotated and nothing trained."""
+    """A project with annotated data and no trained model."""
     return Project(reference.project).copy(tmp_path / "project")
 
 
@@ -185,17 +185,17 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     with start(project, [*DVC, "repro", "train"], *IN_THE_MIDDLE) as dvc:
         kill(project, dvc.pid, wait_until_held(project))
     assert not (project.root / TRAINED[0]).exists()
-    # From the checkpoint before; a training that is left alone by dvc saves one more at its next update
+    # From the previous checkpoint; a training whose dvc was killed saves one more at its next update
     place = "" if kill == kill_dvc else f"{EPOCHS // 3 + 1} after batch 7\n"
-    assert f"Going on in epoch {place}" in project.dvc("repro", "train").stdout
+    assert f"Resuming epoch {place}" in project.dvc("repro", "train").stdout
     assert_as_uninterrupted(project, reference, TRAINED)
 
 
 def test_a_training_killed_twice_leads_to_the_same_metrics_and_model(project: Project, reference: Reference) -> None:
     kill_in(project, [*DVC, "repro"], epoch=3, batch=9)
-    kill_in(project, [*DVC, "repro"], epoch=6, batch=10)  # from where it goes on
+    kill_in(project, [*DVC, "repro"], epoch=6, batch=10)  # counted from where it resumes
     repeated = project.dvc("repro")
-    assert "Going on in epoch 10 after batch " in repeated.stdout
+    assert "Resuming epoch 10 after batch " in repeated.stdout
     assert_as_uninterrupted(project, reference, list(reference.written))
     assert project.stages_run(project.dvc("repro").stdout) == []
 
@@ -216,7 +216,7 @@ def test_after_a_changed_parameter_training_starts_anew_and_says_what_was_change
     kill_in(project, [*DVC, "repro", "train"], *IN_THE_MIDDLE)
     project.set_params(lr="0.05", workers="1")
     repeated = project.dvc("repro", "train")
-    line = "Starting anew, not from the checkpoint of a training that was given up: lr was 0.1 and is 0.05"
+    line = "Starting from scratch; the checkpoint of an abandoned training does not fit: lr was 0.1 and is 0.05"
     assert line in repeated.stdout.splitlines()
     assert "Going on" not in repeated.stdout
     send_the_rest(project)
@@ -251,7 +251,7 @@ def kill_changed(project: Project, change: str) -> list[str]:
 
 def test_where_steps_take_long_there_are_checkpoints_by_the_clock(project: Project, reference: Reference) -> None:
     assert kill_changed(project, SAVING_ALWAYS)[-1] == "epoch-000000-batch-000000005.pt"
-    assert "Going on in epoch 1 after batch 5\n" in project.dvc("repro", "train").stdout
+    assert "Resuming epoch 1 after batch 5\n" in project.dvc("repro", "train").stdout
     assert_as_uninterrupted(project, reference, TRAINED)
 
 
@@ -259,7 +259,7 @@ def test_code_that_is_edited_while_images_are_decoded_does_not_go_on_from_the_co
     assert kill_changed(project, EDITING_WHILE_DECODING) == ["epoch-000000-batch-000000004.pt"]
     repeated = project.dvc("repro", "train")
     assert "Going on" not in repeated.stdout
-    assert "a training that was given up: classifier/training was " in repeated.stdout
+    assert "an abandoned training does not fit: classifier/training was " in repeated.stdout
 
 
 # Experiments
@@ -274,7 +274,7 @@ def test_an_experiment_killed_in_its_temporary_folder_goes_on_in_another(
     kill_in(project, [*DVC, *command], *IN_THE_MIDDLE)
     assert project.run("git", "status", "--porcelain").stdout == ""
     repeated = project.dvc(*command)
-    assert f"Going on in epoch {EPOCHS // 3 + 1} after batch 7\n" in repeated.stdout
+    assert f"Resuming epoch {EPOCHS // 3 + 1} after batch 7\n" in repeated.stdout
     (name,) = re.findall(r"Ran experiment\(s\): (\S+)", repeated.stdout)
     project.dvc("exp", "apply", name)
     assert_as_uninterrupted(project, reference, list(reference.written))
@@ -289,7 +289,7 @@ def test_an_experiment_killed_in_the_workspace_goes_on_after_the_way_back(
     kill_in(project, [*DVC, *command], *IN_THE_MIDDLE)
     project.run("git", "checkout", "--force", "main")
     repeated = project.dvc(*command)
-    assert f"Going on in epoch {EPOCHS // 3 + 1} after batch 7\n" in repeated.stdout
+    assert f"Resuming epoch {EPOCHS // 3 + 1} after batch 7\n" in repeated.stdout
     assert_as_uninterrupted(project, reference, TRAINED)
 
 
@@ -324,7 +324,7 @@ def test_a_signal_ends_training_with_a_checkpoint_from_which_it_goes_on(
     wait_for(lambda: statuses(project) == ["KILLED"])
     assert not (project.root / TRAINED[0]).exists()
     repeated = project.dvc("repro", "train")
-    assert "Going on in epoch 3 after batch 10\n" in repeated.stdout
+    assert "Resuming epoch 3 after batch 10\n" in repeated.stdout
     assert_as_uninterrupted(project, reference, TRAINED)
 
 
@@ -336,7 +336,7 @@ def test_ctrl_c_of_dvc_ends_training_with_a_checkpoint(project: Project, referen
     assert dvc.returncode != 0
     assert "Traceback" not in (project.root.parent / "errors").read_text()
     wait_for(lambda: statuses(project) == ["KILLED"])
-    assert re.search(r"Going on in epoch \d+ after batch 10\n", project.dvc("repro", "train").stdout)
+    assert re.search(r"Resuming epoch \d+ after batch 10\n", project.dvc("repro", "train").stdout)
     assert_as_uninterrupted(project, reference, TRAINED)
 
 

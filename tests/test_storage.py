@@ -1,4 +1,4 @@
-"""DVC's cache and remote, asked where there is no repository."""
+"""DVC's cache and remote outside a repository."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_outside_of_a_repository_the_way_on_is_told(
 ) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.chdir(tmp_path)
-    if kind == "no Git":  # as of a downloaded archive
+    if kind == "no Git":  # for example a downloaded archive
         (tmp_path / ".dvc").mkdir()
         (tmp_path / ".dvc/config").write_text("")
     with pytest.raises(PipelineError) as told:

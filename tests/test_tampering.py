@@ -211,7 +211,7 @@ def test_weights_that_are_code_are_refused_and_not_run(copied: Project, tmp_path
         done = stage(copied, reader)
         assert done.returncode == 1
         (line,) = [line for line in done.stderr.splitlines() if not line.startswith("MLflow does not have")]
-        assert line.startswith(f"weights: {name} cannot be read; it must be a whole file of tensors alone")
+        assert line.startswith(f"weights: {name} cannot be read; it must be a complete file that holds only tensors")
     assert not ran.exists()
     with suppress(RuntimeError):  # afterwards, of a plain pickle
         torch.load(path, weights_only=False)  # it would have run

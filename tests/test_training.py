@@ -1,4 +1,4 @@
-"""The training loop, prediction and scores, on small images that the tests write as the pipeline writes its own."""
+"""The training loop, inference and scores, on small images in the format of the pipeline."""
 
 import copy
 import io
@@ -24,9 +24,9 @@ from train_loop import train_loop
 from classifier.data.dataset import CustomImageDataset
 from classifier.data.loader import Batches
 from classifier.data.transforms import one_hot
-from classifier.networks import build_network, describe
+from classifier.networks import build_network, describe_network
 from classifier.pipeline.errors import PipelineError
-from classifier.training.inference import load_weights, predict, saliency, score, test_loop
+from classifier.training.inference import load_weights, predict_logits, saliency, score, test_loop
 from classifier.training.loop import set_training_mode
 from classifier.training.optimization import (
     build_loss,
@@ -51,7 +51,7 @@ BatchMaker = Callable[..., Batches]
 
 @pytest.fixture(scope="module")
 def make_batches(tmp_path_factory: pytest.TempPathFactory) -> BatchMaker:
-    """A function that writes images and gives them in batches."""
+    """A function that writes images and returns them in batches."""
 
     def make(
         batch_size: int,
@@ -103,7 +103,7 @@ def train(
     accumulate_steps: int = 1,
     precision: str = "float32",
 ) -> list[float]:
-    """Train as the train stage does; the mean loss of each epoch."""
+    """Train as the train stage does; return the mean loss of each epoch."""
     chosen = build_optimizer(optimizer, freeze(network, []), lr, momentum, weight_decay)
     scheduler = build_scheduler(schedule, chosen, epochs * -(-len(batches) // accumulate_steps))
     state = TrainState(network, chosen, scheduler, scaler=torch.amp.GradScaler("cpu", enabled=precision == "float16"))
@@ -180,7 +180,7 @@ def test_accumulated_batches_update_as_one_batch(
     train(make_batches(64, count, seed=3, shuffle=True), together, **settings)  # type: ignore[arg-type]
     batches = make_batches(16, count, seed=3, shuffle=True)
     train(batches, accumulated, accumulate_steps=4, **settings)  # type: ignore[arg-type]
-    # Adam makes a step of nearly `lr` of any gradient, also of one that is hardly more than the rounding of its sum
+    # Adam takes a step of nearly `lr` for any gradient, even one as small as the rounding error of its sum
     tolerance = 1e-4 if optimizer == "adam" else 1e-5
     torch.testing.assert_close(accumulated.state_dict(), together.state_dict(), rtol=0, atol=tolerance)
 
@@ -198,7 +198,7 @@ def test_mixed_images_teach_the_classes(make_batches: BatchMaker, names: list[st
 def test_mixed_images_go_with_every_other_setting(
     make_batches: BatchMaker, names: list[str], class_weights: Tensor | None
 ) -> None:
-    """With smoothing, one-hot targets, bfloat16, and batches of one image that are accumulated."""
+    """With label smoothing, one-hot targets, bfloat16, and accumulated batches of one image."""
     encode = partial(one_hot, classes=CLASSES)
     batches = make_batches(1, count=64, target_transform=encode, shuffle=True, augmentations=names)
     settings = {"class_weights": class_weights, "accumulate_steps": 8, "precision": "bfloat16"}
@@ -215,7 +215,7 @@ def test_half_precisions_train_and_keep_float32_weights(
     assert losses[-1] < losses[0]
     assert losses == pytest.approx(train(batches, small_mlp(), epochs=5), abs=0.02)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-    assert predict(batches, network, precision).dtype == torch.float32
+    assert predict_logits(batches, network, precision).dtype == torch.float32
 
 
 def test_a_float16_update_that_overflows_is_skipped(make_batches: BatchMaker) -> None:
@@ -274,7 +274,7 @@ def test_weighted_loss_is_torchs_divided_by_the_number_of_images() -> None:
 
 
 def test_weighted_loss_is_computed_where_the_logits_are() -> None:
-    """As on an accelerator; a tensor of torch's device `meta` has no content, and takes none of another device."""
+    """torch's device `meta` refuses tensors of other devices, as an accelerator does."""
     logits, labels, weights = (tensor.to("meta") for tensor in (*logits_and_labels(), WEIGHTS))
     assert weighted_cross_entropy(logits, labels, weights, 0.1).device.type == "meta"
 
@@ -288,7 +288,7 @@ def test_balanced_loss_of_all_images_is_torchs_weighted_mean() -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.9])
 def test_weighted_loss_weighs_images(label_smoothing: float) -> None:
-    """As if each image stood in the batch as often as its class weighs."""
+    """As if each image were in the batch as many times as its class weight."""
     logits, labels = logits_and_labels()
     weights = torch.tensor([1, 3, 2, 5])
     repeated = torch.arange(len(labels)).repeat_interleave(weights[labels])
@@ -316,7 +316,7 @@ def test_without_weights_the_loss_is_torchs() -> None:
 
 
 def skewed(folder: Path, common: int, rare: int) -> CustomImageDataset:
-    """Noise, a little brighter in the upper half where the class is the rare one, 1."""
+    """Return noise that is slightly brighter in the upper half for the rare class, 1."""
     labels = (np.arange(common + rare) < rare).astype(int)
     pictures = np.random.default_rng(common).integers(0, 200, (len(labels), 8, 8))
     pictures[:, :4] += 40 * labels[:, None, None]
@@ -336,7 +336,7 @@ def test_a_rare_class_is_found_more_often_when_balanced(tmp_path: Path) -> None:
         weights = class_weights[train_set.labels] if balance == "sampler" else None
         batches = Batches(train_set, 25, CPU, seed=1, shuffle=True, weights=weights, **options)
         train(batches, network, epochs=10, class_weights=class_weights.float() if balance == "loss" else None)
-        answers = predict(Batches(test_set, 100, CPU, **options), network, "float32").argmax(1)
+        answers = predict_logits(Batches(test_set, 100, CPU, **options), network, "float32").argmax(1)
         recalls[balance] = [float((answers[test_set.labels == label] == label).float().mean()) for label in (0, 1)]
     assert recalls["none"][1] < 0.2
     for balance in ("sampler", "loss"):
@@ -431,7 +431,7 @@ def test_frozen_weights_stay(make_batches: BatchMaker) -> None:
     assert {name for name in before if torch.equal(before[name], after[name])} == frozen
     names_with_state = {name for name, parameter in network.named_parameters() if parameter in optimizer.state}
     assert names_with_state == set(before) - frozen
-    assert describe(network).endswith("297,988 parameters, 33,284 of them frozen")
+    assert describe_network(network).endswith("297,988 parameters, 33,284 of them frozen")
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_frozen_weights_stay(make_batches: BatchMaker) -> None:
     ],
 )
 def test_frozen_layers_stay_whole(make_batches: BatchMaker, name: str, size: int, patterns: list[str]) -> None:
-    """With the running statistics of batch normalisation: all that is in the state_dict."""
+    """Including the running statistics of batch normalisation: the whole state_dict."""
     torch.manual_seed(0)
     network = build_network(name, (1, size, size), CLASSES)
     trainable = freeze(network, patterns)
@@ -507,11 +507,13 @@ def test_training_with_frozen_batch_normalisation_goes_on_to_the_same_weights(ma
 def test_no_pattern_freezes_nothing() -> None:
     network = small_mlp()
     assert freeze(network, []) == list(network.parameters())
-    assert describe(network).endswith("297,988 parameters")
+    assert describe_network(network).endswith("297,988 parameters")
 
 
 def test_pattern_without_match_lists_the_names() -> None:
-    with pytest.raises(PipelineError, match=r"freeze: 'layer1\.\*' matches no parameter; there are 1.weight, 1.bias"):
+    with pytest.raises(
+        PipelineError, match=r"freeze: 'layer1\.\*' matches no parameter; the names are 1.weight, 1.bias"
+    ):
         freeze(linear(), ["1.bias", "layer1.*"])
 
 
@@ -536,8 +538,8 @@ def test_predict_is_in_evaluation_mode(make_batches: BatchMaker) -> None:
     train(batches, network, epochs=2)
     before = deepcopy(network.state_dict())
     network.train()
-    logits = predict(batches, network, "float32")
-    assert torch.equal(predict(batches, network, "float32"), logits)
+    logits = predict_logits(batches, network, "float32")
+    assert torch.equal(predict_logits(batches, network, "float32"), logits)
     assert logits.is_inference()
     assert logits.shape == (160, CLASSES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
@@ -550,7 +552,7 @@ def test_predict_is_in_evaluation_mode(make_batches: BatchMaker) -> None:
 
 def test_training_resumes_in_training_mode(make_batches: BatchMaker) -> None:
     batches, network = make_batches(64), network_with_modes()
-    predict(batches, network, "float32")
+    predict_logits(batches, network, "float32")
     before = deepcopy(network.state_dict())
     train(batches, network)
     assert not torch.equal(network.state_dict()["2.running_mean"], before["2.running_mean"])
@@ -666,7 +668,7 @@ def test_files_without_the_networks_weights(tmp_path: Path, write: Callable[[Pat
 
 
 def test_a_compressed_file_is_not_unpacked(tmp_path: Path) -> None:
-    """torch would do so: here a thousand bytes for each one."""
+    """torch would expand it, here by a factor of a thousand."""
     torch.save({"weight": torch.zeros(2**22)}, tmp_path / "stored.pth")
     with (
         zipfile.ZipFile(tmp_path / "stored.pth") as stored,

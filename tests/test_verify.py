@@ -1,4 +1,4 @@
-"""A rebuild in a clean clone tells what is the same to the bit, what is as good, and what has drifted."""
+"""A rebuild in a clean clone finds which outputs are bit-identical, within tolerance, or drifted."""
 
 import math
 import re
@@ -45,7 +45,7 @@ RECORDED = State(
 
 
 def rebuilt(*changed: str, **metrics: float) -> State:
-    """A state in another environment, with other md5s of some outputs and other numbers of some metrics."""
+    """Return a state in another environment with some md5s and metrics changed."""
     numbers = {key.replace("__", " ") + "[0]": value for key, value in metrics.items()}
     return replace(
         RECORDED,
@@ -136,7 +136,7 @@ def test_outputs_that_only_one_of_them_has_have_drifted() -> None:
 
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A repository whose results are committed; they were made with one thread, which is recorded and no parameter."""
+    """A repository with committed results. They were made with one thread, which is recorded but is no parameter."""
     project = small_project(tmp_path_factory.mktemp("verify"), epochs="1", export_formats="[onnx]", threads="auto")
     project.dvc("repro", CLASSIFIER_THREADS="1")
     project.commit()
@@ -145,7 +145,7 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def clone(reproduced: Project, tmp_path: Path) -> Project:
-    """A fresh clone, without any output but the committed metrics."""
+    """A fresh clone with no outputs except the committed metrics."""
     subprocess.run(["git", "clone", "--quiet", reproduced.root, tmp_path / "clone"], check=True)
     return Project(tmp_path / "clone")
 
@@ -158,7 +158,7 @@ def run_verify(project: Project, *arguments: str) -> subprocess.CompletedProcess
 def test_images_outside_of_the_repository_are_linked_and_no_others_are_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, reached: bool
 ) -> None:
-    """`..` leads elsewhere from a clone: there, a folder of the same name is somebody else's."""
+    """From the clone, `..` leads to another place, where a folder of the same name must not be touched."""
     photos, made, other = tmp_path / "photos", tmp_path / "made", tmp_path / "made/photos"
     project = Project(tmp_path.joinpath(*"abcdefghi"[:depth], "project"))
     for folder in (photos, made, other, project.root):
@@ -180,7 +180,7 @@ def test_images_outside_of_the_repository_are_linked_and_no_others_are_touched(
 
 @pytest.mark.slow
 def test_a_clean_clone_is_verified_and_stays_as_it_is(clone: Project, tmp_path: Path) -> None:
-    """Whatever the user's settings: of Git, of threads, of language, of time zone, and of new files' permissions."""
+    """The user's Git settings, threads, locale, time zone and umask have no effect."""
     (tmp_path / "gitconfig").write_text("[core]\n\tautocrlf = true\n")
     settings = {
         "GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig"),
@@ -194,14 +194,14 @@ def test_a_clean_clone_is_verified_and_stays_as_it_is(clone: Project, tmp_path: 
     lines = done.stdout.splitlines()
     assert [line.split(maxsplit=1)[1] for line in lines[:-1]] == [IDENTICAL] * 12
     assert lines[-1] == "environment: the same as recorded"
-    assert "Running stage 'train'" in done.stderr  # what goes on is seen
+    assert "Running stage 'train'" in done.stderr  # progress is visible
     assert clone.run("git", "status", "--porcelain").stdout == ""
     assert not (clone.root / "data/raw").exists()
 
 
 @pytest.mark.slow
 def test_one_changed_image_and_a_changed_training_loop_are_drift(reproduced: Project, tmp_path: Path) -> None:
-    """Both in one rebuild; neither is committed."""
+    """Both uncommitted, and found by one rebuild."""
     project = reproduced.copy(tmp_path / "project")
     path = project.root / "data/images/images-00000.npy"
     path.chmod(0o644)
@@ -216,10 +216,10 @@ def test_one_changed_image_and_a_changed_training_loop_are_drift(reproduced: Pro
     done = run_verify(project)
     assert done.returncode == 1
     rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert rows["data/images"] == ("DRIFTED: the file is not the one that dvc.lock names; differing rows: 7")
-    assert rows["dvc.lock"] == "DRIFTED: was made with other content of classifier/training"
+    assert rows["data/images"] == ("DRIFTED: the file here differs from dvc.lock; differing rows: 7")
+    assert rows["dvc.lock"] == "DRIFTED: changed since it was written: classifier/training"
     assert rows["metrics/train.json"].startswith("DRIFTED: train ")
-    assert rows["models/model_weights.pth"] == "DRIFTED: other bytes in the same environment"
+    assert rows["models/model_weights.pth"] == "DRIFTED: different bytes in the same environment"
     assert rows["data/annotations"] == IDENTICAL
     assert done.stderr.splitlines()[-1].startswith(tuple("123456789"))
     assert "outputs drifted: " in done.stderr.splitlines()[-1]
@@ -227,12 +227,12 @@ def test_one_changed_image_and_a_changed_training_loop_are_drift(reproduced: Pro
 
 @pytest.mark.nightly
 def test_in_another_environment_the_results_are_within_tolerance_and_what_differs_is_told(clone: Project) -> None:
-    """As on another processor: torch's kernels without vector instructions, which sum in another order."""
+    """torch's kernels without vector instructions sum in another order, as on another processor."""
     command = (sys.executable, "-m", "classifier", "verify")
     done = clone.run(*command, check=False, ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert rows["models/model_weights.pth"] == f"{WITHIN}: other bytes, judged by the metrics"
+    assert rows["models/model_weights.pth"] == f"{WITHIN}: different bytes, judged by the metrics"
     assert rows["data/images"] == IDENTICAL
     assert rows["environment:"].startswith("cpu_capability: recorded ")
     assert rows["environment:"].endswith(", here DEFAULT")
@@ -240,14 +240,14 @@ def test_in_another_environment_the_results_are_within_tolerance_and_what_differ
 
 @pytest.mark.slow
 def test_a_rebuild_that_fails_says_in_which_stage(clone: Project) -> None:
-    """Also in a Git hook, whose GIT_DIR names the user's repository: that stays as it is."""
+    """Also in a Git hook, which sets GIT_DIR to the user's repository: that is not changed."""
     (clone.root / "classifier/sources/small.py").write_text("raise SystemExit('no data today')\n")
     command = (sys.executable, "-m", "classifier", "verify")
     done = clone.run(*command, check=False, GIT_DIR=str(clone.root / ".git"))
     assert clone.run("git", "branch", "--show-current").stdout == "main\n"
     assert done.returncode == 1
     assert "no data today" in done.stderr
-    assert done.stderr.splitlines()[-1] == "the rebuild failed: the lines above say in which stage, and why"
+    assert done.stderr.splitlines()[-1] == "the rebuild failed: see the lines above for the stage and the reason"
 
 
 @pytest.mark.slow
@@ -256,7 +256,8 @@ def test_without_results_there_is_nothing_to_compare_with(tmp_path: Path) -> Non
     done = run_verify(project)
     assert (done.returncode, done.stdout) == (1, "")
     assert (
-        done.stderr == "dvc.lock: missing or empty, so there is nothing to compare with; `dvc repro`, then commit it\n"
+        done.stderr
+        == "dvc.lock: missing or empty, so there is nothing to compare with; run `dvc repro`, then commit it\n"
     )
 
 

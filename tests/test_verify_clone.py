@@ -1,4 +1,4 @@
-"""The clone that `classifier verify` rebuilds in has the committed bytes, whatever Git's settings and the checkout."""
+"""The clone of `classifier verify` has the committed bytes, independent of Git settings and the checkout."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with two commits, as the folder that verify is called in."""
+    """A repository with two commits, as the current folder."""
     root = tmp_path / "repository"
     root.mkdir()
     for name, content in FILES.items():
@@ -101,7 +101,7 @@ def test_the_users_settings_of_git_do_not_reach_the_clone(
 
 
 def test_a_filter_that_the_user_does_not_have_is_not_needed(repository: Path, tmp_path: Path) -> None:
-    """As with LFS: the pointers are what the commit holds."""
+    """With LFS, for example, the commit holds pointers."""
     (repository / ".gitattributes").write_text("*.bin filter=lfs\n")
     (repository / "weights.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     git(repository, "add", "--all")

@@ -1,1 +1,1 @@
-"""The exported formats, their checks, calibration, the manifest and the model card."""
+"""Export: formats and their checks, quantization, calibration, the manifest and the model card."""

@@ -1,33 +1,31 @@
-"""Temperature scaling: logits divided by one number, so that probabilities are as high as the answers are right.
+"""Temperature scaling: divide logits by one number, so that the confidence matches the accuracy.
 
-The answers stay the same. Source: Guo et al. 2017, arXiv:1706.04599.
+The predicted classes stay the same. Source: Guo et al. 2017, arXiv:1706.04599.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.special import softmax
 from torch import nn
 
 from classifier.data.dataset import CustomImageDataset
-from classifier.data.loader import batches_of
+from classifier.data.loader import Batches
 from classifier.evaluation.metrics import expected_calibration_error, negative_log_likelihood
 from classifier.export.formats import TemperatureScaled
 from classifier.pipeline.errors import PipelineError
-from classifier.pipeline.params import Params
-from classifier.training.inference import predict
+from classifier.training.inference import predict_logits
 
-# Where all answers are right, no temperature is too low: then it is the lowest, or one at which all are certain.
+# If every prediction is correct, the likelihood grows as the temperature falls: these bounds keep it finite.
 LOWEST, HIGHEST = 0.05, 20.0
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature from LOWEST to HIGHEST that makes the labels (N,) int64 of logits (N, C) most likely.
+    """Return the temperature in [LOWEST, HIGHEST] that maximises the likelihood of labels (N,) int64 for logits (N, C).
 
-    The likelihood has one maximum over it, for its logarithm is concave in 1 / temperature.
+    There is one maximum, because the log likelihood is concave in 1 / temperature.
     """
     from scipy.optimize import minimize_scalar
 
@@ -38,26 +36,27 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 
-def calibrated(
-    network: nn.Module, splits: Mapping[str, CustomImageDataset], params: Params
+def calibrate(
+    network: nn.Module,
+    val_set: CustomImageDataset,
+    test_set: CustomImageDataset,
+    to_batches: Callable[[CustomImageDataset], Batches],
 ) -> tuple[TemperatureScaled, dict[str, Any]]:
-    """The network with the temperature that fits the validation images, and what it does on the test images.
+    """Fit a temperature on the validation images; return the scaled network and facts for the manifest.
 
-    network: on the CPU; splits: `val` and `test`.
-    The latter is for the manifest: the temperature, the number of validation images, and the expected calibration
-    error and negative log likelihood before and after, on the test images.
-    Raises PipelineError if there are no validation images.
+    network: on the CPU. to_batches: returns a dataset in batches on the CPU.
+    The facts are the temperature, the number of validation images, and the expected calibration error and negative log
+    likelihood of the test images before and after scaling. Raises PipelineError if there are no validation images.
     """
-    if not len(splits["val"]):
+    if not len(val_set):
         raise PipelineError(
             "temperature_scaling: there are no validation images to fit the temperature on; set val_size above 0, or "
             "temperature_scaling to false"
         )
-    fitted_on, logits = (
-        predict(batches_of(splits[name], params, torch.device("cpu")), network, "float32").double().numpy()
-        for name in ("val", "test")
+    val_logits, test_logits = (
+        predict_logits(to_batches(dataset), network, "float32").double().numpy() for dataset in (val_set, test_set)
     )
-    temperature, labels = fit_temperature(fitted_on, splits["val"].labels.numpy()), splits["test"].labels.numpy()
+    temperature, labels = fit_temperature(val_logits, val_set.labels.numpy()), test_set.labels.numpy()
     print(f"Temperature: {temperature:.4f}")
 
     def figures(logits: np.ndarray) -> dict[str, float]:
@@ -66,7 +65,7 @@ def calibrated(
 
     return TemperatureScaled(network, temperature), {
         "temperature": temperature,
-        "validation_images": len(fitted_on),
-        "test_before": figures(logits),
-        "test_after": figures(logits / temperature),
+        "validation_images": len(val_set),
+        "test_before": figures(test_logits),
+        "test_after": figures(test_logits / temperature),
     }

@@ -1,9 +1,11 @@
-"""The exported formats: how each is written, and how each is read back.
+"""The exported formats: write, read back and check.
 
-Every file takes pixels (N, C, H, W) float32 in [0, 1] for any N, and gives logits (N, classes). The int8 format is an
-ONNX file too; classifier/export/quantization.py writes it.
-`python -m classifier.export.formats FILES` reads them in a process that knows nothing of the training: it takes pixels,
-as numpy.save writes them, and gives for each file the logits of all images in one batch, then of the first image alone.
+Every file maps pixels (N, C, H, W) float32 in [0, 1], for any N, to logits (N, classes). The int8 format, also an ONNX
+file, is written by classifier/export/quantization.py.
+
+`python -m classifier.export.formats FILES` reads files in a process that shares nothing with the training. It reads
+pixels from standard input in the format of numpy.save, and writes for each file the logits of all images in one batch,
+followed by those of the first image alone.
 """
 
 import importlib
@@ -28,17 +30,17 @@ from classifier.pipeline.errors import PipelineError, exit_without_collecting
 from classifier.pipeline.params import modules_in
 from classifier.progress import progress
 
-# Largest difference between two logits that counts as the same; of logits beyond 10, as after a training that has gone
-# wrong, the share of the largest. Formats differ by the order in which they sum, which float32 rounds at about 1e-6 of
-# a logit.
-TOLERANCE, OF_LARGEST = 1e-4, 1e-5
-# What reading imports, a second of it: the process that reads does so while the files are being written.
+# Largest difference allowed between two logits, absolute, and relative to the largest logit; the larger one counts.
+# The second matters for logits above 10, as after a failed training. Formats sum in different orders, and float32
+# rounding then differs by about 1e-6 of a logit.
+TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
+# Imports that take a second; the reading process does them while the files are being written.
 LIBRARIES = {".pt2": "torch.export.pt2_archive", ".onnx": "onnxruntime"}
 UNKNOWN_FORMAT = "{}: the formats are .pth, .pt2, .onnx and .safetensors"
 
 
 class TemperatureScaled(nn.Module):
-    """A network whose logits are divided by the temperature, which classifier/export/calibration.py finds."""
+    """Divide a network's logits by a temperature; classifier/export/calibration.py fits it."""
 
     def __init__(self, network: nn.Module, temperature: float) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class TemperatureScaled(nn.Module):
         self.temperature = temperature
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
+        """Map pixels (N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
         logits: Tensor = self.network(pixels) / self.temperature
         return logits
 
@@ -54,15 +56,15 @@ class TemperatureScaled(nn.Module):
 def write_checked(
     network: nn.Module, name: str, classes: int, pixels: Tensor, paths: Sequence[Path], also: Path
 ) -> None:
-    """Write a network of classifier/networks to each path, in the format of its suffix, and print how it reads back.
+    """Write a network of classifier/networks to each path, in the format of its suffix, then read back and check all.
 
-    pixels: (N, C, H, W) float32, images on which each file's logits are compared with the network's.
-    also: a path to write to that need not be among the others.
-    Raises PipelineError if a file cannot be read, or its logits differ by more than TOLERANCE says.
+    pixels: (N, C, H, W) float32, images on which the logits of each file are compared with the network's.
+    also: one more path, which may be among the others.
+    Raises PipelineError if a file cannot be read, or if its logits differ by more than the tolerances.
     """
     _, *shape = pixels.shape
     paths = list(dict.fromkeys([*paths, also]))
-    with checking(paths) as check, progress("export", "step", len(paths) + 1) as bar:
+    with start_checker(paths) as check, progress("export", "step", len(paths) + 1) as bar:
         for path in paths:
             bar.set_description(f"writing {path.name}")
             if path.suffix == ".safetensors":
@@ -70,20 +72,21 @@ def write_checked(
             else:
                 write(network, pixels, path)
             bar.update()
-        bar.set_description("reading all files back")
+        bar.set_description("checking all files")
         for file, difference in check(network, pixels).items():
             print(f"{file}: logits within {difference:.1e} of the trained network's on {len(pixels)} test images")
 
 
 def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
-    """Write the network, on the CPU and in evaluation mode, in the format that the suffix names: .pth, .pt2 or .onnx.
+    """Write the network, on the CPU and in evaluation mode, as .pth, .pt2 or .onnx, depending on the suffix.
 
-    pixels: (N, C, H, W) float32 with N >= 1, of which the first is the example that torch.export wants.
+    pixels: (N, C, H, W) float32 with N >= 1; the first image is the example input of torch.export.
+    Raises PipelineError for another suffix.
     """
     network.cpu().eval()
-    example = pixels[:1].cpu().repeat(2, 1, 1, 1)  # with one image the batch size would be fixed to 1
-    content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
-    if path.suffix == ".pth":  # a pickle: reading it runs code, so for files of trusted origin only
+    example = pixels[:1].cpu().repeat(2, 1, 1, 1)  # torch.export would fix a batch size of 1
+    content = io.BytesIO()  # torch.save to a file aborts the process when the disk is full
+    if path.suffix == ".pth":  # a pickle: reading it can run code
         torch.save(network, content)
     elif path.suffix == ".pt2":
         torch.export.save(_program(network, example), content)
@@ -96,7 +99,7 @@ def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
             output_names=["logits"],
             dynamic_shapes=({0: "batch"},),
         )
-        assert model is not None  # noqa: S101, it is with dynamo=True
+        assert model is not None  # noqa: S101, always so with dynamo=True
         content.write(model.model_proto.SerializeToString())
     else:
         raise PipelineError(UNKNOWN_FORMAT.format(path))
@@ -104,9 +107,9 @@ def write(network: nn.Module, pixels: Tensor, path: Path) -> None:
 
 
 def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """The network as a graph for any batch size, without the places in the source that each node remembers.
+    """Export the network as a graph for any batch size, without the stack traces of its nodes.
 
-    Those are absolute paths: they would tell where the model was exported and make the bytes depend on it.
+    These contain absolute paths, which would make the bytes depend on the folder of the export and disclose it.
     """
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
@@ -116,11 +119,11 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
 
 
 def write_weights(network: nn.Module, name: str, image_shape: tuple[int, int, int], classes: int, path: Path) -> None:
-    """Write the weights of a network of classifier/networks as .safetensors, with what it takes to build it again.
+    """Write the weights of a network of classifier/networks as .safetensors, with metadata to build it again.
 
-    That is the metadata, of texts: `network`, its name; `image_shape`, (C, H, W) as JSON; `classes`, their number;
-    `temperature`, by which its logits are to be divided, if it is scaled; and `test_flip`, `true`, if they are the mean
-    of an image's and its mirror image's.
+    The metadata are strings: `network`, its name; `image_shape`, (C, H, W) as JSON; `classes`, their number;
+    `temperature`, the divisor of its logits, if it is scaled; and `test_flip`, `true`, if its logits are averaged over
+    an image and its mirror image.
     """
     import safetensors.torch
 
@@ -133,8 +136,8 @@ def write_weights(network: nn.Module, name: str, image_shape: tuple[int, int, in
         network = network.network
     tensors = {key: value.cpu().clone().contiguous() for key, value in network.state_dict().items()}
     content = safetensors.torch.save(tensors)
-    # The metadata is put into the header here: the package writes it in another order every time. A file is the
-    # length of its header in eight bytes, the header, JSON filled up to a multiple of eight, and the tensors.
+    # The metadata are added to the header here, because safetensors writes them in random order. A file is the length
+    # of its header in eight bytes, the header, which is JSON padded to a multiple of eight bytes, and the tensors.
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps({"__metadata__": metadata} | json.loads(content[8:start]), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -142,16 +145,16 @@ def write_weights(network: nn.Module, name: str, image_shape: tuple[int, int, in
 
 
 def read_logits(path: Path, pixels: np.ndarray) -> np.ndarray:
-    """Logits (N, classes) float32 that an exported file gives for pixels (N, C, H, W) float32, on the CPU.
+    """Compute an exported file's logits (N, classes) float32 for pixels (N, C, H, W) float32, on the CPU.
 
-    A .pth file is a pickle and a .pt2 file may hold one, which can run any code: read only what you exported yourself.
-    A .safetensors file holds numbers alone. Raises PipelineError if one is not as `write_weights` writes it.
+    A .pth file is a pickle and a .pt2 file may contain one. Unpickling can run any code: read only files from a trusted
+    source. Raises PipelineError for an unknown suffix, or for a .safetensors file that `write_weights` did not write.
     """
     return open_model(path)(pixels)
 
 
 def open_model(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Open an exported file once, for many calls with pixels as `read_logits` takes them; the same caution applies."""
+    """Open an exported file; return a function from pixels to logits. See `read_logits` for shapes and trust."""
     if path.suffix == ".onnx":
         return open_onnx(path)
     if path.suffix == ".pt2":
@@ -171,15 +174,15 @@ def open_model(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _read_weights(path: Path) -> nn.Module:
-    """The network that `write_weights` wrote. Raises PipelineError if the file is another or broken."""
+    """Build the network that `write_weights` wrote. Raises PipelineError if the file is damaged or not such a file."""
     from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, `file` is not iterable
         name = metadata["network"]
-        if name not in modules_in("networks"):  # before it is imported
+        if name not in modules_in("networks"):  # before `build_network` imports it
             raise ValueError(f"its network {name!r} is not one of {', '.join(modules_in('networks'))}")
         image_shape, classes = tuple(json.loads(metadata["image_shape"])), int(metadata["classes"])
         temperature = float(metadata.get("temperature", 1))
@@ -187,32 +190,32 @@ def _read_weights(path: Path) -> nn.Module:
             raise ValueError(f"its temperature is {temperature}")
         if (test_flip := metadata.get("test_flip", "false")) not in ("true", "false"):
             raise ValueError(f"its test_flip is {test_flip}")
-        with torch.device("meta"):  # without memory: a hostile file may name any size
+        with torch.device("meta"):  # allocates no memory: a hostile file may state any size
             expected = {
                 key: value.shape for key, value in build_network(name, image_shape, classes).state_dict().items()
             }
         if {key: value.shape for key, value in tensors.items()} != expected:
             raise ValueError(f"its tensors are not those of {name} for images {image_shape} and {classes} classes")
-    except Exception as error:  # of many kinds: hostile metadata goes through the network's own code
+    except Exception as error:  # hostile metadata can make the network's code raise anything
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
-        raise PipelineError(f"{path}: broken, or not a file that export wrote: {reason}") from None
+        raise PipelineError(f"{path}: damaged, or not a file that export wrote: {reason}") from None
     network = build_network(name, image_shape, classes)
     network.load_state_dict(tensors)
     return TemperatureScaled(Mirrored(network) if test_flip == "true" else network, temperature)
 
 
 @contextmanager
-def checking(paths: Sequence[Path]) -> Iterator[Callable[[nn.Module, Tensor], dict[str, float]]]:
-    """Have a process that reads these files back, which may be written yet: it takes seconds to be ready.
+def start_checker(paths: Sequence[Path]) -> Iterator[Callable[[nn.Module, Tensor], dict[str, float]]]:
+    """Start a process that will read these files; yield a function that compares their logits with the network's.
 
-    Gives a function of the network that was exported and pixels (N, C, H, W) float32, which compares what each file
-    makes of them with the network's logits, and returns the largest difference by file name. It raises PipelineError if
-    a file cannot be read, or differs by more than TOLERANCE says.
+    The process takes seconds to start, so start it before writing the files. The function takes the network and pixels
+    (N, C, H, W) float32 and returns the largest difference of logits by file name. It raises PipelineError if a file
+    cannot be read, or if its logits differ by more than the tolerances.
     """
     command = [sys.executable, "-m", "classifier.export.formats", *map(str, paths)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as reader:  # without pixels it ends
+    ) as reader:  # it ends when its standard input is closed
         yield partial(_compare, reader, paths)
 
 
@@ -222,19 +225,19 @@ def _compare(
     network.cpu().eval()
     with torch.inference_mode():
         expected = torch.cat([network(pixels), network(pixels[:1])]).numpy()
-    allowed = max(TOLERANCE, OF_LARGEST * float(np.abs(expected).max()))
-    output, complaint = reader.communicate(_npy(pixels.numpy()))
-    answers = io.BytesIO(output)
+    allowed = max(TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(expected).max()))
+    output, errors = reader.communicate(_npy(pixels.numpy()))
+    arrays = io.BytesIO(output)
     differences = {}
     for path in paths:
-        if answers.tell() == len(output):
-            reason = (complaint.decode(errors="replace").strip() or f"exit code {reader.returncode}").splitlines()[-1]
+        if arrays.tell() == len(output):
+            reason = (errors.decode(errors="replace").strip() or f"exit code {reader.returncode}").splitlines()[-1]
             raise PipelineError(f"{path.name}: cannot be read back: {reason}")
-        logits = np.load(answers)
+        logits = np.load(arrays)
         if logits.shape != expected.shape:
-            raise PipelineError(f"{path.name}: gives {logits.shape[1]} logits an image, not {expected.shape[1]}")
+            raise PipelineError(f"{path.name}: returns {logits.shape[1]} logits an image, not {expected.shape[1]}")
         differences[path.name] = difference = float(np.abs(logits - expected).max())
-        if not difference <= allowed:  # also when it is not a number
+        if not difference <= allowed:  # true also for NaN
             raise PipelineError(
                 f"{path.name}: its logits differ from the trained network's by {difference:.2g} on "
                 f"{len(pixels)} test images; at most {allowed:.0e} is allowed"
@@ -251,7 +254,7 @@ def _npy(array: np.ndarray) -> bytes:
 def main() -> None:
     exit_without_collecting()
     output = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what libraries print
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards what libraries print
     paths = [Path(name) for name in sys.argv[1:]]
     for library in {LIBRARIES[path.suffix] for path in paths if path.suffix in LIBRARIES}:
         importlib.import_module(library)
@@ -260,7 +263,7 @@ def main() -> None:
         for path in paths:
             logits = np.concatenate([read_logits(path, pixels), read_logits(path, pixels[:1])])
             file.write(_npy(logits))
-            file.flush()  # a broken file may end this process
+            file.flush()  # the next file may crash this process
 
 
 if __name__ == "__main__":

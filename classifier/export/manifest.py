@@ -1,4 +1,4 @@
-"""The manifest: what exported files are and what made them, for programs."""
+"""The manifest: a machine-readable description of the exported files and of what they were made from."""
 
 import platform
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ def manifest(
     parameters: Mapping[str, Any],
     metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What holds of every export: nothing that differs from one rebuild to the next.
+    """Return the content of the manifest; rebuilding the same model gives the same content.
 
-    image_shape: (C, H, W); names: of the classes; md5s: of the data and the weights; parameters: all that decide
-    results; metrics: of training and test.
+    image_shape: (C, H, W). names: of the classes. md5s: of the data and the weights. parameters: all that decide
+    results. metrics: of training and test.
     """
     return {
         "input": {"name": "pixels", "shape": ["batch", *image_shape], "dtype": "float32", "range": [0, 1]},
@@ -32,7 +32,7 @@ def manifest(
             model.name: {
                 "sha256": hash_file(model, "sha256"),
                 "bytes": model.stat().st_size,
-                # torch reads parts of the other two as pickles
+                # torch unpickles parts of .pth and .pt2 files
                 "trusted_source_only": model.suffix not in (".onnx", ".safetensors"),
             }
             for model in models

@@ -1,4 +1,4 @@
-"""An exported ONNX file, opened without torch, whose import takes seconds."""
+"""Run exported ONNX files without torch, which takes seconds to import."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def open_onnx(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """A function of pixels (N, C, H, W) float32 in [0, 1] that gives the file's logits (N, classes) float32."""
+    """Return a function that maps pixels (N, C, H, W) float32 in [0, 1] to logits (N, classes) float32."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

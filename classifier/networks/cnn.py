@@ -1,4 +1,4 @@
-"""Three convolutions that widen the maps, and two residual blocks between them.
+"""A small residual network: three convolutions that increase the number of channels, and two residual blocks.
 
 1,849,226 parameters for grey pixels and ten classes. Fashion-MNIST, all 60,000 training images:
 
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-WIDTHS = (64, 128, 256)  # channels behind each convolution that widens the maps
-SMALLEST = 3  # pixels a side that halving must leave
-SMALL = 8  # pixels a side below which maps are laid side by side
-ROW = 32  # so many at most
+WIDTHS = (64, 128, 256)  # output channels of the three stages
+SMALLEST = 3  # pixels a side; a stage halves the sides only if at least this is left
+SMALL = 8  # pixels a side; below it, `SmallMaps` computes the gradient of the weights
+ROW = 32  # the most maps that it concatenates
 
 
 class Residual(nn.Module):
-    """Two convolutions whose result is added to what they were given."""
+    """Add the result of two convolutions to their input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -34,17 +34,17 @@ class Residual(nn.Module):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+        """Map (N, C, H, W) to the same shape."""
         change: Tensor = self.body(maps)
         return maps + change
 
 
 class ConvolutionalNetwork(nn.Module):
-    """A convolution, then twice a convolution with a residual block, each convolution that widens with half the side.
+    """Three convolutions, each of which halves the sides of its maps; residual blocks follow the last two.
 
-    There is no normalisation before the first stage: its convolution has no bias, so that its batch normalisation
-    takes out the images' brightness and contrast. A stage halves the sides only where 3 x 3 pixels or more are left: so
-    batch normalisation, which in training needs more than one number a channel, works on a batch of one image.
+    The input is not normalised: the first convolution has no bias, so its batch normalisation removes brightness and
+    contrast. A stage halves the sides only if at least 3 x 3 pixels are left. Batch normalisation in training needs
+    more than one value for each channel, and so also works on a batch of one image.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
@@ -63,13 +63,13 @@ class ConvolutionalNetwork(nn.Module):
             before = after
         self.classifier = nn.Linear(WIDTHS[-1], classes)
         if image_shape[0] == 1:
-            # The order in memory that `forward` asks for: pixels with one channel are in both orders, and torch then
-            # goes by the weights
+            # With one channel, pixels count as both contiguous and channels_last, and torch uses the memory format of
+            # the weights: set the one that `forward` wants
             self.stages[0].to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
-        maps = pixels.contiguous(memory_format=torch.channels_last)  # quicker, by half on a CPU
+        """Map pixels (N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
+        maps = pixels.contiguous(memory_format=torch.channels_last)  # faster, by half on a CPU
         for stage in self.stages:
             maps = stage(maps)
         logits: Tensor = self.classifier(maps.amax((2, 3)))
@@ -77,10 +77,10 @@ class ConvolutionalNetwork(nn.Module):
 
 
 class Convolution(nn.Conv2d):
-    """3 x 3, padded by 1: as torch's, with the gradient of the weights sooner where bfloat16 trains small maps."""
+    """A 3 x 3 convolution with padding 1 that uses `SmallMaps` when training small maps in bfloat16 on a CPU."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, `out_channels`, H, W)."""
+        """Map (N, C, H, W) to (N, out_channels, H, W)."""
         trains = self.training and torch.is_grad_enabled()
         if trains and max(maps.shape[2:]) < SMALL and torch.is_autocast_enabled("cpu") and maps.device.type == "cpu":
             product: Tensor = SmallMaps.apply(maps.bfloat16(), self.weight.bfloat16())
@@ -89,12 +89,12 @@ class Convolution(nn.Conv2d):
 
 
 class SmallMaps(torch.autograd.Function):
-    """A 3 x 3 convolution of small maps whose backward lays the maps of a batch side by side.
+    """A 3 x 3 convolution whose backward concatenates the maps of a batch along their width.
 
-    The gradient of the weights sums products along a map's rows. The matrix units of Intel's processors (AMX) take 32
-    bfloat16 numbers at a time, and oneDNN gives them one row of one image: 3 or 7 numbers here. In a row of 32 images,
-    with a column of zeros between neighbours as the padding of both, the sums are the same but for rounding.
-    `python -m benchmarks.step` measures it.
+    The gradient of the weights sums products along the rows of a map. The matrix units of Intel's processors (AMX)
+    process 32 bfloat16 numbers at a time, but oneDNN passes them one row of one image: 3 or 7 numbers here. Rows of up
+    to 32 images are therefore concatenated, with a column of zeros between neighbours as the padding of both. The sums
+    are equal except for rounding. `python -m benchmarks.step` measures the effect.
     """
 
     @staticmethod
@@ -105,18 +105,22 @@ class SmallMaps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         maps, weight = ctx.saved_tensors
-        of_maps, of_weight = ctx.needs_input_grad
-        one, none = [1, 1], [0, 0]  # stride, padding and dilation; padding of the output
-        rest = (weight, None, one, one, one, False, none, 1)
+        needs_maps, needs_weight = ctx.needs_input_grad
+        # bias sizes, stride, padding, dilation, transposed, output padding, groups
+        options = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
         backward = torch.ops.aten.convolution_backward
-        maps_gradient = backward(gradient, maps, *rest, [True, False, False])[0] if of_maps else None
-        if not of_weight:
+        maps_gradient = backward(gradient, maps, weight, *options, [True, False, False])[0] if needs_maps else None
+        if not needs_weight:
             return maps_gradient, None
-        return maps_gradient, backward(side_by_side(gradient), side_by_side(maps), *rest, [False, True, False])[1]
+        gradients, rows = concatenated_rows(gradient), concatenated_rows(maps)
+        return maps_gradient, backward(gradients, rows, weight, *options, [False, True, False])[1]
 
 
-def side_by_side(maps: Tensor) -> Tensor:
-    """(N, C, H, W) to (N / G, C, H, G * (W + 1)), zeros behind each map; G is at most ROW and a divisor of N."""
+def concatenated_rows(maps: Tensor) -> Tensor:
+    """Concatenate groups of G maps along their width, with a column of zeros after each map.
+
+    Map (N, C, H, W) to (N / G, C, H, G * (W + 1)), where G is the greatest common divisor of N and ROW.
+    """
     images, channels, height, width = maps.shape
     row = gcd(images, ROW)
     rows = maps.new_empty(images // row, height, row, width + 1, channels)
@@ -126,10 +130,10 @@ def side_by_side(maps: Tensor) -> Tensor:
 
 
 def convolution(before: int, after: int, pools: bool) -> nn.Sequential:
-    """Convolution, max pooling where asked, batch normalisation and ReLU."""
+    """Build a convolution, max pooling if `pools`, batch normalisation and ReLU."""
     return nn.Sequential(
         Convolution(before, after, kernel_size=3, padding=1, bias=False),
-        # Before the normalisation, which then has a quarter of the numbers to work on
+        # Pooling first leaves a quarter of the values to normalise
         nn.MaxPool2d(2) if pools else nn.Identity(),
         nn.BatchNorm2d(after),
         nn.ReLU(),
@@ -137,7 +141,10 @@ def convolution(before: int, after: int, pools: bool) -> nn.Sequential:
 
 
 def strided_convolution(before: int, after: int) -> nn.Sequential:
-    """A convolution that halves the sides, batch normalisation and ReLU: 16 products where one that pools has 36."""
+    """Build a convolution that halves the sides, batch normalisation and ReLU.
+
+    An output value takes 16 products for each input channel; with 3 x 3 and pooling it takes 36.
+    """
     return nn.Sequential(
         nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
     )

@@ -1,14 +1,14 @@
-"""torchvision's ResNet-18 (He et al. 2016, arXiv:1512.03385), its first and last layer fitted to the data.
+"""torchvision's ResNet-18 (He et al. 2016, arXiv:1512.03385), with first and last layers adapted to the data.
 
 11,689,512 parameters for 3 channels and 1000 classes, 11,181,642 for ten. The state_dict has torchvision's names, so
-that `weights: IMAGENET1K_V1` in params.yaml starts from ImageNet, where torchvision states a validation accuracy of
-0.698.
+`weights: IMAGENET1K_V1` in params.yaml starts from ImageNet weights, for which torchvision states a validation accuracy
+of 0.698.
 
-Images below 64 pixels a side would be halved down to a single position. As is usual for CIFAR (section 4.2 of the
-paper), their first convolution is 3 x 3 with stride 1, which no weights from ImageNet fit, and there is no max pooling.
-So the digits of scikit-learn, enlarged to 16 x 16, are told apart without such weights: accuracy 0.9944 on the fifth
-kept for the test, after 5 epochs of `optimizer: adamw`, `lr: 0.001`, `weight_decay: 0.05`, `schedule: onecycle`,
-`shuffle: true`.
+Images below 64 pixels a side would shrink to a single position. For them, as is usual for CIFAR (section 4.2 of the
+paper), the first convolution is 3 x 3 with stride 1 and there is no max pooling. ImageNet weights do not fit that
+convolution. On scikit-learn's digits, enlarged to 16 x 16, the network reaches a test accuracy of 0.9944 without
+pretrained weights: a fifth of the images for the test, 5 epochs, `optimizer: adamw`, `lr: 0.001`, `weight_decay: 0.05`,
+`schedule: onecycle`, `shuffle: true`.
 """
 
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ SMALL = 64  # pixels a side: below it, the first layers keep the image's size
 
 
 class ResNet18(nn.Module):
-    """The layers of torchvision's model, by its names, behind the normalisation of the pixels."""
+    """Normalisation of the pixels, then the layers of torchvision's model under its names."""
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class ResNet18(nn.Module):
         self.normalize = Normalization(channels)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
+        """Map pixels (N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
         maps = self.maxpool(self.relu(self.bn1(self.conv1(self.normalize(pixels)))))
         maps = self.layer4(self.layer3(self.layer2(self.layer1(maps))))
         logits: Tensor = self.fc(maps.mean((2, 3)))  # the backward of adaptive_avg_pool2d is not deterministic on CUDA
@@ -53,15 +53,15 @@ class ResNet18(nn.Module):
 
 
 def build(image_shape: tuple[int, int, int], classes: int) -> ResNet18:
-    """Raises PipelineError for images of 8 x 8 or less.
+    """Build the network. Raises PipelineError for images of 8 x 8 pixels or less.
 
-    Of one such image, as the last batch of an epoch may be, three halvings leave one number a channel, and batch
-    normalisation in training needs two.
+    Halving those three times leaves one value for each channel. Batch normalisation in training needs two, and the last
+    batch of an epoch may be a single image.
     """
     _, height, width = image_shape
     if max(height, width) <= 8:
         raise PipelineError(
-            f"network: resnet18 needs images of more than 8 x 8 pixels, and these are {height} x {width}; "
+            f"network: resnet18 needs images of more than 8 x 8 pixels, but these are {height} x {width}; "
             "set `image_size: 9` or more"
         )
     return ResNet18(image_shape, classes)

@@ -1,13 +1,13 @@
-"""torchvision's VGG-16 (Simonyan and Zisserman 2015, arXiv:1409.1556), its first and last layer fitted to the data.
+"""torchvision's VGG-16 (Simonyan and Zisserman 2015, arXiv:1409.1556), with first and last layers adapted to the data.
 
-138,357,544 parameters for 3 channels and 1000 classes, 134,301,514 for ten: 0.5 GiB, with gradients and momentum 1.5,
-and in an export to ONNX about 5. The state_dict has torchvision's names, so that `weights: IMAGENET1K_V1` in
-params.yaml starts from ImageNet, where torchvision states a validation accuracy of 0.716. With `freeze: [features.*]`
-only the fully connected layers are trained then.
+138,357,544 parameters for 3 channels and 1000 classes, 134,301,514 for ten. They take 0.5 GiB, 1.5 GiB with gradients
+and momentum; an export to ONNX takes about 5 GiB. The state_dict has torchvision's names, so
+`weights: IMAGENET1K_V1` in params.yaml starts from ImageNet weights, for which torchvision states a validation accuracy
+of 0.716. `freeze: [features.*]` then trains only the fully connected layers.
 
-Images are 32 x 32 or more. Those of 224 x 224 leave the convolutions as maps of 7 x 7, the size that the classifier
-takes; maps of other sizes are averaged to it as adaptive_avg_pool2d does, but by matrix products, for its backward is
-not deterministic on CUDA. Max pooling is not among the operations that torch lists as such.
+Images must be 32 x 32 or more. For 224 x 224, the convolutions return maps of 7 x 7, the input size of the classifier.
+Maps of other sizes are averaged to 7 x 7 as adaptive_avg_pool2d does, but by matrix products, because the backward of
+adaptive_avg_pool2d is not deterministic on CUDA. Max pooling is not on torch's list of nondeterministic operations.
 """
 
 from torch import Tensor, nn, zeros
@@ -16,12 +16,12 @@ from torchvision import models
 from classifier.networks import Normalization
 from classifier.pipeline.errors import PipelineError
 
-REDUCTION = 32  # of an image's sides by the five poolings
-SIDE = 7  # of the maps that the classifier takes
+REDUCTION = 32  # factor by which the five poolings reduce the sides of an image
+SIDE = 7  # pixels a side of the classifier's input maps
 
 
 class VGG16(nn.Module):
-    """The layers of torchvision's model, by its names, behind the normalisation of the pixels."""
+    """Normalisation of the pixels, then the layers of torchvision's model under its names."""
 
     rows: Tensor
     columns: Tensor
@@ -37,11 +37,12 @@ class VGG16(nn.Module):
         self.features = model.features
         self.classifier = model.classifier
         self.normalize = Normalization(channels)
-        self.register_buffer("rows", averages(height // REDUCTION), persistent=False)  # not among torchvision's names
-        self.register_buffer("columns", averages(width // REDUCTION).T.contiguous(), persistent=False)
+        # Not in torchvision's files
+        self.register_buffer("rows", averaging_matrix(height // REDUCTION), persistent=False)
+        self.register_buffer("columns", averaging_matrix(width // REDUCTION).T.contiguous(), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
+        """Map pixels (N, C, H, W) float32 in [0, 1] to logits (N, classes)."""
         maps = self.features(self.normalize(pixels))
         if maps.shape[2:] != (SIDE, SIDE):
             maps = self.rows @ maps @ self.columns
@@ -49,10 +50,10 @@ class VGG16(nn.Module):
         return logits
 
 
-def averages(size: int) -> Tensor:
-    """The matrix (7, size) whose product with `size` numbers is what adaptive averaging to seven makes of them.
+def averaging_matrix(size: int) -> Tensor:
+    """Return the matrix (7, size) that averages `size` values to seven as adaptive average pooling does.
 
-    The i-th of the seven is the mean of the numbers from floor(i size / 7) to before ceil((i + 1) size / 7).
+    Output i is the mean of the values with index from floor(i size / 7) up to, excluding, ceil((i + 1) size / 7).
     """
     matrix = zeros(SIDE, size)
     for row in range(SIDE):
@@ -62,11 +63,11 @@ def averages(size: int) -> Tensor:
 
 
 def build(image_shape: tuple[int, int, int], classes: int) -> VGG16:
-    """Raises PipelineError for images that five poolings would leave nothing of."""
+    """Build the network. Raises PipelineError for images below 32 pixels a side, which five poolings reduce to none."""
     _, height, width = image_shape
     if min(height, width) < REDUCTION:
         raise PipelineError(
-            f"network: vgg16 needs images of at least {REDUCTION} x {REDUCTION} pixels, and these are "
+            f"network: vgg16 needs images of at least {REDUCTION} x {REDUCTION} pixels, but these are "
             f"{height} x {width}; set `image_size: {REDUCTION}` or more"
         )
     return VGG16(image_shape, classes)

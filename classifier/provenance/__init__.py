@@ -1,1 +1,1 @@
-"""Which data, code and parameters made a model; verification; remote storage."""
+"""Lineage of models, verification by rebuilding, restoring committed results, and remote storage."""

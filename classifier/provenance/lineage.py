@@ -1,8 +1,8 @@
-"""Lineage: from a model file, an MLflow run, a DVC experiment or a Git commit to everything that made it, and back.
+"""Lineage: the data, code and parameters of a model file, MLflow run, DVC experiment or Git commit.
 
-The links are hashes. dvc.lock, which Git keeps, names every output by its md5; a run carries the md5 of the weights it
-trained, and a registered version the SHA-256 of the files that were exported with it. So a file that was copied
-anywhere leads back by its content.
+The links are hashes. dvc.lock, which is in Git, holds the md5 of every output. A run has the md5 of its weights as a
+tag, and a registered version the SHA-256 of its exported files. So a file is traced by its content, wherever it was
+copied to.
 """
 
 import json
@@ -47,13 +47,13 @@ from classifier.tracking.tracker import (
 )
 
 MANIFEST = "manifest.json"
-LISTED = 3  # runs and versions; --json gives all
+LISTED = 3  # runs and versions in the text; --json prints all
 FORMATS = get_args(get_args(Params.model_fields["export_formats"].annotation)[0])
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output of the pipeline, and whether the cache and the remote have it: "yes", "no", "in part", or why not."""
+    """An output of the pipeline, and whether the cache and the remote have it: "yes", "no", "in part" or an error."""
 
     path: str
     md5: str
@@ -63,7 +63,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Holder:
-    """A commit that holds a model's weights. title: its date and subject, or the experiment that it is."""
+    """A commit that holds a model's weights. title: its date and subject, or the name of the experiment."""
 
     commit: str
     title: str
@@ -71,10 +71,11 @@ class Holder:
 
 @dataclass
 class Lineage:
-    """What made a model, as far as it can be established; `unknown` says what cannot, `commands` bring it back.
+    """What a model was made from, as far as it is known.
 
-    commit: None if no commit holds it. is_uncommitted: it is the state of this folder, which no commit holds.
-    also_in: the other commits with the same weights, the newest first.
+    commit: None if no commit holds the model. is_uncommitted: the model is in this checkout and in no commit.
+    also_in: other commits with the same weights, newest first. unknown: what is not known, and why.
+    commands: shell commands that restore this state.
     """
 
     subject: str
@@ -94,26 +95,24 @@ class Lineage:
 
 
 def trace(target: str) -> Lineage:
-    """The lineage of a model file, an MLflow run id, a DVC experiment's name or a Git commit.
+    """Return the lineage of a model file, an MLflow run id, the name of a DVC experiment or a Git commit.
 
-    Raises PipelineError if it is none of these, or a file that nothing here knows.
+    Raises PipelineError if the target is none of these, or if no run, version or commit here knows the file.
     """
     with Storage() as storage:
         if Path(target).is_file():
-            return _of_file(Path(target), storage)
-        if run := _run_called(target):
-            return _of_run(run, Lineage(f"MLflow run {target}"), storage)
+            return _trace_file(Path(target), storage)
+        if run := _find_run(target):
+            return _trace_run(run, Lineage(f"MLflow run {target}"), storage)
         if found := [experiment.commit for experiment in experiments() if experiment.name == target]:
             lineage = Lineage(f"DVC experiment {target}")
             if len(found) > 1:
-                lineage.unknown.append(
-                    f"which one is meant: {len(found)} experiments have this name; the newest is shown"
-                )
-            return _of_commit(found[0], lineage, storage)
+                lineage.unknown.append(f"the experiment: {len(found)} have this name; the newest is shown")
+            return _trace_commit(found[0], lineage, storage)
         if commit := commit_of(target):
-            return _of_commit(commit, Lineage(f"Git commit {target}"), storage)
+            return _trace_commit(commit, Lineage(f"Git commit {target}"), storage)
         if re.fullmatch(r"[\w.-]+", target) and (runs := find_runs(f"tags.`{EXPERIMENT_TAG}` = '{target}'")):
-            return _of_run(runs[0], Lineage(f"DVC experiment {target}"), storage)
+            return _trace_run(runs[0], Lineage(f"DVC experiment {target}"), storage)
     raise PipelineError(
         f"{target}: no model file, MLflow run, DVC experiment or Git commit here.\n"
         "`dvc exp list --all-commits` lists the experiments, `make ui` shows the runs."
@@ -121,10 +120,10 @@ def trace(target: str) -> Lineage:
 
 
 def trace_here() -> Lineage:
-    """The lineage of the model in this folder, whether it is committed or not.
+    """Return the lineage of the model in this checkout, committed or not.
 
-    It is that of the commit, or the experiment, that has the same dvc.lock: HEAD, if it has, else the newest. Weights
-    alone do not tell: with other code or data for the later stages, the same ones may have other metrics.
+    It is that of the commit or experiment with the same dvc.lock: HEAD if it has, otherwise the newest. The same
+    weights are not enough: if code or data of later stages differ, so may the metrics.
     Raises PipelineError if there is no model here.
     """
     md5 = hash_file(existing(WEIGHTS))
@@ -132,13 +131,13 @@ def trace_here() -> Lineage:
     lock = read_lock(LOCK)
     if md5s_in(lock).get(str(WEIGHTS)) != md5:
         lineage.unknown.append(
-            f"{WEIGHTS} itself: it is not what {LOCK} says; `classifier restore` brings the committed one back"
+            f"{WEIGHTS} itself: its md5 differs from {LOCK}; `classifier restore` restores the committed file"
         )
     head = commit_of("HEAD")
     with Storage() as storage:
         for commit in [*([head] if head else []), *reversed(commits_holding(md5))]:
             if not lineage.unknown and _yaml_at(commit, LOCK) == lock:
-                return _of_commit(commit, lineage, storage)
+                return _trace_commit(commit, lineage, storage)
         lineage.is_uncommitted = True
         if head:
             lineage.title = f"on top of {head[:12]} {_date_and_subject(head)}"
@@ -146,15 +145,13 @@ def trace_here() -> Lineage:
         lineage.metrics = figures_of(_read_here)
         _add_result(lineage, lock, md5, storage)
         if differing := stale(lock, lineage.parameters, md5_here):
-            lineage.unknown.append(f"the code: {LOCK} here was made with other content of {', '.join(differing)}")
-    lineage.unknown.append(
-        f"the way back: none until it is committed, `git add {PARAMS} {LOCK} {METRICS} && git commit`"
-    )
+            lineage.unknown.append(f"the code: changed since {LOCK} was written: {', '.join(differing)}")
+    lineage.unknown.append(f"how to restore it: commit it first, `git add {PARAMS} {LOCK} {METRICS} && git commit`")
     return lineage
 
 
 def is_exported_here(path: Path) -> bool:
-    """Whether dvc.lock, here or in a commit, or the registry has a file with these bytes among the exported ones."""
+    """Return whether dvc.lock, here or in a commit, or the registry lists the file's hash among exported files."""
     md5, sha256 = hash_file(path), hash_file(path, "sha256")
     with Storage() as storage:
         if md5 in (storage.files(locked_md5s(LOCK).get(str(EXPORT), "")) or {}).values():
@@ -166,13 +163,13 @@ def is_exported_here(path: Path) -> bool:
     return False
 
 
-def _run_called(run_id: str) -> Run | None:
+def _find_run(run_id: str) -> Run | None:
     known = find_runs(f"attributes.run_id = '{run_id}'") if re.fullmatch("[0-9a-f]{32}", run_id) else []
     return known[0] if known else None
 
 
-def _of_file(path: Path, storage: Storage) -> Lineage:
-    """By the SHA-256, which the registry has of exported files, or the md5, which runs and dvc.lock have."""
+def _trace_file(path: Path, storage: Storage) -> Lineage:
+    """Trace a file by its SHA-256, which the registry has, or its md5, which runs and dvc.lock have."""
     md5, sha256 = hash_file(path), hash_file(path, "sha256")
     lineage = Lineage(f"{path} (md5 {md5}, SHA-256 {sha256})")
     names = [exported_name(export_format) for export_format in FORMATS]
@@ -184,33 +181,36 @@ def _of_file(path: Path, storage: Storage) -> Lineage:
         if not runs:
             lineage.unknown.append(f"run {run_id} of {lineage.versions[0]}: deleted, or in another store")
     if runs:
-        _of_run(runs[0], lineage, storage, md5)
+        _trace_run(runs[0], lineage, storage, md5)
         known = {*lineage.exported.values(), *(output.md5 for output in lineage.outputs)}
         if lineage.commit and not known & {md5, sha256}:
-            lineage.unknown.append("this file itself: the commit has its weights, but exported other bytes of them")
+            lineage.unknown.append("this file itself: the commit has its weights, but its exported files differ")
         return lineage
     holding = commits_holding(md5) or [
         commit for commit in commits_holding(str(EXPORT)) if md5 in _exported_md5s(commit, storage)
     ]
     if holding:
-        return _of_commit(holding[0], lineage, storage)
+        return _trace_commit(holding[0], lineage, storage)
     if lineage.versions:
         return lineage
     raise PipelineError(
-        f"{path}: nothing here knows it by its md5 {md5} or its SHA-256 {sha256}: no run and no registered version of "
-        "the MLflow store, and no dvc.lock of a commit in this clone.\n"
-        "Fetch what others have (git fetch --all; dvc exp pull), or set MLFLOW_TRACKING_URI to another store."
+        f"{path}: no run or registered version of the MLflow store, and no dvc.lock in this clone, has its md5 {md5} "
+        f"or SHA-256 {sha256}.\n"
+        "Fetch the commits of others (git fetch --all; dvc exp pull), or set MLFLOW_TRACKING_URI to another store."
     )
 
 
-def _of_run(run: Run, lineage: Lineage, storage: Storage, md5: str = "") -> Lineage:
-    """By its weights to the commit or experiment that holds them; by what the run says where none does."""
+def _trace_run(run: Run, lineage: Lineage, storage: Storage, md5: str = "") -> Lineage:
+    """Trace a run to the commit or experiment that holds its weights; if there is none, use the tags of the run.
+
+    md5: of the file that is traced, if it is one.
+    """
     weights = run.tags.get(WEIGHTS_TAG)
     if weights and (commit := _commit_of_run(run, weights, md5, storage)):
         name = run.tags.get(EXPERIMENT_TAG)
         if name and all(found.commit != commit for found in experiments()):
             lineage.unknown.append(f"experiment {name} itself: no longer in Git; this commit holds the same weights")
-        return _of_commit(commit, lineage, storage, run)
+        return _trace_commit(commit, lineage, storage, run)
     lineage.experiment = run.tags.get(EXPERIMENT_TAG)
     lineage.parameters = dict(run.parameters)
     lineage.metrics = dict(run.metrics)
@@ -219,24 +219,24 @@ def _of_run(run: Run, lineage: Lineage, storage: Storage, md5: str = "") -> Line
     lineage.outputs = _outputs(tracked, storage)
     _add_tracked(lineage, [run], storage)
     lineage.unknown.append(
-        "the commit: none in this clone holds these weights; the results were not committed, or are pruned"
+        "the commit: none in this clone holds these weights; the results were not committed, or were pruned"
         if weights
-        else f"the weights: the run is {run.status}, its training did not end"
+        else f"the weights: the run is {run.status}, its training did not finish"
     )
     _add_commands_of_run(lineage, run)
     return lineage
 
 
 def _commit_of_run(run: Run, weights: str, md5: str, storage: Storage) -> str | None:
-    """The commit that holds a run's weights (and among its exported files the one with this md5, if one does).
+    """Return the commit that holds a run's weights, preferably with an exported file that has this md5.
 
-    The experiment of the run's name comes first, then the commit that the run started from, if it ran the code of that
-    commit as it was, then those after it.
+    The next criteria are: the experiment with the run's name; the commit that the run started from, if its code was
+    unchanged; a descendant of that commit.
     """
     holding = commits_holding(weights)
     base, changed = run.tags.get(COMMIT_TAG, ""), CHANGED_TAG in run.tags
     if base and not changed and md5s_in(_yaml_at(base, LOCK)).get(str(WEIGHTS)) == weights:
-        holding.append(base)  # it may hold the lock of an earlier commit
+        holding.append(base)  # commits_holding lists only commits that changed dvc.lock
     named = {found.commit for found in experiments() if found.name == run.tags.get(EXPERIMENT_TAG)}
 
     def rank(commit: str) -> tuple[bool, bool, bool, bool]:
@@ -251,11 +251,13 @@ def _commit_of_run(run: Run, weights: str, md5: str, storage: Storage) -> str | 
     return min(holding, key=rank, default=None)
 
 
-def _of_commit(commit: str, lineage: Lineage, storage: Storage, run: Run | None = None) -> Lineage:
-    """By dvc.lock and params.yaml of the commit, which name everything; the runs are found by the weights."""
+def _trace_commit(commit: str, lineage: Lineage, storage: Storage, run: Run | None = None) -> Lineage:
+    """Trace a commit by its dvc.lock and params.yaml. Raises PipelineError if it has no dvc.lock."""
     lock = _yaml_at(commit, LOCK)
     if not lock:
-        raise PipelineError(f"commit {commit[:12]} has no dvc.lock: the pipeline had not run there; name a later one")
+        raise PipelineError(
+            f"commit {commit[:12]} has no dvc.lock, because the pipeline had not run yet; choose a later commit"
+        )
     lineage.commit = commit
     lineage.title = _date_and_subject(commit)
     found = {experiment.commit: experiment for experiment in experiments()}.get(commit)
@@ -265,21 +267,19 @@ def _of_commit(commit: str, lineage: Lineage, storage: Storage, run: Run | None 
     lineage.metrics = metrics_at(commit)
     _add_result(lineage, lock, md5s_in(lock).get(str(WEIGHTS), ""), storage, run)
     if differing := stale(lock, _yaml_at(commit, PARAMS), lambda path: md5_at(commit, path)):
-        lineage.unknown.append(
-            f"the code: dvc.lock of this commit was made with other content of {', '.join(differing)}"
-        )
+        lineage.unknown.append(f"the code: not that which wrote {LOCK} of this commit: {', '.join(differing)}")
     _add_commands_of_commit(lineage)
     return lineage
 
 
 def _add_result(lineage: Lineage, lock: dict[str, Any], weights: str, storage: Storage, run: Run | None = None) -> None:
-    """Add the outputs that a dvc.lock names, and by the weights the runs, `run` first, and the other commits."""
+    """Add the outputs in a dvc.lock, and the runs and other commits with the same weights; `run` comes first."""
     md5s = md5s_in(lock)
     lineage.outputs = _outputs(md5s, storage)
     runs = find_runs(f"tags.`{WEIGHTS_TAG}` = '{weights}'") if weights else []
     runs.sort(key=lambda found: run is None or found.run_id != run.run_id)
     if not runs:
-        lineage.unknown.append("the MLflow run: no run of this store has these weights; deleted, or in another store")
+        lineage.unknown.append("the MLflow run: none in this store has these weights; deleted, or in another store")
     manifest = storage.read((storage.files(md5s.get(str(EXPORT), "")) or {}).get(MANIFEST, ""))
     _add_tracked(lineage, runs, storage, manifest)
     names = {experiment.commit: f"experiment {experiment.name}" for experiment in experiments()}
@@ -295,21 +295,21 @@ def _date_and_subject(commit: str) -> str:
 
 
 def md5_here(path: Path) -> str | None:
-    """The md5 by which dvc.lock knows a file or a folder, None if there is none."""
+    """Return the md5 of a file or folder as in dvc.lock; None if it does not exist."""
     return hash_path(path) if path.exists() else None
 
 
 def stale(lock: dict[str, Any], parameters: dict[str, Any], md5_of: Callable[[Path], str | None]) -> list[str]:
-    """What is other than when dvc.lock was made: code, and keys of params.yaml.
+    """Return the code paths and keys of params.yaml that have changed since dvc.lock was written.
 
-    lock: dvc.lock as `read_lock` gives it. parameters: what params.yaml holds. md5_of: the md5 of a file or folder of
-    code as it is, None where there is none.
+    lock: the content of dvc.lock. parameters: the content of params.yaml. md5_of: returns the current md5 of a file or
+    folder of code, None if it does not exist.
     """
-    made = set(md5s_in(lock))
+    outputs = set(md5s_in(lock))
     differing = []
     for path, md5 in md5s_in(lock, "deps").items():
-        is_code = Path(path).parts[0] in ("classifier", "stages")  # a folder of data may take minutes to read
-        if is_code and path not in made and md5_of(Path(path)) not in (md5, None):
+        is_code = Path(path).parts[0] in ("classifier", "stages")  # hashing data may take minutes
+        if is_code and path not in outputs and md5_of(Path(path)) not in (md5, None):
             differing.append(path)
     locked = {
         k: v
@@ -320,7 +320,7 @@ def stale(lock: dict[str, Any], parameters: dict[str, Any], md5_of: Callable[[Pa
 
 
 def _yaml_at(commit: str, path: Path) -> dict[str, Any]:
-    """A YAML file of a commit; nothing if it has none. Raises PipelineError if it is none, as after a bad merge."""
+    """Return the content of a YAML file in a commit, empty if there is none. Raises PipelineError if it is not YAML."""
     return _yaml(read_at(commit, path), f"{path} of commit {commit[:12]}")
 
 
@@ -336,12 +336,12 @@ def _read_here(path: Path) -> bytes | None:
 
 
 def _exported_md5s(commit: str, storage: Storage) -> set[str]:
-    """The md5 of every exported file of a commit, as far as the cache or the remote still knows them."""
+    """Return the md5 of every exported file of a commit, empty if neither cache nor remote lists them."""
     return set((storage.files(md5s_in(_yaml_at(commit, LOCK)).get(str(EXPORT), "")) or {}).values())
 
 
 def _outputs(md5s: dict[str, str], storage: Storage) -> list[Output]:
-    """Metrics are left out: Git has them."""
+    """Return all outputs except metrics, which are in Git."""
     return [
         Output(path, md5, storage.in_cache(md5), storage.in_remote(md5))
         for path, md5 in md5s.items()
@@ -350,7 +350,7 @@ def _outputs(md5s: dict[str, str], storage: Storage) -> list[Output]:
 
 
 def _add_tracked(lineage: Lineage, runs: list[Run], storage: Storage, manifest: bytes | None = None) -> None:
-    """The runs, their registered versions, and the exported files by the manifest of the commit, else of a run."""
+    """Add runs, their registered versions, and the exported files by the manifest of the commit or of a run."""
     lineage.runs = runs
     known = {(version.name, version.number) for version in lineage.versions}
     for run in runs:
@@ -362,7 +362,7 @@ def _add_tracked(lineage: Lineage, runs: list[Run], storage: Storage, manifest: 
                 manifest = path.read_bytes()
                 break
     if manifest is None:
-        lineage.unknown.append("the exported files: their manifest is in no cache, remote or run")
+        lineage.unknown.append("the exported files: no cache, remote or run has their manifest")
     else:
         lineage.exported = {name: file["sha256"] for name, file in json.loads(manifest)["files"].items()}
 
@@ -378,13 +378,15 @@ def _add_commands_of_commit(lineage: Lineage) -> None:
         lineage.commands.append("dvc pull")
     else:
         lost = [output.path for output in lineage.outputs if YES not in (output.cache, output.remote)]
-        lineage.unknown.append(f"the bytes of {', '.join(lost)}: in no cache or remote, so they have to be made again")
+        lineage.unknown.append(
+            f"the bytes of {', '.join(lost)}: neither cache nor remote has them; `dvc repro` rebuilds"
+        )
         pull = "dvc pull --allow-missing" if any(output.remote == YES for output in lineage.outputs) else ""
         lineage.commands += [pull or "dvc checkout --allow-missing", "dvc repro"]
 
 
 def _add_commands_of_run(lineage: Lineage, run: Run) -> None:
-    """For results that no commit holds: the commit the run started from, with the patch that the run has."""
+    """Add commands for results that no commit holds: check out the run's base commit and apply the run's patch."""
     base, changed = run.tags.get(COMMIT_TAG, ""), run.tags.get(CHANGED_TAG)
     if not commit_of(base):
         lineage.unknown.append(
@@ -398,29 +400,27 @@ def _add_commands_of_run(lineage: Lineage, run: Run) -> None:
             lineage.commands = [f"classifier lineage {run.run_id} --patch > {file}"]
             lineage.commands += [f"git switch --detach {base[:12]}", f"git apply {file}", "dvc repro"]
             lineage.unknown += [
-                f"what else differed from the commit, and is not in the patch: {line}"
+                f"a difference from the commit that is not in the patch: {line}"
                 for line in run.tags.get(LEFT_OUT_TAG, "").splitlines()
             ]
         elif changed:
-            lineage.unknown.append(
-                f"the code: it differed from the commit in {changed}, and the run has no patch of it"
-            )
+            lineage.unknown.append(f"the code: {changed} differed from the commit, and the run has no patch")
         elif differing := _other_parameters(run, base):
             lineage.unknown.append(
-                f"the commands: the commit has other values of {', '.join(differing)}, and the run has no patch of them"
+                f"the commands: {', '.join(differing)} differed from the commit, and the run has no patch"
             )
         else:
             lineage.commands = [f"git switch --detach {base[:12]}", "dvc repro"]
 
 
 def _other_parameters(run: Run, commit: str) -> list[str]:
-    """The keys that a run logged other values of than a commit has."""
-    committed = {key: _spelt(value) for key, value in _yaml_at(commit, PARAMS).items()}
-    return [key for key, value in run.parameters.items() if committed.get(key) != _spelt(_value(value))]
+    """Return the parameters whose values differ between a run and a commit."""
+    committed = {key: _format(value) for key, value in _yaml_at(commit, PARAMS).items()}
+    return [key for key, value in run.parameters.items() if committed.get(key) != _format(_parse_logged(value))]
 
 
-def _value(logged: str) -> Any:
-    """A parameter that MLflow has as text."""
+def _parse_logged(logged: str) -> Any:
+    """Parse a parameter value that MLflow stores as text."""
     try:
         return read_yaml(logged)
     except (yaml.YAMLError, ValueError):
@@ -428,38 +428,38 @@ def _value(logged: str) -> Any:
 
 
 def patch_of(run_id: str) -> bytes:
-    """What the code of a run had that its commit has not. Raises PipelineError if the run has no patch."""
-    if _run_called(run_id) is None:
-        raise PipelineError(f"{run_id}: not the id of an MLflow run of this store; --patch needs one")
+    """Return the uncommitted code changes of a run. Raises PipelineError if there is no such run or no patch."""
+    if _find_run(run_id) is None:
+        raise PipelineError(f"{run_id}: not the id of an MLflow run in this store; --patch needs one")
     with artifact(run_id, PATCH) as path:
         if path is None:
-            raise PipelineError(f"{run_id}: this run has no {PATCH}: its code was that of the commit, or it is unknown")
+            raise PipelineError(f"{run_id}: the run has no {PATCH}: its code was committed, or is unknown")
         return path.read_bytes()
 
 
 def describe(lineage: Lineage) -> str:
-    """The lineage as lines of text for a person."""
+    """Return the lineage as text."""
     lines = [lineage.subject]
     none = "uncommitted" if lineage.is_uncommitted else "none"
     _section(lines, "commit", [lineage.commit or none, lineage.title])
     _section(lines, "the same weights are in", [f"{holder.commit[:12]} {holder.title}" for holder in lineage.also_in])
     _section(lines, "experiment", [lineage.experiment])
-    parameters = "  ".join(f"{key}={_spelt(value)}" for key, value in lineage.parameters.items())
+    parameters = "  ".join(f"{key}={_format(value)}" for key, value in lineage.parameters.items())
     _section(lines, "parameters", textwrap.wrap(parameters, 96, break_on_hyphens=False))
     width = max((len(output.path) for output in lineage.outputs), default=0)
     _section(
         lines,
-        "md5, and whether the cache / the remote still has it",
+        "md5, and whether the cache / the remote has it",
         [f"{o.path:{width}}  {o.md5:36}  {o.cache} / {o.remote}" for o in lineage.outputs],
     )
-    _section(lines, "metrics", [f"{key}: {_spelt(value)}" for key, value in lineage.metrics.items()])
-    _section(lines, "MLflow runs", _first([f"{run.run_id}  {run.name}, {run.status}" for run in lineage.runs]))
+    _section(lines, "metrics", [f"{key}: {_format(value)}" for key, value in lineage.metrics.items()])
+    _section(lines, "MLflow runs", _abridged([f"{run.run_id}  {run.name}, {run.status}" for run in lineage.runs]))
     versions = [f"{v}{' (' + ', '.join(v.aliases) + ')' if v.aliases else ''}" for v in lineage.versions]
-    _section(lines, "registered", _first(versions))
+    _section(lines, "registered", _abridged(versions))
     width = max(map(len, lineage.exported), default=0)
     _section(lines, "exported, SHA-256", [f"{name:{width}}  {sha256}" for name, sha256 in lineage.exported.items()])
-    _section(lines, "not established", lineage.unknown)
-    _section(lines, "to bring this state back", lineage.commands)
+    _section(lines, "not known", lineage.unknown)
+    _section(lines, "to restore this state", lineage.commands)
     return "\n".join(lines)
 
 
@@ -468,10 +468,10 @@ def _section(lines: list[str], title: str, content: Sequence[str | None]) -> Non
         lines += ["", f"{title}:", *(f"  {line}" for line in content if line)]
 
 
-def _first(lines: list[str]) -> list[str]:
-    """The same model trained again and again has many runs."""
+def _abridged(lines: list[str]) -> list[str]:
+    """Return the first LISTED lines and the number of others: rebuilding a model adds a run each time."""
     return lines if len(lines) <= LISTED else [*lines[:LISTED], f"and {len(lines) - LISTED} more with the same weights"]
 
 
-def _spelt(value: Any) -> str:
+def _format(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

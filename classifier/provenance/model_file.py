@@ -1,7 +1,7 @@
-"""A model file that may be anybody's: checked, and bounded in what it can ask for, before an image is given to it.
+"""Open model files from untrusted sources: check them, and bound the memory that they can use, before they run.
 
-A manifest beside it says what the file is, and vouches for nothing: whoever writes one file can write both. Formats
-that hold code are opened if this repository has exported the file, or if the user says so.
+The manifest beside a file describes it but proves nothing, because whoever writes one can write both. Formats that can
+contain code are opened only if this repository exported the file, or if the user trusts it.
 """
 
 import math
@@ -15,17 +15,17 @@ from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.outputs import hash_file, read_json
 from classifier.pipeline.paths import EXPORT
 
-CODE = (".pth", ".pt2")  # suffixes of formats that are, or may hold, pickles
-BATCH = 256  # images that a model is given at once
+CODE = (".pth", ".pt2")  # suffixes of formats that are pickles or may contain them
+BATCH = 256  # images in a batch
 LARGEST_MANIFEST = 2**24  # bytes
-LARGEST_SIDE = 4096  # pixels of an image, as of image_size
+LARGEST_SIDE = 4096  # pixels, the maximum of the parameter image_size
 MOST_CLASSES = 100_000
-# Of an ONNX file. Protobuf reads no more; a network of classifier/networks stays far below the others.
+# Limits of ONNX files. The first is protobuf's; the networks of classifier/networks stay far below the others.
 LARGEST_ONNX = 2**31 - 1  # bytes
 MOST_NODES = 100_000
-LARGEST_VALUE = 2**28  # elements of a tensor that does not grow with the batch
-LARGEST_VALUE_OF_IMAGE = 2**26  # elements for each image of one that does
-# Operators that make more elements than they are given: how many must be known before the file is run
+LARGEST_VALUE = 2**28  # elements of a tensor whose size does not depend on the batch
+LARGEST_VALUE_OF_IMAGE = 2**26  # elements for each image of a tensor whose size does
+# Operators whose output can have more elements than their input: its size must be known before the file runs
 GROWING = frozenset(
     ("CenterCropPad", "Col2Im", "ConstantOfShape", "Expand", "EyeLike", "GridSample", "MaxUnpool", "OneHot", "Pad",
      "RandomNormal", "RandomUniform", "Range", "Resize", "Tile", "Upsample")
@@ -33,7 +33,11 @@ GROWING = frozenset(
 
 
 class Model(NamedTuple):
-    """An opened file: logits (N, classes) of pixels (N, C, H, W) float32 in [0, 1]; classes by label; (C, H, W)."""
+    """An opened model file.
+
+    logits: maps pixels (N, C, H, W) float32 in [0, 1] to logits (N, classes). classes: names by label.
+    image_shape: (C, H, W).
+    """
 
     logits: Callable[[np.ndarray], np.ndarray]
     classes: list[str]
@@ -41,7 +45,7 @@ class Model(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What a manifest says: the classes by label, (C, H, W), and by name the SHA-256 of each file."""
+    """The content of a manifest. classes: names by label. image_shape: (C, H, W). hashes: SHA-256 by file name."""
 
     classes: list[str]
     image_shape: tuple[int, int, int]
@@ -49,56 +53,56 @@ class Manifest(NamedTuple):
 
 
 def open_model_file(path: Path, *, may_be_missing: bool = False, trust: bool = False) -> Model:
-    """Open a model file that is what the manifest beside it says, and gives a logit for each class.
+    """Open a model file after comparing it with the manifest beside it.
 
-    may_be_missing: take an ONNX file of which the manifest does not speak, as in the registry, where it is also if it
-    is not among the formats that were exported.
-    trust: also open files that may hold code and that this repository does not know.
-    Raises PipelineError if there is no such file, it is not what the manifest says, or its answers are no logits.
+    may_be_missing: accept an ONNX file that the manifest does not list. Registered models have one even if onnx is not
+    among export_formats.
+    trust: also open files that may contain code and that this repository did not export.
+    Raises PipelineError if the file is missing, differs from the manifest, exceeds the limits, or does not return a
+    logit for each class.
     """
     source = path.with_name("manifest.json")
     if not path.is_file():
         raise PipelineError(f"{path}: no such model file")
     if not source.is_file():
         raise PipelineError(
-            f"{source}: missing; it tells the model's classes, so copy it from where {path.name} is from"
+            f"{source}: missing; it holds the names of the classes, so copy it from where {path.name} comes from"
         )
     manifest = read_manifest(source)
     recorded = manifest.hashes.get(path.name)
     if recorded is None and not may_be_missing:
-        raise PipelineError(f"{path}: not among the files of {source}, which are {', '.join(manifest.hashes)}")
+        raise PipelineError(f"{path}: {source} does not list it; it lists {', '.join(manifest.hashes)}")
     if recorded not in (None, hash_file(path, "sha256")):
         raise PipelineError(
-            f"{path}: not the file that {source} speaks of: its SHA-256 is another. It is not opened, because a model "
-            f"file can hold code. `dvc checkout --force {EXPORT}` brings back both as they were exported; copy both "
-            "where they are copies."
+            f"{path}: not opened: its SHA-256 differs from {source}, and a model file can contain code. "
+            f"`dvc checkout --force {EXPORT}` restores both; if these are copies, copy both again."
         )
     if path.suffix in CODE and not trust:
         from classifier.provenance.lineage import is_exported_here
 
         if not is_exported_here(path):
             raise PipelineError(
-                f"{path}: not opened: it can hold code, and neither dvc.lock nor the registry of this repository knows "
-                "its SHA-256. Use a .onnx or .safetensors file, or --trust if you know where it is from."
+                f"{path}: not opened: it can contain code, and neither dvc.lock nor the registry of this repository "
+                "lists its SHA-256. Use a .onnx or .safetensors file, or --trust if you trust its source."
             )
     try:
-        logits = _opened_onnx(path, manifest) if path.suffix == ".onnx" else _opened(path)
-        answer = np.asarray(logits(np.zeros((1, *manifest.image_shape), np.float32)))
+        logits = _open_onnx(path, manifest) if path.suffix == ".onnx" else _open(path)
+        output = np.asarray(logits(np.zeros((1, *manifest.image_shape), np.float32)))
     except PipelineError:
         raise
-    except Exception as error:  # a broken file makes the libraries raise anything
+    except Exception as error:  # a damaged file makes the libraries raise anything
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise PipelineError(f"{path}: broken, or no model of images {manifest.image_shape}: {reason}") from None
-    if answer.shape != (1, len(manifest.classes)):
+        raise PipelineError(f"{path}: damaged, or not a model for images {manifest.image_shape}: {reason}") from None
+    if output.shape != (1, len(manifest.classes)):
         raise PipelineError(
-            f"{path}: gives logits {answer.shape} for one image, but {source} has {len(manifest.classes)} classes; "
-            "take both files from the same export"
+            f"{path}: returns logits {output.shape} for one image, but {source} has {len(manifest.classes)} classes; "
+            "copy both files from the same export"
         )
     return Model(logits, manifest.classes, manifest.image_shape)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest that `export` wrote. Raises PipelineError if it is another file."""
+    """Read a manifest that the export stage wrote. Raises PipelineError if it is not one."""
     if path.stat().st_size > LARGEST_MANIFEST:
         raise PipelineError(f"{path}: larger than {LARGEST_MANIFEST:,} bytes, so not a manifest that export wrote")
     content = read_json(path)
@@ -108,9 +112,9 @@ def read_manifest(path: Path) -> Manifest:
         hashes = {name: file["sha256"] for name, file in files.items()}
         fault = _fault_in_manifest(classes, (channels, height, width), hashes)
     except (KeyError, TypeError, ValueError, AttributeError):
-        fault = "it lacks classes, the shape of an image, or files"
+        fault = "it lacks the classes, the image shape or the files"
     if fault:
-        raise PipelineError(f"{path}: not a manifest that export wrote: {fault}; take the one beside the exported file")
+        raise PipelineError(f"{path}: not a manifest that export wrote: {fault}; use the one beside the exported file")
     return Manifest(classes, (channels, height, width), hashes)
 
 
@@ -118,38 +122,42 @@ def _fault_in_manifest(classes: Any, shape: tuple[Any, ...], hashes: dict[Any, A
     if not (isinstance(classes, list) and all(isinstance(name, str) and name for name in classes)):
         return "its classes are not a list of names"
     if not 0 < len(classes) <= MOST_CLASSES or len(set(classes)) < len(classes):
-        return f"its classes are none, more than {MOST_CLASSES:,}, or not all different"
+        return f"it must have 1 to {MOST_CLASSES:,} different classes"
     if not all(type(size) is int and 0 < size <= LARGEST_SIDE for size in shape) or shape[0] not in (1, 3):
         return f"images cannot be {shape[0]!r:.20} x {shape[1]!r:.20} x {shape[2]!r:.20}"
     if not all(isinstance(sha256, str) for sha256 in hashes.values()):
-        return "a SHA-256 is no text"
+        return "a SHA-256 is not a string"
     return ""
 
 
-def _opened(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    from classifier.export.formats import open_model  # which imports torch
+def _open(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    from classifier.export.formats import open_model  # imports torch
 
     return open_model(path)
 
 
-def _opened_onnx(path: Path, manifest: Manifest) -> Callable[[np.ndarray], np.ndarray]:
-    """Open an ONNX file whose values are bounded, and that is alone: no other file, no code, no loop."""
+def _open_onnx(path: Path, manifest: Manifest) -> Callable[[np.ndarray], np.ndarray]:
+    """Open an ONNX file if `_fault_in_graph` accepts it. Raises PipelineError if not."""
     import onnx
     import onnxruntime
 
     if path.stat().st_size > LARGEST_ONNX:
-        raise PipelineError(f"{path}: larger than {LARGEST_ONNX:,} bytes, which no ONNX file may be")
+        raise PipelineError(f"{path}: larger than {LARGEST_ONNX:,} bytes, the limit of ONNX files")
     model = onnx.load_model_from_string(path.read_bytes())
     if fault := _fault_in_graph(model, manifest):
         raise PipelineError(f"{path}: not opened: {fault}")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what is wrong is told once, by whoever calls
+    options.log_severity_level = 4  # the caller reports errors
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda pixels: np.asarray(session.run(["logits"], {"pixels": pixels})[0])
 
 
 def _fault_in_graph(model: Any, manifest: Manifest) -> str:
-    """Return what is wrong with an ONNX model, or nothing."""
+    """Return why an ONNX model is refused, or an empty string.
+
+    It must use standard operators without loops, branches or external data, map pixels to logits, and stay within the
+    limits for a batch of BATCH images.
+    """
     import onnx
 
     graph = model.graph
@@ -164,12 +172,12 @@ def _fault_in_graph(model: Any, manifest: Manifest) -> str:
     initial = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in initial]
     if [value.name for value in inputs] != ["pixels"] or [value.name for value in graph.output] != ["logits"]:
-        return "it does not take pixels alone and give logits alone"
+        return "it must have one input, pixels, and one output, logits"
     dimensions = inputs[0].type.tensor_type.shape.dim
     if len(dimensions) != 4 or dimensions[0].HasField("dim_value"):
-        return "its pixels are not (batch, channels, height, width), of any batch"
+        return "its pixels are not (batch, channels, height, width) with a dynamic batch size"
     if [dimension.dim_value for dimension in dimensions[1:]] != list(manifest.image_shape):
-        return f"its images are not {' x '.join(map(str, manifest.image_shape))}, as the manifest says"
+        return f"its images are not {' x '.join(map(str, manifest.image_shape))} as in the manifest"
     dimensions[0].dim_value = BATCH
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
     dimensions[0].dim_param = "batch"
@@ -179,7 +187,7 @@ def _fault_in_graph(model: Any, manifest: Manifest) -> str:
             shape = shapes.get(name)
             if shape is None:
                 if node.op_type in GROWING:
-                    return f"how large {node.op_type} makes {name!r:.60} cannot be told"
+                    return f"the size of {name!r:.60}, an output of {node.op_type}, is unknown"
                 continue
             limit = BATCH * LARGEST_VALUE_OF_IMAGE if shape[:1] == [BATCH] else LARGEST_VALUE
             if math.prod(shape) > limit:
@@ -188,7 +196,7 @@ def _fault_in_graph(model: Any, manifest: Manifest) -> str:
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
-    """Yield all tensors that a graph without graphs in it holds."""
+    """Yield all tensors of a graph that has no subgraphs."""
     attributes = [attribute for node in graph.node for attribute in node.attribute]
     sparse = [*graph.sparse_initializer, *(part for a in attributes for part in (a.sparse_tensor, *a.sparse_tensors))]
     yield from graph.initializer
@@ -199,7 +207,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def _shape(value: Any) -> list[int] | None:
-    """The dimensions of a value; None if one of them is not known."""
+    """Return the dimensions of a value; None if one of them is unknown."""
     tensor = value.type.tensor_type
     if not tensor.HasField("shape") or not all(dimension.HasField("dim_value") for dimension in tensor.shape.dim):
         return None

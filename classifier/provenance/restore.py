@@ -1,6 +1,6 @@
-"""The way back: parameters, dvc.lock and metrics as they are committed, and the outputs that belong to them.
+"""Restore the committed parameters, dvc.lock and metrics, and the outputs in that dvc.lock.
 
-Code, and data of one's own, are not touched.
+Code and the user's own data are not touched.
 """
 
 from pathlib import Path
@@ -8,55 +8,56 @@ from pathlib import Path
 from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.outputs import atomic
 from classifier.pipeline.paths import LOCK, METRICS, PARAMS
-from classifier.provenance.storage import Returned, exclusive, return_outputs
+from classifier.provenance.storage import Restored, lock_storage, restore_outputs
 from classifier.tracking.git import changes, commit_of, git, restore
 
 PATCH = "changes.patch"
 
 
 def restore_committed(aside: Path) -> list[str]:
-    """Bring the committed state back, and return what was done, as lines for a person.
+    """Restore the committed state; return lines of text on what was done.
 
-    aside: a folder for what would be lost by it: a patch of what was not committed, and outputs that no cache has.
-    Raises PipelineError if there is no commit, or if an output is to be had nowhere; all the others are back then.
+    aside: a folder for what would otherwise be lost: a patch of uncommitted changes, and outputs that no cache has.
+    Raises PipelineError if there is no commit, or, after restoring everything else, if an output is not available.
     """
     if not commit_of("HEAD"):
-        raise PipelineError("There is no commit here to go back to: `git commit` makes the first")
-    with exclusive() as storage:
+        raise PipelineError("There is no commit to restore: create one with `git commit`")
+    with lock_storage() as storage:
         names, patch = changes(str(PARAMS), str(LOCK), str(METRICS), takes=lambda _: False)
         if names:
             with atomic(aside / PATCH) as path:
                 path.write_bytes(patch)
             restore(names)
-        returned = return_outputs(storage, aside)
-    lines = _told(names, returned, aside)
-    if returned.missing:
-        asked = f" (the remote: {returned.remote_fault})" if returned.remote_fault not in ("", "none") else ""
+        restored = restore_outputs(storage, aside)
+    lines = _summary(names, restored, aside)
+    if restored.missing:
+        remote = f" (the remote: {restored.remote_fault})" if restored.remote_fault not in ("", "none") else ""
         raise PipelineError(
-            "\n".join(lines) + f"\n{', '.join(returned.missing)}: not restored, in no cache{asked}, and no run here "
-            "made them from this code, data and these parameters. `dvc repro` makes them."
+            "\n".join(lines) + f"\n{', '.join(restored.missing)}: not restored: no cache has them{remote}, and no run "
+            "here made them from this code, data and parameters. `dvc repro` rebuilds them."
         )
     return lines
 
 
-def _told(names: list[str], returned: Returned, aside: Path) -> list[str]:
+def _summary(names: list[str], restored: Restored, aside: Path) -> list[str]:
+    """Describe what was restored. names: of the files restored from Git."""
     branch = git("symbolic-ref", "--short", "--quiet", "HEAD")
-    if not branch:  # as where `dvc exp run` was killed
+    if not branch:  # for example after a killed `dvc exp run`
         tips = git("for-each-ref", "--points-at=HEAD", "--format=%(refname:short)", "refs/heads").splitlines()
-        branch = f"on no branch: `git switch {tips[0] if len(tips) == 1 else 'BRANCH'}` goes to yours"
+        branch = f"detached HEAD: `git switch {tips[0] if len(tips) == 1 else 'BRANCH'}` returns to your branch"
     lines = [f"Commit {git('rev-parse', '--short', 'HEAD')} ({branch}):"]
     if names:
         lines.append(f"restored from Git: {', '.join(names)}")
-        lines.append(f"  `git apply {aside / PATCH}` brings back what was not committed")
-    if returned.aside:
-        lines.append(f"moved to {aside}, since no cache has them: {', '.join(returned.aside)}")
-    if returned.as_locked:
-        lines.append(f"restored from DVC: {', '.join(returned.as_locked)}")
-    if returned.from_runs:
-        lines.append(f"restored from an earlier run here: {', '.join(returned.from_runs)}")
+        lines.append(f"  `git apply {aside / PATCH}` restores the uncommitted changes")
+    if restored.aside:
+        lines.append(f"moved to {aside}, because no cache has them: {', '.join(restored.aside)}")
+    if restored.as_locked:
+        lines.append(f"restored from DVC: {', '.join(restored.as_locked)}")
+    if restored.from_runs:
+        lines.append(f"restored from an earlier run here: {', '.join(restored.from_runs)}")
         if changes(str(LOCK), str(METRICS))[0]:
             lines.append(
-                f"  The commit has other results, or none: {LOCK} and {METRICS} differ from it now. To commit these:"
+                f"  {LOCK} and {METRICS} now differ from the commit, whose results are others. To commit them:"
             )
             lines.append(f"  `git add {LOCK} {METRICS} && git commit`")
     if len(lines) == 1:
@@ -65,5 +66,5 @@ def _told(names: list[str], returned: Returned, aside: Path) -> list[str]:
         name for name in changes()[0] if name not in (str(PARAMS), str(LOCK)) and METRICS not in Path(name).parents
     ]:
         more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
-        lines.append(f"not touched, and other than committed: {', '.join(kept[:3])}{more}")
+        lines.append(f"not touched, but different from the commit: {', '.join(kept[:3])}{more}")
     return lines

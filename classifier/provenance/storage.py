@@ -1,6 +1,6 @@
-"""What DVC's cache and remote hold, sending from one to the other, and bringing outputs back from them.
+"""DVC's cache and remote: look up outputs, restore them, and push results.
 
-This module and experiment_queue.py are the only ones that use DVC's Python interface.
+Only this module and experiment_queue.py use DVC's Python interface.
 """
 
 import json
@@ -26,7 +26,7 @@ YES, NO, IN_PART = "yes", "no", "in part"
 
 
 class Storage:
-    """The cache of this checkout and its default remote, if it has one, asked by md5."""
+    """Look up outputs by md5 in the cache of this checkout and in its default remote, if there is one."""
 
     def __init__(self) -> None:
         self._repo = open_repository()
@@ -41,30 +41,30 @@ class Storage:
 
     @cached_property
     def remote(self) -> Any | None:
-        """DVC's object store of the default remote, or None where none is set up."""
+        """DVC's object store of the default remote; None if there is none, or if it cannot be opened."""
         if not self._repo.config["core"].get("remote"):
             return None
         try:
             return self._repo.cloud.get_remote_odb(command="lineage")
-        except Exception as error:  # as where the package for this kind of remote is missing
-            self._remote_fault = f"cannot be asked: {_first_line(error)}"
+        except Exception as error:  # for example, the package for this type of remote is missing
+            self._remote_fault = f"not reachable: {_first_line(error)}"
             return None
 
     def in_cache(self, md5: str) -> str:
-        """Whether the cache holds an output: "yes", "no", or "in part" where files of a folder are missing."""
-        return self._held(self._repo.cache.local, md5)
+        """Return whether the cache has an output: "yes", "no", or "in part" if files of a folder are missing."""
+        return self._status(self._repo.cache.local, md5)
 
     def in_remote(self, md5: str) -> str:
-        """As `in_cache`, of the remote; "none" where there is no remote, else why it cannot be asked."""
+        """Return the same for the remote; "none" if there is no remote, or why it is not reachable."""
         if self.remote is None:
             return self._remote_fault
         try:
-            return self._held(self.remote, md5)
-        except Exception as error:  # whatever the client of this kind of remote raises
-            return f"cannot be asked: {_first_line(error)}"
+            return self._status(self.remote, md5)
+        except Exception as error:  # the type depends on the remote's client
+            return f"not reachable: {_first_line(error)}"
 
     def files(self, md5: str) -> dict[str, str] | None:
-        """The md5 of every file of a folder by its name in it, or None if neither cache nor remote has the list."""
+        """Return the md5 of each file of a folder by relative path; None if neither cache nor remote has the list."""
         if md5 not in self._trees:
             content = self.read(md5)
             self._trees[md5] = (
@@ -73,18 +73,19 @@ class Storage:
         return self._trees[md5]
 
     def read(self, md5: str) -> bytes | None:
-        """The content with this md5, from the cache or else the remote; None if neither has it."""
+        """Return the content with this md5, from the cache or the remote; None if neither has it."""
         for store in (self._repo.cache.local, self.remote):
             try:
                 if store is not None:
                     return bytes(store.fs.cat_file(store.oid_to_path(md5)))
-            except Exception:  # noqa: S112, a store that cannot be asked does not have it
+            except Exception:  # noqa: S112, try the next store if this one fails
                 continue
         return None
 
-    def _held(self, store: Any, md5: str) -> str:
+    def _status(self, store: Any, md5: str) -> str:
         if not store.exists(md5):
-            with suppress(FileNotFoundError):  # DVC's client of an HTTP server that is down says that it is not there
+            # `exists` returns False if an HTTP server is down; reading then raises the actual error
+            with suppress(FileNotFoundError):
                 store.fs.cat_file(store.oid_to_path(md5))
             return NO
         if md5.endswith(".dir"):
@@ -95,21 +96,21 @@ class Storage:
 
 
 def open_repository() -> Repo:
-    """Open the repository that this folder is in. Raises PipelineError where there is none of Git and DVC."""
+    """Open the repository of the current folder. Raises PipelineError if it is not a repository of Git and DVC."""
     try:
         return Repo()
     except (NotDvcRepoError, SCMError) as error:
         raise PipelineError(
-            f"{Path.cwd()}: no repository of Git and DVC ({_first_line(error)}); `git init`, or use a clone"
+            f"{Path.cwd()}: not a repository of Git and DVC ({_first_line(error)}); run `git init`, or use a clone"
         ) from None
 
 
-class Returned(NamedTuple):
-    """Outputs by what became of them.
+class Restored(NamedTuple):
+    """The result of `restore_outputs`, by paths of outputs.
 
-    as_locked: are as dvc.lock had them, from the cache or the remote; from_runs: as a run of the same code, data and
-    parameters made them, which dvc.lock has now; missing: nowhere to be had; aside: moved away, as no cache has them.
-    remote_fault: why the remote did not give all that it was asked for, or nothing.
+    as_locked: restored from the cache or the remote, as in dvc.lock. from_runs: restored from a run of the same code,
+    data and parameters; dvc.lock was updated. missing: not available. aside: moved away, because no cache has them.
+    remote_fault: why the remote did not provide all requested outputs, or an empty string.
     """
 
     as_locked: list[str]
@@ -120,45 +121,47 @@ class Returned(NamedTuple):
 
 
 @contextmanager
-def exclusive() -> Iterator[Storage]:
-    """The storage, and no other DVC command in this repository for as long as the block lasts.
+def lock_storage() -> Iterator[Storage]:
+    """Yield the storage while DVC's lock keeps other DVC commands out of this repository.
 
-    What DVC, killed, has left of its list of uses is removed. Raises PipelineError if a DVC command is at work.
+    A corrupt rwlock file, which a killed DVC can leave, is removed.
+    Raises PipelineError if a DVC command is running, or if DVC raises an error in the block.
     """
     with Storage() as storage:
         for name in ("dvc", "dvc_data"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # what is done is told by the caller
+            logging.getLogger(name).setLevel(logging.ERROR)  # the caller reports what is done
         try:
             with lock_repo(storage._repo):
-                if uses := _uses(Path(storage._repo.tmp_dir or "", "rwlock")):
-                    raise PipelineError(f"DVC runs a stage (process {uses[0]}): wait until it has ended")
+                if processes := _processes_of_stages(Path(storage._repo.tmp_dir or "", "rwlock")):
+                    raise PipelineError(f"DVC runs a stage (process {processes[0]}): wait until it has ended")
                 yield storage
         except LockError:
-            raise PipelineError("Another DVC command is at work here: wait until it has ended") from None
+            raise PipelineError("Another DVC command is running here: wait until it has ended") from None
         except DvcException as error:
             raise PipelineError(f"DVC: {_first_line(error)}") from None
 
 
-def _uses(file: Path) -> list[int]:
-    """The processes that run a stage, by DVC's list, which is removed if it is not whole."""
+def _processes_of_stages(rwlock: Path) -> list[int]:
+    """Return the running processes that hold DVC's rwlock; remove the file if it is corrupt."""
     try:
-        uses = json.loads(file.read_bytes() or b"{}")
+        holders = json.loads(rwlock.read_bytes() or b"{}")
     except FileNotFoundError:
         return []
     except ValueError:
-        file.unlink()
+        rwlock.unlink()
         return []
-    found = [use["pid"] for use in uses.get("write", {}).values()]
-    found += [use["pid"] for several in uses.get("read", {}).values() for use in several]
+    found = [holder["pid"] for holder in holders.get("write", {}).values()]
+    found += [holder["pid"] for several in holders.get("read", {}).values() for holder in several]
     return sorted({process for process in found if psutil.pid_exists(process)})
 
 
-def return_outputs(storage: Storage, aside: Path) -> Returned:
-    """Make the outputs of all stages those of dvc.lock, where they can be had; else those of a run that DVC remembers.
+def restore_outputs(storage: Storage, aside: Path) -> Restored:
+    """Restore the outputs of all stages as in dvc.lock; for those not available, use DVC's run cache.
 
-    For a stage whose entry in dvc.lock is up to date, `dvc repro` looks for the outputs of that entry alone: those of
-    another machine are in no cache here, so it trains again although the run cache has what this machine had made of
-    the same (DVC 3.67). storage: from `exclusive`. aside: a folder for outputs that would be lost.
+    `dvc repro` does not do this (DVC 3.67). If the entry of a stage in dvc.lock is up to date, it looks only for the
+    outputs in that entry. If these come from another machine and no cache here has them, it runs the stage again, even
+    if the run cache has the outputs of a run on this machine.
+    storage: from `lock_storage`. aside: a folder for outputs that would otherwise be lost.
     """
     repo = storage._repo
     stages = [stage for stage in plan_repro(repo.index.graph) if stage.cmd]
@@ -168,26 +171,26 @@ def return_outputs(storage: Storage, aside: Path) -> Returned:
         if out.exists and storage.in_cache(str(out.get_hash().value)) != YES:
             _move(Path(out.def_path), aside)
             moved.append(str(out))
-    # Data of the user's own that DVC has is brought back where it is gone, and else left as it is
+    # The user's own data tracked by DVC is restored if it is missing, and otherwise not touched
     wanted = [out for out in repo.index.outs if out.use_cache and out.hash_info and (out in cached or not out.exists)]
     remote_fault, changed = "", []
     if absent := [out.fs_path for out in wanted if storage.in_cache(out.hash_info.value) != YES]:
         remote_fault = _fetch(repo, storage, absent)
-    if wanted:  # without targets, DVC would remove what is not in dvc.lock
+    if wanted:  # without targets, `checkout` would remove files that are not in dvc.lock
         done = repo.checkout([out.fs_path for out in wanted], force=True, allow_missing=True)
         changed = [name.rstrip("/") for kind in ("added", "modified") for name in done[kind]]
 
     from_runs: list[str] = []
     missing: list[str] = []
     for stage in stages:
-        follows = any(dep.def_path in from_runs and dep.changed() for dep in stage.deps)
-        outs = [out.def_path for out in stage.outs if follows or out.workspace_status()]
-        if outs and _return_run(repo, stage):
+        is_outdated = any(dep.def_path in from_runs and dep.changed() for dep in stage.deps)
+        outs = [out.def_path for out in stage.outs if is_outdated or out.workspace_status()]
+        if outs and _restore_from_run_cache(repo, stage):
             from_runs += [out.def_path for out in stage.outs]
         else:
             missing += outs
     as_locked = sorted(name for name in changed if name not in (*from_runs, *missing))
-    return Returned(as_locked, from_runs, missing, moved, remote_fault)
+    return Restored(as_locked, from_runs, missing, moved, remote_fault)
 
 
 def _move(path: Path, folder: Path) -> None:
@@ -200,32 +203,33 @@ def _move(path: Path, folder: Path) -> None:
 
 
 def _fetch(repo: Repo, storage: Storage, targets: list[str]) -> str:
-    """Fetch outputs from the remote, if there is one, as far as it has them; why not all are there, if they are not."""
+    """Fetch outputs from the remote, if there is one; return why some are missing, or an empty string."""
     if storage.remote is None:
         return storage._remote_fault
     try:
         repo.fetch(targets)
-    except Exception as error:  # DVC's own, or whatever the client of this kind of remote raises
+    except Exception as error:  # DvcException, or an error of the remote's client
         return _first_line(error)
     return ""
 
 
-def _return_run(repo: Repo, stage: Any) -> bool:
-    """Check out what DVC's run cache has for a stage, as `dvc repro` does before it runs one; False if it has nothing.
+def _restore_from_run_cache(repo: Repo, stage: Any) -> bool:
+    """Restore the outputs of a stage from DVC's run cache, as `dvc repro` does; return False if it has no such run.
 
-    What dvc.lock says that the stage made comes first, if its dependencies are those that are here.
+    First look for the outputs that dvc.lock lists, if the dependencies are unchanged; then for any outputs of the
+    current dependencies.
     """
     runs = repo.stage_cache
-    for is_forgotten in (False, True):
+    for any_outputs in (False, True):
         try:
-            if is_forgotten:
+            if any_outputs:
                 for out in stage.outs:
                     out.hash_info = HashInfo()
                 stage.save_deps()
             elif not stage.deps_cached():
                 continue
             runs.restore(stage, dry=True)
-        except DvcException:  # the run cache has none, or a dependency is missing
+        except DvcException:  # no such run, or a dependency is missing
             continue
         stage.remove_outs()
         runs.restore(stage)
@@ -237,12 +241,12 @@ def _return_run(repo: Repo, stage: Any) -> bool:
 
 
 def push_results() -> int:
-    """Send the run cache to the default remote, and all that it speaks of and the cache has; return how many files.
+    """Push the run cache and all cached outputs that it refers to to the default remote; return the number of files.
 
-    `dvc push --run-cache` sends the outputs of the workspace alone, and of these not those that Git keeps, as metrics
-    are: without them no stage of another clone is restored (DVC 3.67). It also passes over records that it could not
-    send. Outputs that neither the cache nor the remote has, as after `dvc gc`, are told by DVC in a warning.
-    Raises PipelineError if something cannot be sent; what has been sent by then is not sent again.
+    `dvc push --run-cache` is not enough (DVC 3.67): it pushes only outputs in the workspace, without those in Git such
+    as metrics, and another clone cannot restore a stage without them. It also ignores records that fail to upload.
+    DVC warns of outputs that neither the cache nor the remote has, for example after `dvc gc`.
+    Raises PipelineError if an upload fails; the next call continues from there.
     """
     with open_repository() as repo:
         try:
@@ -257,15 +261,15 @@ def push_results() -> int:
                     raise DvcException(f"{len(result.failed)} files failed to upload")
             if missing := entries - _records_of_runs(repo):
                 raise DvcException(f"{len(missing)} records of the run cache failed to upload")
-        except Exception as error:  # DVC's own, or whatever the client of this kind of remote raises
+        except Exception as error:  # DvcException, or an error of the remote's client
             raise PipelineError(
-                f"The remote does not have everything: {_first_line(error)}\nRun it again; `dvc push -v` says more."
+                f"The push is incomplete: {_first_line(error)}\nRun it again; `dvc push -v` prints details."
             ) from None
     return sent
 
 
 def _records_of_runs(repo: Repo) -> set[str]:
-    """The run cache of the default remote: the path of each record in it."""
+    """Return the path of each record in the run cache of the default remote."""
     store = repo.cloud.get_remote_odb(hash_name="md5-dos2unix")
     runs = store.fs.join(store.path, "runs")
     found = store.fs.find(runs) if store.fs.exists(runs) else []

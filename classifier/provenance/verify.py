@@ -1,6 +1,6 @@
-"""Verify: are the outputs what this code makes of this data? Everything is made again in a clean clone and compared.
+"""Verify that the outputs can be rebuilt: run all stages in a clean clone and compare the outputs.
 
-The clone has an empty cache and none of the user's settings, so nothing is restored that was not made there.
+The clone has an empty cache and none of the user's settings, so DVC cannot restore outputs instead of rebuilding them.
 """
 
 import json
@@ -40,22 +40,22 @@ from classifier.tracking.git import changes, commit_of, git
 
 IDENTICAL, WITHIN, DRIFTED = "bit-identical", "within tolerance", "DRIFTED"
 
-# On another processor or with another number of threads, sums are rounded in another order. With the default recipe,
-# one thread instead of two, kernels without vector instructions (ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE) and
-# both at once moved losses by 2.7e-6 at most and no accuracy at all; an Intel Xeon (family 6, model 207) after an AMD
-# EPYC (family 26, model 2) losses by 1.3e-6 and one of 5,000 validation images. The bounds leave room for processors
-# not tried: forty times that for losses, and 20 of the 10,000 test images, which is a fifth of the 95 % interval's half
-# width. Of fewer images, ANSWERS may be others.
-LOSS_TOLERANCE, ACCURACY_TOLERANCE, ANSWERS = 1e-4, 0.002, 2
+# Other processors and other numbers of threads sum, and so round, in another order. Measured with the default recipe:
+# one thread instead of two, kernels without vector instructions (ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE), and
+# both, changed losses by at most 2.7e-6 and no accuracy. An Intel Xeon (family 6, model 207) instead of an AMD EPYC
+# (family 26, model 2) changed losses by 1.3e-6 and the prediction of one of 5,000 validation images. The tolerances
+# leave room for other processors: forty times the change of the losses, and 20 of the 10,000 test images, which is a
+# fifth of the half width of the 95 % interval. On small splits, PREDICTIONS predictions may differ.
+LOSS_TOLERANCE, ACCURACY_TOLERANCE, PREDICTIONS = 1e-4, 0.002, 2
 
 METRICS = (TRAIN_METRICS, TEST_METRICS)
-DRAWN = (str(PLOTS), str(EXPORT))  # by packages whose versions are not recorded
-LISTED = 3
+UNRECORDED = (str(PLOTS), str(EXPORT))  # written by packages whose versions ENVIRONMENT does not record
+LISTED = 3  # images in a message
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one output when it was made again."""
+    """The result of comparing one output with its rebuild: IDENTICAL, WITHIN or DRIFTED, and why."""
 
     path: str
     verdict: str
@@ -64,7 +64,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Verification:
-    """A verdict on each output, and by key the recorded environment and the one here where they differ."""
+    """A verdict on each output, and the recorded and current values of the environment's differing keys."""
 
     verdicts: list[Verdict]
     environment: dict[str, tuple[Any, Any]]
@@ -76,9 +76,9 @@ class Verification:
 
 @dataclass(frozen=True)
 class State:
-    """The outputs of one run of the pipeline: md5s by path, and the content of those that are compared by number.
+    """The outputs of a pipeline run: md5s by path, metrics by name, and the environment.
 
-    fewest: one image's answer moves no accuracy by more than 1 / fewest, but F1, in which it counts twice.
+    fewest: one prediction changes an accuracy by at most 1 / fewest, and F1 by at most twice as much.
     """
 
     md5s: dict[str, str]
@@ -88,50 +88,49 @@ class State:
 
     @classmethod
     def of(cls, folder: Path) -> "State":
-        """Read dvc.lock and metrics/ of a checkout, and annotations where they are.
+        """Read dvc.lock, metrics/ and, if they exist, the annotations of a checkout.
 
-        Raises PipelineError if one of them is missing or broken.
+        Raises PipelineError if dvc.lock or a file of metrics/ is missing or damaged.
         """
         md5s = md5s_in(_lock(folder))
         metrics = {f"{path.stem} {key}": number for path in METRICS for key, number in _numbers(folder / path).items()}
         match _json(folder / ENVIRONMENT):
             case [{"threads": int()} as environment]:
                 return cls(md5s, metrics, environment, _fewest_images(folder / ANNOTATIONS))
-        raise PipelineError(f"{ENVIRONMENT}: not a list of one record; `dvc repro` makes it anew")
+        raise PipelineError(f"{ENVIRONMENT}: not a list of one record; `dvc repro` writes it again")
 
 
 def verify(revision: str | None = None) -> Verification:
-    """Make every output of a revision again, in a clean clone with an empty cache, and compare.
+    """Rebuild every output of a revision in a clean clone with an empty cache, and compare.
 
-    Without a revision it is this checkout that is verified: its code and parameters as they are, changes that are not
-    committed included, and the files of its outputs as far as they are there. The rebuild uses the packages of this
-    Python, and as many threads as the recorded environment. Raises PipelineError if there is nothing to compare with,
-    or if the rebuild fails.
+    Without a revision, verify this checkout: its code and parameters with uncommitted changes, and the files of its
+    outputs that exist. The rebuild uses the packages of this Python and the recorded number of threads.
+    Raises PipelineError if there is nothing to compare with, or if the rebuild fails.
     """
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         clone = _make_clone(Path(folder), revision)
         recorded = State.of(clone)
-        broken = _not_as_locked(recorded.md5s, clone if revision else Path())
-        made_by_other = stale(_lock(clone), _parameters(clone), lambda path: md5_here(clone / path))
+        changed = _changed_outputs(recorded.md5s, clone if revision else Path())
+        outdated = stale(_lock(clone), _parameters(clone), lambda path: md5_here(clone / path))
         _rebuild(clone, Path(folder), recorded.environment["threads"])
         rebuilt = State.of(clone)
         verdicts = compare(recorded, rebuilt)
-        for path in broken:
-            reason = "the file is not the one that dvc.lock names" + _changed_images(Path(path), clone / path)
+        for path in changed:
+            reason = f"the file here differs from {LOCK}" + _changed_images(Path(path), clone / path)
             verdicts[path] = Verdict(path, DRIFTED, reason)
-    if made_by_other:
-        verdicts[str(LOCK)] = Verdict(str(LOCK), DRIFTED, f"was made with other content of {', '.join(made_by_other)}")
+    if outdated:
+        verdicts[str(LOCK)] = Verdict(str(LOCK), DRIFTED, f"changed since it was written: {', '.join(outdated)}")
     keys = recorded.environment | rebuilt.environment
     both = {key: (recorded.environment.get(key), rebuilt.environment.get(key)) for key in keys}
     return Verification(list(verdicts.values()), {key: pair for key, pair in both.items() if pair[0] != pair[1]})
 
 
 def compare(recorded: State, rebuilt: State) -> dict[str, Verdict]:
-    """A verdict on every output, by path.
+    """Return a verdict on every output, by path.
 
-    Data must be the same bytes. What is learnt may have other bytes in another environment; the metrics say whether it
-    is as good: losses within LOSS_TOLERANCE, accuracies within ACCURACY_TOLERANCE, or what ANSWERS make of few images,
-    the kept epoch the same. In the same environment it must be the same bytes.
+    Data must be bit-identical. In the same environment, so must all other outputs except UNRECORDED. In another
+    environment their bytes may differ if all metrics are within tolerance: losses within LOSS_TOLERANCE, accuracies
+    within ACCURACY_TOLERANCE or PREDICTIONS predictions, whichever is more, and the same best epoch.
     """
     same = recorded.environment == rebuilt.environment
     moved = {
@@ -148,19 +147,19 @@ def compare(recorded: State, rebuilt: State) -> dict[str, Verdict]:
         if before == after:
             verdict = Verdict(path, IDENTICAL)
         elif before is None or after is None:
-            verdict = Verdict(path, DRIFTED, "not in dvc.lock" if before is None else "not made any more")
+            verdict = Verdict(path, DRIFTED, "not in dvc.lock" if before is None else "not rebuilt")
         elif Path(path) == ENVIRONMENT:
             verdict = Verdict(path, WITHIN, "another environment")
         elif path.startswith("data/"):
-            verdict = Verdict(path, DRIFTED, "other data")
+            verdict = Verdict(path, DRIFTED, "different data")
         elif of_this:
             worst = max(of_this, key=lambda key: moved[key] / (allowed[key] or 1e-9))
             reason = f"{worst} by {moved[worst]:.2g}, {allowed[worst]:.2g} allowed"
             verdict = Verdict(path, DRIFTED if beyond.intersection(of_this) else WITHIN, reason)
-        elif same and path not in DRAWN:
-            verdict = Verdict(path, DRIFTED, "other bytes in the same environment")
+        elif same and path not in UNRECORDED:
+            verdict = Verdict(path, DRIFTED, "different bytes in the same environment")
         else:
-            verdict = Verdict(path, DRIFTED if beyond else WITHIN, "other bytes, judged by the metrics")
+            verdict = Verdict(path, DRIFTED if beyond else WITHIN, "different bytes, judged by the metrics")
         verdicts[path] = verdict
     return verdicts
 
@@ -168,13 +167,14 @@ def compare(recorded: State, rebuilt: State) -> dict[str, Verdict]:
 def _tolerance(key: str, fewest: float) -> float:
     if key.endswith("epoch"):
         return 0
-    return LOSS_TOLERANCE if "loss" in key else max(ACCURACY_TOLERANCE, ANSWERS / fewest)
+    return LOSS_TOLERANCE if "loss" in key else max(ACCURACY_TOLERANCE, PREDICTIONS / fewest)
 
 
 def _fewest_images(annotations: Path) -> float:
-    """The images of validation or of test, or the classes times the test images of the smallest, whichever is least.
+    """Return the number n such that one prediction changes an accuracy by at most 1 / n; infinity without annotations.
 
-    So many count the same in an accuracy that is a mean over classes. Infinite if no annotations are there.
+    That is the smallest of the number of validation images, the number of test images, and the number of classes times
+    the test images of the smallest class: the last applies to accuracies that are means over classes.
     """
     if not annotations.exists():
         return math.inf
@@ -185,18 +185,18 @@ def _fewest_images(annotations: Path) -> float:
 
 
 def _make_clone(folder: Path, revision: str | None) -> Path:
-    """Clone the revision, or HEAD with the changes that are not committed, to some place in a folder.
+    """Clone the revision, or HEAD with the uncommitted changes, into a folder.
 
-    Returns the folder in the clone that is this one.
+    Return the folder in the clone that corresponds to the current one.
     """
     commit = commit_of(revision or "HEAD")
     if commit is None:
         raise PipelineError(f"{revision}: no such commit" if revision else "there is no commit here to verify")
-    clone = folder.joinpath(*"12345678", "clone")  # so deep that `..` in params.yaml does not lead out of the folder
+    clone = folder.joinpath(*"12345678", "clone")  # nested, so that `..` in params.yaml does not lead out of `folder`
     project = clone / git("rev-parse", "--show-prefix")
     env = _clean_environment(folder)
-    # A repository of its own that borrows the objects of this one, and so has commits that no branch holds, as those of
-    # DVC's experiments. `git clone` would not give them of a shallow clone, and takes hooks from the user's templates.
+    # The clone shares the objects of this repository, and so has commits that are on no branch, such as those of DVC's
+    # experiments. `git clone` of a shallow clone would omit them, and it installs hooks from the user's templates.
     _git("init", "--quiet", "--template=", str(clone), env=env)
     (clone / ".git/info").mkdir(exist_ok=True)
     (clone / ".git/objects/info/alternates").write_text(
@@ -212,10 +212,10 @@ def _make_clone(folder: Path, revision: str | None) -> Path:
 
 
 def _clean_environment(folder: Path) -> dict[str, str]:
-    """The environment without variables such as GIT_DIR, which a hook has, and without the user's settings of Git.
+    """Return the environment without variables such as GIT_DIR, which hooks set, and without the user's Git settings.
 
-    As with `core.autocrlf`, files would have other bytes, or with a filter or a hook, anything. The settings used
-    instead lie in `folder`; they allow a repository that belongs to another user, which Git was asked about by now.
+    Settings such as `core.autocrlf`, filters and hooks would change the bytes of files. The replacement settings are
+    written to `folder`. They allow a repository of another user: Git has already accepted the repository by now.
     """
     settings = folder / "gitconfig"
     settings.write_text(
@@ -226,9 +226,9 @@ def _clean_environment(folder: Path) -> dict[str, str]:
 
 
 def _link_own_files(project: Path, folder: Path) -> None:
-    """Give the clone what params.yaml names and Git does not have, your own images and weights, by links to them.
+    """Link files that params.yaml names and Git does not have, the user's own images and weights, into the clone.
 
-    Nothing outside of `folder` is touched.
+    Nothing outside `folder` is changed. Raises PipelineError if a link would be outside.
     """
     params = _parameters(project)
     for key in ("data_path", "weights"):
@@ -237,10 +237,10 @@ def _link_own_files(project: Path, folder: Path) -> None:
             continue
         link = Path(os.path.normpath(project / path))
         if folder not in link.parents:
-            raise PipelineError(f"{PARAMS}: {key}: {path} leads too far out of the repository; give it from / on")
+            raise PipelineError(f"{PARAMS}: {key}: {path} leads too far out of the repository; use an absolute path")
         if link.exists() and hash_path(link) == hash_path(path):
             continue
-        if link.is_dir():  # data/own, of which Git has the page that explains it
+        if link.is_dir():  # data/own, which has a README in Git
             shutil.rmtree(link)
         link.unlink(missing_ok=True)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -248,53 +248,53 @@ def _link_own_files(project: Path, folder: Path) -> None:
 
 
 def _parameters(project: Path) -> dict[str, Any]:
-    """What params.yaml of a checkout holds, unchecked. Raises PipelineError if it is not a mapping in YAML."""
+    """Read params.yaml of a checkout without checking it. Raises PipelineError if it is not a mapping in YAML."""
     try:
         return dict(read_yaml(_content(project / PARAMS) or b"") or {})
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise PipelineError(f"{PARAMS}: not parameters in YAML: {' '.join(str(error).split())}; mend it") from None
+        raise PipelineError(f"{PARAMS}: not parameters in YAML: {' '.join(str(error).split())}; correct it") from None
 
 
 def _git(*arguments: str, env: dict[str, str], given: bytes = b"") -> None:
-    """Run git. Raises PipelineError with what it says if it fails."""
+    """Run git. Raises PipelineError with its error output if it fails."""
     done = subprocess.run(["git", *arguments], input=given, env=env, capture_output=True)
     if done.returncode != 0:
-        raise PipelineError(f"the clone cannot be made: {done.stderr.decode(errors='replace').strip()}")
+        raise PipelineError(f"cannot create the clone: {done.stderr.decode(errors='replace').strip()}")
 
 
 def _without(*prefixes: str) -> dict[str, str]:
-    """The environment without variables that begin like this."""
+    """Return the environment without variables with these prefixes."""
     return {key: value for key, value in os.environ.items() if not key.startswith(prefixes)}
 
 
 def _rebuild(clone: Path, folder: Path, threads: int) -> None:
-    """Run all stages in the clone; what they print goes to standard error, as progress. Settings lie in `folder`."""
+    """Run all stages in the clone, with their output on standard error. folder: for DVC's and Git's settings."""
     env = _clean_environment(folder)
     env = {k: value for k, value in env.items() if not k.startswith(("DVC_", "MLFLOW_", "PYTHONPATH", "CLASSIFIER_"))}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env["CLASSIFIER_THREADS"] = str(threads)
     for kind in ("DVC_GLOBAL_CONFIG_DIR", "DVC_SYSTEM_CONFIG_DIR", "DVC_SITE_CACHE_DIR"):
         env[kind] = str(folder / kind.lower())
-    # Wherever the committed configuration says that the cache is
+    # This overrides the cache folder of the committed configuration
     (clone / ".dvc/config.local").write_text(f"[cache]\n    dir = {folder / 'cache'}\n")
     command = [sys.executable, "-m", "dvc", "repro", "--force"]
     with subprocess.Popen(command, cwd=clone, env=env, stdout=sys.stderr, start_new_session=True) as process:
         try:
             failed = process.wait() != 0
         except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)  # DVC, and the stage that it runs
+            os.killpg(process.pid, signal.SIGTERM)  # DVC and the stage that it runs
             raise
     if failed:
-        raise PipelineError("the rebuild failed: the lines above say in which stage, and why")
+        raise PipelineError("the rebuild failed: see the lines above for the stage and the reason")
 
 
-def _not_as_locked(md5s: dict[str, str], folder: Path) -> list[str]:
-    """The outputs that are in a folder with another content than dvc.lock says."""
+def _changed_outputs(md5s: dict[str, str], folder: Path) -> list[str]:
+    """Return the outputs in a folder whose content differs from dvc.lock."""
     return [path for path, md5 in md5s.items() if (folder / path).exists() and hash_path(folder / path) != md5]
 
 
 def _changed_images(here: Path, rebuilt: Path) -> str:
-    """Which rows of the image arrays differ from the rebuilt ones, for the reason of the verdict."""
+    """Name the rows that differ from the rebuilt ones, as the end of a reason; empty if `here` is not IMAGES."""
     if here != IMAGES or not here.exists():
         return ""
     try:
@@ -308,7 +308,9 @@ def _changed_images(here: Path, rebuilt: Path) -> str:
 def _lock(folder: Path) -> dict[str, Any]:
     if lock := read_lock(folder / LOCK):
         return lock
-    raise PipelineError(f"{LOCK}: missing or empty, so there is nothing to compare with; `dvc repro`, then commit it")
+    raise PipelineError(
+        f"{LOCK}: missing or empty, so there is nothing to compare with; run `dvc repro`, then commit it"
+    )
 
 
 def _content(path: Path) -> bytes | None:
@@ -319,7 +321,7 @@ def _json(path: Path) -> Any:
     content = _content(path)
     name = "/".join(path.parts[-2:])
     if content is None:
-        raise PipelineError(f"{name}: missing, so there is nothing to compare with; `dvc repro`, then commit it")
+        raise PipelineError(f"{name}: missing, so there is nothing to compare with; run `dvc repro`, then commit it")
     try:
         return json.loads(content)
     except ValueError as error:
@@ -327,7 +329,7 @@ def _json(path: Path) -> Any:
 
 
 def _numbers(path: Path) -> dict[str, float]:
-    """The numbers of a metrics file by key, those of a list by key and place."""
+    """Return the numbers in a metrics file by key; numbers in a list by key and position."""
     try:
         return {
             f"{key}{f'[{place}]' if isinstance(value, list) else ''}": float(number)
@@ -335,4 +337,5 @@ def _numbers(path: Path) -> dict[str, float]:
             for place, number in enumerate(value if isinstance(value, list) else [value])
         }
     except (AttributeError, TypeError, ValueError):
-        raise PipelineError(f"{path.parent.name}/{path.name}: not numbers by name; `dvc repro` makes it anew") from None
+        name = f"{path.parent.name}/{path.name}"
+        raise PipelineError(f"{name}: not numbers by name; `dvc repro` writes it again") from None

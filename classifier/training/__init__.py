@@ -1,1 +1,1 @@
-"""The training loop, its state, checkpoints, optimisers, pretrained weights, and inference."""
+"""The training step, its state, checkpoints, optimisers, pretrained weights and inference."""

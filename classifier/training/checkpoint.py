@@ -1,7 +1,8 @@
-"""Checkpoints of a training that has not ended: what a killed one goes on from, to the same bytes.
+"""Checkpoints of an unfinished training: a killed run resumes from the last one and gives the same bytes.
 
-They are in .checkpoints/ of the main checkout, a folder for each training, known by all that decides its result: other
-data, code, parameters or machines never go on from them. They go when the training has written its outputs.
+They are in .checkpoints/ of the main checkout. Each training has a folder named after the hash of its fingerprint: all
+data, code, parameters and machine properties that decide its result. A training with another fingerprint never resumes
+from it. The folder is deleted once the training has written its outputs.
 """
 
 import hashlib
@@ -32,19 +33,19 @@ from classifier.training.state import TrainState
 
 FOLDER = ".checkpoints"
 RECORD = "training.json"
-CHECKPOINT_SECONDS = 60  # between two at most, however long the updates between them take
-LONGEST_STEP = 3  # seconds that a signal waits for the next place to stop at
-KEPT = 2  # of a training: the last, and the one before in case the last is damaged
-KEPT_TRAININGS = 8  # that were given up
-DIGEST_BYTES = 32  # SHA-256, before the content
-# A training that is being ended takes up to five seconds, and its decoding processes as long to notice.
+CHECKPOINT_SECONDS = 60  # a checkpoint is due after this time, even if fewer than `every` batches are done
+SIGNAL_SECONDS = 3  # the longest that a signal waits for the end of an update
+KEPT_CHECKPOINTS = 2  # for each training: the last one, and the one before in case the last is damaged
+KEPT_TRAININGS = 8  # folders in .checkpoints/; the oldest unlocked ones beyond that are removed
+DIGEST_BYTES = 32  # SHA-256, stored before the content
+# An interrupted training takes up to five seconds to end, and its decoding processes as long to notice.
 PATIENCE_SECONDS = 12
 
 
 def stage_fingerprint(
     pipeline: Path, stage: str, md5s: Mapping[str, str], values: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return all that decides a stage's result, by name: its deps and params in dvc.yaml, and the environment.
+    """Return everything that decides a stage's result, by name: its deps and params in dvc.yaml, the environment.
 
     pipeline: dvc.yaml. md5s: of the outputs of earlier stages, by path; other deps are hashed. values: all parameters.
     """
@@ -58,22 +59,25 @@ def stage_fingerprint(
 
 @contextmanager
 def checkpoints(fingerprint: Mapping[str, Any]) -> Iterator["Checkpoints"]:
-    """The checkpoints of the training with this fingerprint, for this process alone; they go if the block succeeds.
+    """Lock the checkpoints of the training with this fingerprint; delete them if the block succeeds.
 
-    If a process has them already, it is waited for as long as one takes to end; then there is a second set.
+    If another process holds the lock, wait up to PATIENCE_SECONDS for it to end, then use a second, empty folder.
     """
     home = repository_root() / FOLDER
     home.mkdir(exist_ok=True)
-    told, give_up = False, time.monotonic() + PATIENCE_SECONDS
-    while not (claimed := _claim(home, fingerprint, time.monotonic() > give_up)):
-        if not told:
-            print("The same training is under way in another process: waiting a moment for that to end", flush=True)
-            told = True
+    is_announced, deadline = False, time.monotonic() + PATIENCE_SECONDS
+    while not (claimed := _claim(home, fingerprint, may_add=time.monotonic() > deadline)):
+        if not is_announced:
+            print(
+                f"Another process runs the same training: waiting up to {PATIENCE_SECONDS} seconds for it to end",
+                flush=True,
+            )
+            is_announced = True
         time.sleep(0.2)
     folder, lock = claimed
     try:
         yield Checkpoints(folder)
-        with suppress(OSError), FileLock(home / ".lock"):  # it may be gone already
+        with suppress(OSError), FileLock(home / ".lock"):  # the user may have deleted the folder
             shutil.rmtree(folder, ignore_errors=True)
             Path(lock.lock_file).unlink(missing_ok=True)
     finally:
@@ -84,44 +88,44 @@ def checkpoints(fingerprint: Mapping[str, Any]) -> Iterator["Checkpoints"]:
 def resume(
     state: TrainState, group: Group, saved: "Checkpoints", *, every: int, last: int
 ) -> Iterator[Callable[[], None]]:
-    """Resume this training where it was killed, if it was; give a function to call after each update.
+    """Load the last checkpoint into `state`, if there is one; yield a function to call after each update.
 
-    It saves a checkpoint after batches `every`, twice `every` and so on of an epoch and after its `last`, and when
-    CHECKPOINT_SECONDS have passed; and one when a signal has arrived, which then ends the block.
+    The function saves a checkpoint after every `every` batches of an epoch, after batch number `last`, and when
+    CHECKPOINT_SECONDS have passed since the last one. If a signal has arrived, it saves one and raises Interrupted.
     """
     content = group.from_first(saved.load)
     if content:
         state.load_state_dict(content | {"random": content["random"][group.rank]})
-        print(f"Going on in epoch {state.epoch + 1} after batch {state.batch}", flush=True)
-    elif other := saved.given_up():
-        print(f"Starting anew, not from the checkpoint of a training that was given up: {other}", flush=True)
+        print(f"Resuming epoch {state.epoch + 1} after batch {state.batch}", flush=True)
+    elif difference := saved.difference_from_abandoned():
+        print(f"Starting from scratch; the checkpoint of an abandoned training does not fit: {difference}", flush=True)
 
-    with defer_signals(LONGEST_STEP) as held:
+    with defer_signals(SIGNAL_SECONDS) as pending:
 
         def after_update() -> None:
             is_due = state.batch % every == 0 or state.batch == last
             is_late = time.monotonic() - saved.last > CHECKPOINT_SECONDS
-            if group.any(is_due or is_late or held.number is not None):
+            if group.any(is_due or is_late or pending.number is not None):
                 content = state.state_dict()
-                content["random"] = group.gather(content["random"])  # each draws its own numbers, as for dropout
+                content["random"] = group.gather(content["random"])  # each process draws its own, as for dropout
                 saved.save(state.epoch, state.batch, content)
-                held.release()
+                pending.release()
 
         yield after_update
 
 
-def _claim(home: Path, fingerprint: Mapping[str, Any], another: bool) -> tuple[Path, FileLock] | None:
-    """Lock one of a training's folders; if all are taken, make another if that is asked for."""
+def _claim(home: Path, fingerprint: Mapping[str, Any], may_add: bool) -> tuple[Path, FileLock] | None:
+    """Lock one of a training's folders, adding one if `may_add`; return None if all are locked."""
     key = hash_bytes(json.dumps(fingerprint, sort_keys=True).encode())
     with FileLock(home / ".lock"):
         folders = sorted(home.glob(f"{key}-*/")) or [home / f"{key}-1"]
-        if another:
+        if may_add:
             folders.append(next(path for n in range(1, 1000) if not (path := home / f"{key}-{n}").exists()))
         for folder in folders:
             if lock := _lock(folder):
                 folder.mkdir(exist_ok=True)
                 _ensure_record(folder, fingerprint)
-                _give_up_old(home)
+                _remove_old(home)
                 return folder, lock
     return None
 
@@ -129,9 +133,9 @@ def _claim(home: Path, fingerprint: Mapping[str, Any], another: bool) -> tuple[P
 def _ensure_record(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     """Write the folder's training.json if it is missing or damaged."""
     record = folder / RECORD
-    if not _read(record):
+    if not _read_record(record):
         if any(folder.iterdir()):
-            print(f"{record}: damaged; the training goes on all the same, in another run of MLflow", file=sys.stderr)
+            print(f"{record}: damaged, written again; the training continues in a new MLflow run", file=sys.stderr)
         _write_record(record, uuid4().hex, time.time(), fingerprint)
 
 
@@ -141,7 +145,7 @@ def _write_record(record: Path, name: str, started: float, fingerprint: Mapping[
 
 
 def _write_durably(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file, atomically, and wait until it is on the disk."""
+    """Write a file atomically, and return once it is on the disk."""
     with atomic(path) as temporary, temporary.open("wb") as file:
         file.writelines(parts)
         file.flush()
@@ -149,6 +153,7 @@ def _write_durably(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def _lock(folder: Path) -> FileLock | None:
+    """Lock a training's folder; return None if another process holds it."""
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -157,18 +162,18 @@ def _lock(folder: Path) -> FileLock | None:
     return lock
 
 
-def _give_up_old(home: Path) -> None:
-    """Remove the oldest of the trainings that nobody works on, all but KEPT_TRAININGS."""
+def _remove_old(home: Path) -> None:
+    """Remove the unlocked folders among all but the KEPT_TRAININGS most recent ones."""
     for folder in sorted(home.glob("*/"), key=lambda folder: -folder.stat().st_mtime)[KEPT_TRAININGS:]:
         if lock := _lock(folder):
-            print(f"removed the checkpoints of a training that was given up: {folder}")
+            print(f"Removed the checkpoints of an abandoned training: {folder}")
             shutil.rmtree(folder)
             Path(lock.lock_file).unlink()
             lock.release()
 
 
-def _read(record: Path) -> dict[str, Any]:
-    """What a folder says of its training; nothing if that is missing or damaged."""
+def _read_record(record: Path) -> dict[str, Any]:
+    """Read a training.json; return an empty dict if it is missing or damaged."""
     try:
         content = json.loads(record.read_bytes())
     except (OSError, ValueError):
@@ -176,14 +181,14 @@ def _read(record: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and {"name", "started", "fingerprint"} <= content.keys() else {}
 
 
-def _unpacked(packed: bytes) -> dict[str, Any] | None:
-    """What a checkpoint holds; None if that is not what was saved, or is code."""
+def _unpack(packed: bytes) -> dict[str, Any] | None:
+    """Return the content of a checkpoint file; None if the digest does not match or unpickling would run code."""
     digest, content = packed[:DIGEST_BYTES], packed[DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
         return None
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except Exception:  # of many kinds; their text is the advice to load the file as code
+    except Exception:  # torch raises several types, and advises to load the file as code
         return None
 
 
@@ -192,18 +197,18 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        record = _read(folder / RECORD)
-        self.name: str = record["name"]  # of the training, which it keeps when it goes on
+        record = _read_record(folder / RECORD)
+        self.name: str = record["name"]  # of the training; a resumed one keeps it
         self.started: float = record["started"]  # seconds since 1970
         self.fingerprint: dict[str, Any] = record["fingerprint"]
-        self.last = time.monotonic()  # when the last one was saved, or none yet
+        self.last = time.monotonic()  # of the last save; at first, of the start
         self._is_warned = False
 
     def save(self, epoch: int, batch: int, content: dict[str, Any]) -> None:
-        """Write a checkpoint to disk, and then remove all but the last KEPT.
+        """Write a checkpoint to the disk, then remove all but the last KEPT_CHECKPOINTS.
 
-        If its folder was removed, it is made again. Raises OSError if there is no room or no access; where another
-        error prevents it, as a file in place of the folder, the training goes on without, with a warning.
+        Create the folder again if it was deleted. Raises OSError if the disk is full or access is denied. Warn once on
+        any other OSError, such as a file in place of the folder: the training continues without checkpoints.
         """
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -217,26 +222,26 @@ class Checkpoints:
             if disk_fault(error):
                 raise
             if not self._is_warned:
-                print(f"{path}: not written, so a killed training would not go on from here: {error}", file=sys.stderr)
+                print(f"{path}: not written, so a killed training cannot resume from here: {error}", file=sys.stderr)
             self._is_warned = True
-        for old in self._files()[:-KEPT]:
+        for old in self._files()[:-KEPT_CHECKPOINTS]:
             old.unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
-        """The last checkpoint that is whole, with its tensors on the CPU; None if there is none."""
+        """Return the last undamaged checkpoint, its tensors on the CPU; None if there is none. Remove damaged ones."""
         for path in reversed(self._files()):
-            if content := _unpacked(path.read_bytes()):
+            if content := _unpack(path.read_bytes()):
                 return content
-            print(f"{path}: damaged, so it is passed over for the checkpoint before it, if any", file=sys.stderr)
+            print(f"{path}: damaged checkpoint, removed; the one before it is used, if any", file=sys.stderr)
             path.unlink()
         return None
 
-    def given_up(self) -> str | None:
-        """How the most recent abandoned training differs from this one; None if there is none."""
+    def difference_from_abandoned(self) -> str | None:
+        """Describe how the most recent abandoned training differs from this one; return None if there is none."""
         home = self.folder.parent
         with FileLock(home / ".lock"):
             for folder in sorted(home.glob("*/"), key=lambda folder: -folder.stat().st_mtime):
-                theirs = _read(folder / RECORD).get("fingerprint")
+                theirs = _read_record(folder / RECORD).get("fingerprint")
                 if folder != self.folder and theirs and (lock := _lock(folder)):
                     lock.release()
                     keys = [
@@ -250,7 +255,7 @@ class Checkpoints:
 
 
 class NoCheckpoints(Checkpoints):
-    """Saves nothing: of several processes, the first alone has checkpoints."""
+    """Save nothing. Of several processes, only the first has checkpoints."""
 
     def __init__(self) -> None:
         self.name, self.started, self.last = "", 0.0, math.inf
@@ -261,5 +266,5 @@ class NoCheckpoints(Checkpoints):
     def load(self) -> None:
         pass
 
-    def given_up(self) -> None:
+    def difference_from_abandoned(self) -> None:
         pass

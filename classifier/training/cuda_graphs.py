@@ -1,8 +1,8 @@
-"""A training step as a CUDA graph: hundreds of small kernels that the device starts by itself.
+"""A training step as a CUDA graph: hundreds of small kernels launched with one call.
 
-Python starts a kernel in some ten microseconds, and the kernels of a small network take less: the device would wait for
-Python. A graph is recorded once and replayed with one call. Source: PyTorch's notes "CUDA semantics", section "CUDA
-Graphs".
+Python needs about ten microseconds to launch a kernel, and the kernels of a small network take less than that, so the
+device would wait for Python. A graph is recorded once, then replayed with one call. Source: PyTorch's notes "CUDA
+semantics", section "CUDA Graphs".
 """
 
 from collections.abc import Callable
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from classifier.pipeline.errors import PipelineError
 
-WARM_UP = 3  # steps before the recording, in which libraries choose their kernels and take their workspaces
+WARM_UP = 3  # steps before the recording, in which libraries choose kernels and allocate workspaces
 
-# Pixels and targets of a batch to figures of the step; it also leaves gradients at the network's parameters
+# Takes pixels and targets of a batch, returns scalars such as the loss, and sets `grad` of the network's parameters
 Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class GraphedStep:
-    """A step for batches of one shape, recorded after WARM_UP of them; batches of another shape run as they are.
+    """A training step that is recorded after WARM_UP batches and then replayed.
 
-    It computes what the step itself does, to the same bits, if that calls the same kernels for every batch: a network
-    whose `forward` decides in Python, by chance or by a tensor's value, cannot be recorded.
+    Only batches with the shape of the first one are replayed; others run without a graph. The results are bit-identical
+    to those of the step if it launches the same kernels for every batch. A network whose `forward` branches in Python
+    on random numbers or on the value of a tensor cannot be recorded.
     """
 
     def __init__(self, step: Step, network: nn.Module, device: torch.device) -> None:
@@ -38,26 +39,26 @@ class GraphedStep:
         self.gradients: list[Tensor | None] = []
 
     def __call__(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Figures of the step. Raises PipelineError if it cannot be recorded."""
+        """Run the step and return its scalars. Raises PipelineError if it cannot be recorded."""
         if self.inputs is None:
             self.inputs = torch.empty_like(pixels), torch.empty_like(targets)
         if (pixels.shape, targets.shape) != tuple(tensor.shape for tensor in self.inputs):
             return self.step(pixels, targets)
         with torch.cuda.device(self.device):
-            for ours, given in zip(self.inputs, (pixels, targets), strict=True):
-                ours.copy_(given)
+            for static, given in zip(self.inputs, (pixels, targets), strict=True):
+                static.copy_(given)
             if self.warm_up_left:
                 return self._warm_up(*self.inputs)
             if self.graph is None:
                 self._record(*self.inputs)
             self.graph.replay()
-            figures = tuple(figure.clone() for figure in self.figures)  # the next replay writes to the same memory
+            figures = tuple(figure.clone() for figure in self.figures)  # the next replay overwrites them
         for weights, gradient in zip(self.parameters, self.gradients, strict=True):
             weights.grad = gradient
         return figures
 
     def _warm_up(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """The step itself, on the stream that records it later."""
+        """Run the step without a graph, on the stream that is recorded later."""
         self.warm_up_left -= 1
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
@@ -68,10 +69,10 @@ class GraphedStep:
 
     def _record(self, pixels: Tensor, targets: Tensor) -> None:
         for weights in self.parameters:
-            weights.grad = None  # so that the recorded backward makes gradients instead of adding to them
+            weights.grad = None  # so that the recorded backward writes gradients instead of accumulating them
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads go on meanwhile, such as a DataLoader's that locks the pages of the next batch
+            # Other threads may call CUDA meanwhile, such as the DataLoader thread that pins memory
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.figures = self.step(pixels, targets)
         except torch.OutOfMemoryError:

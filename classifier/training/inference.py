@@ -1,4 +1,4 @@
-"""What a trained network says of images: its weights, its logits, its scores, and which pixels count."""
+"""Inference: load and save weights, compute logits, scores and saliency."""
 
 import io
 import math
@@ -24,7 +24,7 @@ from classifier.progress import progress
 def trained_network(
     weights: Path, name: str, image_shape: tuple[int, int, int], classes: int, device: torch.device, *, test_flip: bool
 ) -> nn.Module:
-    """Return a network with the weights that the train stage wrote; with test_flip, mirrored images count too.
+    """Build the network with the weights that the train stage wrote; with test_flip, average over mirror images.
 
     Raises PipelineError if the weights are those of another network.
     """
@@ -34,46 +34,46 @@ def trained_network(
 
 
 def load_weights(network: nn.Module, path: Path, device: torch.device) -> None:
-    """Load a state_dict that torch.save wrote; only tensors are read, no code.
+    """Load a state_dict that torch.save wrote, without running code from the file.
 
-    Raises PipelineError if the file is missing, is not such a file, or holds weights of another network.
+    Raises PipelineError if the file is missing, is not a state_dict, or holds weights of another network.
     """
     state = read_weights(path, device)
     try:
         network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:  # the latter two if it is not a dict by name
+    except (RuntimeError, TypeError, AttributeError) as error:  # the last two if it is no dict with str keys
         reason = " ".join(str(error).split())[:300]
         raise PipelineError(f"weights: {path} does not hold weights of this network: {reason}") from None
 
 
 def read_weights(path: Path, device: torch.device) -> Any:
-    """What torch.save wrote to a file, if it is tensors and plain values: no code is run.
+    """Return the tensors and plain values that torch.save wrote to a file, without running code from it.
 
-    Raises PipelineError if the file is missing or is not such a file.
+    Raises PipelineError if the file is missing or holds anything else.
     """
     if not os.path.isfile(path):  # noqa: PTH113, pathlib raises an error for a name that is too long
         raise PipelineError(f"weights: there is no file {path}")
     try:
         _refuse_compressed(path)
-        with warnings.catch_warnings(action="ignore"):  # torch's, about files of other programs
+        with warnings.catch_warnings(action="ignore"):  # torch warns about files of other programs
             return torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # of many kinds; their text is the advice to load the file as code
+    except Exception:  # torch raises several types, and advises to load the file as code
         raise PipelineError(
-            f"weights: {path} cannot be read; it must be a whole file of tensors alone, as "
+            f"weights: {path} cannot be read; it must be a complete file that holds only tensors, as "
             "torch.save(network.state_dict(), path) writes"
         ) from None
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write weights by name to a file, whole or not at all, as `read_weights` reads them."""
-    content = io.BytesIO()  # torch itself, writing to a full disk, aborts the process
+    """Write weights by name to a file, atomically; `read_weights` reads them."""
+    content = io.BytesIO()  # torch.save to a file aborts the process when the disk is full
     torch.save(weights, content)
     with atomic(path) as temporary:
         temporary.write_bytes(content.getbuffer())
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Raise ValueError for a file that torch would unpack: a few kilobytes can hold gigabytes, and torch packs none."""
+    """Raise ValueError for a compressed zip, which torch.save never writes: kilobytes can expand to gigabytes."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
@@ -81,8 +81,8 @@ def _refuse_compressed(path: Path) -> None:
 
 
 @torch.inference_mode()
-def predict(batches: Batches, network: nn.Module, precision: Precision) -> Tensor:
-    """Logits of all images, (N, classes) float32 on the CPU, in the order of the dataset, in every process."""
+def predict_logits(batches: Batches, network: nn.Module, precision: Precision) -> Tensor:
+    """Return the logits of all images, (N, classes) float32 on the CPU, in dataset order, in every process."""
     network.eval()
     counts = [batches.count(number) for number in range(len(batches))]
     with (
@@ -98,18 +98,18 @@ def predict(batches: Batches, network: nn.Module, precision: Precision) -> Tenso
 
 
 def test_loop(batches: Batches, network: nn.Module, precision: Precision) -> tuple[float, float]:
-    """Average loss and accuracy of a split, see `score`; by the labels, whatever the target transform makes of them."""
-    return score(predict(batches, network, precision), batches.dataset.labels, batches.batch_size)
+    """Return average loss and accuracy of a split, as `score` does; the target transform is not used."""
+    return score(predict_logits(batches, network, precision), batches.dataset.labels, batches.batch_size)
 
 
 test_loop.__test__ = False  # type: ignore[attr-defined]  # the tutorial's name, not a test for pytest
 
 
 def score(logits: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float]:
-    """Average loss and accuracy (a fraction) of logits (N, C) float32 for labels (N,) int64.
+    """Return average loss and accuracy (a fraction) of logits (N, C) float32 for labels (N,) int64.
 
-    The loss is what the tutorial prints as `Avg loss`: the mean over the batches of each batch's mean cross
-    entropy. Where the last batch is smaller, its images weigh more.
+    The loss is what PyTorch's tutorial prints as `Avg loss`: the mean over batches of the mean cross entropy of each
+    batch. In a smaller last batch, each image has a larger weight.
     """
     losses = nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     loss = torch.stack([batch.mean() for batch in losses.split(batch_size)]).mean()
@@ -117,22 +117,22 @@ def score(logits: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float
 
 
 def advice(accuracy: float, labels: Tensor) -> str:
-    """What to try where an accuracy on (N,) labels is not clearly above the share of the largest class; else nothing.
+    """Return advice if the accuracy is not clearly above the share of the largest class, otherwise an empty string.
 
-    Clearly: by two standard errors of a share of N images.
+    Clearly means by more than two standard errors of that share. labels: (N,) int64.
     """
     count = len(labels)
     share = labels.bincount().max().item() / count
     if accuracy > share + 2 * math.sqrt(share * (1 - share) / count):
         return ""
     return (
-        f"The network is not clearly better than answering the largest class every time ({share:.1%}): train it "
+        f"The network is not clearly better than always predicting the largest class ({share:.1%}): train it "
         "longer, or with another lr, optimizer or network"
     )
 
 
 def saliency(network: nn.Module, pixels: Tensor) -> Tensor:
-    """How much each pixel moves the winning logit, (N, H, W) on the CPU: the largest |gradient| over the channels.
+    """Return the largest |gradient| over channels of the winning logit by each pixel, (N, H, W) on the CPU.
 
     pixels: (N, C, H, W) float32 on the network's device. Source: Simonyan et al. 2013, arXiv:1312.6034.
     """
@@ -144,6 +144,6 @@ def saliency(network: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """A block in which the network computes in this precision; `choose_kernels` tells float32 from tf32."""
+    """Return a context in which networks compute in this precision; `choose_kernels` sets float32 or tf32."""
     dtype = torch.float16 if precision == "float16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision in ("bfloat16", "float16"))

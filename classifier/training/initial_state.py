@@ -1,4 +1,4 @@
-"""The state that a training starts from: the network with its first weights, its optimiser and its schedule."""
+"""The initial training state: the network with its first weights, its optimiser and its schedule."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from classifier.compute.device import choose_kernels, place, seed_everything
 from classifier.data.loader import Batches
-from classifier.networks import build_network, describe
+from classifier.networks import build_network, describe_network
 from classifier.pipeline.errors import PipelineError
 from classifier.training.optimization import build_optimizer, build_scheduler, freeze
 from classifier.training.state import TrainState
@@ -17,44 +17,44 @@ if TYPE_CHECKING:  # benchmarks.accelerator runs where pydantic is not installed
 
 
 def initial_state(params: "Params", batches: Batches, classes: int) -> TrainState:
-    """What params.yaml asks for, before the first update; the network is on the batches' device, and described.
+    """Build the training state for these parameters, on the device of the batches, and print the network.
 
-    Raises PipelineError if the pretrained weights cannot be had, `freeze` names no parameter, or all, or the network
-    cannot be compiled.
+    Raises PipelineError if the pretrained weights cannot be loaded, if `freeze` matches no parameter or every
+    parameter, or if the network cannot be compiled.
     """
     group, device = batches.group, batches.device
     choose_kernels(deterministic=params.deterministic, precision=params.precision)
-    seed_everything(params.seed)  # just before the weights are drawn, as in the tutorial
+    seed_everything(params.seed)  # immediately before the weights are drawn
     network = place(build_network(params.network, batches.image_shape, classes), device)
     pretrained = None
     if params.weights:
-        from classifier.training.pretrained import load_pretrained  # needs safetensors, which no other training does
+        from classifier.training.pretrained import load_pretrained  # imports safetensors, which is not always installed
 
         pretrained = load_pretrained(network, params.network, params.weights)
     trainable = freeze(network, params.freeze)
-    print(describe(network), flush=True)
+    print(describe_network(network), flush=True)
     optimizer = build_optimizer(params.optimizer, trainable, params.lr, params.momentum, params.weight_decay)
     updates = params.epochs * -(-len(batches) // params.accumulate_steps)
-    trained = group.ddp_network(network)
+    wrapped = group.ddp_network(network)
     state = TrainState(
         network,
         optimizer,
         build_scheduler(params.schedule, optimizer, updates),
-        trained=compiled(trained, device) if params.compile else trained,
+        wrapped=compile_network(wrapped, device) if params.compile else wrapped,
         scaler=torch.amp.GradScaler(device.type, enabled=params.precision == "float16"),
         cuda_graphs=params.cuda_graphs,
         pretrained=pretrained,
     )
     if not group.is_first:
-        torch.manual_seed(params.seed + group.rank)  # other numbers for other images, as dropout draws them
+        torch.manual_seed(params.seed + group.rank)  # processes have different images, so also different dropout
     return state
 
 
-def compiled(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network, compiled by torch when it is first called. Raises PipelineError if torch cannot compile here."""
+def compile_network(network: nn.Module, device: torch.device) -> nn.Module:
+    """Return a module that torch compiles on its first call. Raises PipelineError if torch cannot compile here."""
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
-    except Exception as error:  # of many kinds: no C++ compiler, no Triton, another one's version
+    except Exception as error:  # several types: no C++ compiler, no Triton, or an incompatible version of either
         reason = str(error).strip().splitlines()[0]
         raise PipelineError(
             f"compile: torch cannot compile for {device} here ({reason}); install a C++ compiler, or set compile: false"

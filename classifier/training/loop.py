@@ -15,15 +15,15 @@ from classifier.training.cuda_graphs import GraphedStep
 from classifier.training.inference import autocast
 from classifier.training.state import TrainState
 
-REPORT_EVERY = 100  # batches, as in the tutorial
+REPORT_EVERY = 100  # batches
 
 
 class TrainStep:
-    """One batch's forward and backward, and after `accumulate_steps` batches an update.
+    """Forward and backward pass of a batch, and an update after every `accumulate_steps` batches.
 
-    loss_fn: of logits and targets of a batch, the mean over its images. accumulate_steps: this many batches make one
-    update, the same as that of one batch with all their images. With several processes, each call works on this
-    process's part of a batch; the losses are those of all of them.
+    loss_fn: takes logits and targets of a batch, returns the mean loss over its images. accumulate_steps: an update
+    over this many batches equals the update over one batch of all their images. With several processes, each call
+    processes this process's part of a batch; the recorded losses are those of the whole batch.
     """
 
     def __init__(
@@ -39,18 +39,18 @@ class TrainStep:
         self.loss_fn = loss_fn
         self.accumulate_steps = accumulate_steps
         self.precision = precision
-        self.trained = state.network if state.trained is None else state.trained  # a compiled one has no truth value
-        self.reads_at_once = batches.device.type == "cpu"  # elsewhere, reading a figure waits for the device
+        self.wrapped = state.network if state.wrapped is None else state.wrapped  # a compiled module has no truth value
+        self.checks_each_batch = batches.device.type == "cpu"  # elsewhere, reading a number waits for the device
         self.started = 0.0
         if state.scaler.is_enabled():
-            # The scheduler warns if the first update is skipped
+            # Otherwise the scheduler warns if GradScaler skips the first update
             state.optimizer._opt_called = True  # type: ignore[attr-defined]
         if state.cuda_graphs and batches.device.type == "cuda" and accumulate_steps == batches.group.size == 1:
-            forward_backward = partial(training_step, self.trained, loss_fn, state.scaler, precision)
+            forward_backward = partial(forward_backward_pass, self.wrapped, loss_fn, state.scaler, precision)
             state.graphed_step = state.graphed_step or GraphedStep(forward_backward, state.network, batches.device)
 
     def rest_of_epoch(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Number, pixels and targets of each batch of the state's epoch that is left, with progress."""
+        """Yield number, pixels and targets of each remaining batch of the current epoch, with a progress bar."""
         state, batches = self.state, self.batches
         set_training_mode(state.network)
         self.started = perf_counter() - state.seconds
@@ -69,13 +69,13 @@ class TrainStep:
         state.flush()
 
     def __call__(self, number: int, pixels: Tensor, targets: Tensor) -> bool:
-        """Train on a batch; return whether it ended with an update, after which the state is one to resume from.
+        """Train on a batch; return whether it ended with an update, after which a checkpoint can be saved.
 
-        Raises PipelineError if the loss or a gradient is not finite, before the update; on an accelerator, where that
-        would wait for the device, at the next report or checkpoint. Raises PipelineError if the device has too little
-        memory. The state's kept weights stay.
+        Raises PipelineError if the loss or a gradient is not finite: on a CPU before the update, on an accelerator at
+        the next report or checkpoint, because checking would wait for the device. The weights kept so far stay.
+        Raises PipelineError if the device runs out of memory.
         """
-        with self._memory_named():
+        with self._naming_batch_size():
             return self._train(number, pixels, targets)
 
     def _train(self, number: int, pixels: Tensor, targets: Tensor) -> bool:
@@ -87,16 +87,16 @@ class TrainStep:
             images_in_update = self.accumulate_steps * batches.batch_size
             before = number // self.accumulate_steps * images_in_update
             images = min(images_in_update, batches.image_count - before)
-            weight = len(pixels) / images * group.size  # of what the update takes the processes' mean
-            with nullcontext() if is_last else group.no_exchange(self.trained):
-                loss, gradient_norm = training_step(
-                    self.trained, self.loss_fn, state.scaler, self.precision, pixels, targets, weight, is_last
+            weight = len(pixels) / images * group.size  # times size, because DDP averages gradients over processes
+            with nullcontext() if is_last else group.no_exchange(self.wrapped):
+                loss, gradient_norm = forward_backward_pass(
+                    self.wrapped, self.loss_fn, state.scaler, self.precision, pixels, targets, weight, is_last
                 )
         share = len(pixels) / batches.count(number)
         state.defer(number, "loss", group.sum(loss * share if share != 1 else loss))
-        if is_last and not state.scaler.is_enabled():  # which skips updates whose gradients are not finite
+        if is_last and not state.scaler.is_enabled():  # GradScaler skips updates whose gradients are not finite
             state.defer(number, "gradient", gradient_norm)
-        if self.reads_at_once:
+        if self.checks_each_batch:
             state.flush()
         if is_last:
             state.scaler.step(state.optimizer)
@@ -107,28 +107,28 @@ class TrainStep:
         return is_last
 
     def mean_loss(self) -> float:
-        """Mean of the losses of the epoch's batches, when all are done."""
+        """Return the mean loss over the batches of a finished epoch."""
         self.state.flush()
         return self.state.loss_sum / len(self.batches)
 
     def _next(self, batches: Iterator[tuple[int, tuple[Tensor, Tensor]]]) -> tuple[int, tuple[Tensor, Tensor]] | None:
-        with self._memory_named():
+        with self._naming_batch_size():
             return next(batches, None)
 
-    def _memory_named(self) -> AbstractContextManager[None]:
+    def _naming_batch_size(self) -> AbstractContextManager[None]:
         return naming_batch_size(self.batches.device, self.batches.batch_size, self.accumulate_steps)
 
 
 def epoch_summary(epoch: int, figures: Mapping[str, float], images_per_second: float) -> str:
-    """A line about an epoch, as the tutorial prints it."""
+    """Return a line on an epoch, in the form of PyTorch's tutorial."""
     return (
         f"Epoch {epoch}: Accuracy: {figures['val_accuracy']:.1%}, Avg loss: {figures['val_loss']:.6f}, "
         f"train loss: {figures['train_loss']:.6f}, {images_per_second:,.0f} images/s"
     )
 
 
-def training_step(
-    trained: nn.Module,
+def forward_backward_pass(
+    network: nn.Module,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     scaler: torch.amp.GradScaler,
     precision: Precision,
@@ -137,23 +137,25 @@ def training_step(
     weight: float = 1.0,
     is_last: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Forward and backward of a batch: its loss and a figure that is finite only if all gradients are, both scalars.
+    """Run forward and backward of a batch; return its loss and a number that is finite only if all gradients are.
 
-    weight: of the loss in the update's gradients. is_last: of the update; before it, the second figure is 0.
+    Both are scalar tensors. weight: factor of the loss in the gradients. is_last: whether this is the last batch of the
+    update; before it, and with float16, the second number is 0.
     """
     with autocast(pixels.device, precision):
-        logits = trained(pixels)
-        # A process without images takes part all the same
+        logits = network(pixels)
+        # A process without images must still run backward, because the others wait for its gradients
         loss = loss_fn(logits, targets) if len(pixels) else logits.sum()
     scaler.scale(loss * weight if weight != 1 else loss).backward()
     loss = loss.detach()
-    return loss, _sum_of_gradients(trained) if is_last and not scaler.is_enabled() else torch.zeros_like(loss)
+    return loss, _finite_check(network) if is_last and not scaler.is_enabled() else torch.zeros_like(loss)
 
 
-def _sum_of_gradients(network: nn.Module) -> Tensor:
-    """A number that is finite only if all gradients are: the quickest such on the device.
+def _finite_check(network: nn.Module) -> Tensor:
+    """Return a scalar that is finite only if all gradients are, by the fastest way on the device.
 
-    On a CPU the sums, a few hundredths of a step on two cores; elsewhere a norm that takes few kernels for all of them.
+    On a CPU that is the sum, which takes a few hundredths of a step on two cores; elsewhere the norm, which takes few
+    kernels for all parameters together.
     """
     gradients = [weights.grad for weights in network.parameters() if weights.grad is not None]
     if gradients[0].device.type == "cpu":
@@ -162,7 +164,7 @@ def _sum_of_gradients(network: nn.Module) -> Tensor:
 
 
 def set_training_mode(network: nn.Module) -> None:
-    """Training mode, but for batch normalisation whose parameters are all frozen: its statistics stay as well."""
+    """Set training mode, except for batch normalisation whose parameters are all frozen: its statistics stay fixed."""
     network.train()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):

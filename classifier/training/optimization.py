@@ -1,4 +1,4 @@
-"""Losses, optimisers and their schedules, and which parameters they change."""
+"""Losses, optimisers, learning-rate schedules and frozen parameters."""
 
 import math
 from collections.abc import Callable
@@ -13,23 +13,25 @@ from classifier.pipeline.errors import PipelineError
 
 
 def build_loss(label_smoothing: float, class_weights: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean cross entropy of a batch, optionally class-weighted."""
+    """Return the loss function of a batch: mean cross entropy, class-weighted if class_weights (C,) is given."""
     if class_weights is None:
         return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     return partial(weighted_cross_entropy, class_weights=class_weights, label_smoothing=label_smoothing)
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor, label_smoothing: float) -> Tensor:
-    """The mean over a batch's images of each one's cross entropy times the weight of its class.
+    """Return the mean over images of the cross entropy times the weight of the image's class, a scalar.
 
-    logits: (N, C); targets: (N,) int64, or (N, C) float32 probabilities, each of which has the weight of its class;
-    class_weights: (C,) float32. As nn.CrossEntropyLoss(class_weights, label_smoothing=...), but for two things:
+    logits: (N, C). targets: (N,) int64, or (N, C) float32 probabilities, each weighted by its class.
+    class_weights: (C,) float32.
+
+    This differs from nn.CrossEntropyLoss(class_weights, label_smoothing=...) in two ways:
 
     - The sum is divided by the number of images. torch divides it by the sum of their weights if targets are class
-      numbers: in a batch of one class the weights would cancel out, and accumulated batches would not add up to a
-      larger one. Over a whole epoch both are the same, as the mean weight of an image is 1.
-    - A smoothed target has its image's weight as a whole. torch weighs the shares that smoothing gives away by the
-      classes that get them: most of what an image of a common class says would speak for a rare one.
+      numbers: in a batch of one class the weights would cancel out, and the gradients of accumulated batches would
+      differ from those of one large batch. Over an epoch both are the same, because the mean weight of an image is 1.
+    - The smoothed target of an image is weighted as a whole, by the image's class. torch weights each part by the class
+      that receives it: for an image of a common class, most of the loss would then be about rare classes.
     """
     if targets.ndim == 1:
         targets = one_hot(targets, len(class_weights))
@@ -41,15 +43,16 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tenso
 def build_optimizer(
     name: str, parameters: list[nn.Parameter], lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimiser called sgd, adam, adamw or rmsprop; momentum is for sgd and rmsprop.
+    """Build the optimiser named sgd, adam, adamw or rmsprop; momentum applies to sgd and rmsprop.
 
-    On a CUDA device it changes all parameters in one kernel, which for rmsprop torch does not have.
+    On a CUDA device use torch's fused kernels, which exist for all but rmsprop.
+    Raises PipelineError for another name.
     """
     fused = True if parameters and parameters[0].device.type == "cuda" else None
     if name == "sgd":
         optimizer = torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
         if fused and momentum:
-            # torch makes these buffers in the first step, and leaves them unwritten if float16 skips that step
+            # torch allocates these buffers in the first step and leaves them uninitialised if GradScaler skips it
             for weights in parameters:
                 optimizer.state[weights]["momentum_buffer"] = torch.zeros_like(weights)
         return optimizer
@@ -65,15 +68,15 @@ def build_optimizer(
 def build_scheduler(
     schedule: str, optimizer: torch.optim.Optimizer, updates: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """A scheduler to be stepped after each of so many updates."""
+    """Build a scheduler that is stepped after each of `updates` updates."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(schedule, update / updates))
 
 
 def lr_factor(schedule: str, progress: float) -> float:
-    """The share of `lr` used when `progress`, in [0, 1], of all updates is done.
+    """Return the factor of `lr` after the share `progress`, in [0, 1], of all updates.
 
-    onecycle rises from 1/25 for the first 30 % and falls to 0 along a cosine (Smith and Topin 2017,
-    arXiv:1708.07120, with the proportions of torch's OneCycleLR).
+    onecycle rises from 1/25 to 1 during the first 30 % and then falls to 0 along a cosine (Smith and Topin 2017,
+    arXiv:1708.07120, with the defaults of torch's OneCycleLR). Raises PipelineError for an unknown schedule.
     """
     if schedule == "constant":
         return 1.0
@@ -90,17 +93,16 @@ def lr_factor(schedule: str, progress: float) -> float:
 
 
 def freeze(network: nn.Module, patterns: list[str]) -> list[nn.Parameter]:
-    """Stop the parameters whose names match a pattern from changing; return those that are left to train.
+    """Freeze the parameters whose names match a pattern; return the trainable ones.
 
-    Patterns are as in a shell: `linear_relu_stack.0.*`. The running statistics of batch normalisation stay with its
-    parameters, see `set_training_mode`. Raises PipelineError, with the names there are, for a pattern that matches
-    none, and if nothing is left to train.
+    Patterns are shell patterns such as `linear_relu_stack.0.*`. `set_training_mode` also freezes the running statistics
+    of batch normalisation. Raises PipelineError if a pattern matches no parameter, or if none is left to train.
     """
     named = dict(network.named_parameters())
     for pattern in patterns:
         matches = [name for name in named if fnmatchcase(name, pattern)]
         if not matches:
-            raise PipelineError(f"freeze: {pattern!r} matches no parameter; there are {', '.join(named)}")
+            raise PipelineError(f"freeze: {pattern!r} matches no parameter; the names are {', '.join(named)}")
         for name in matches:
             named[name].requires_grad_(False)
     trainable = [parameter for parameter in named.values() if parameter.requires_grad]

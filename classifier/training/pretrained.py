@@ -1,6 +1,6 @@
-"""Weights to start a training from: a file, or those that torchvision offers for a network of its own.
+"""Pretrained weights to start from: a file, or torchvision's weights for one of its networks.
 
-They may be of a network for other images or classes: its first and its last layer may then be of other sizes.
+They may come from a network for other images or classes, whose first and last layers have other shapes.
 """
 
 import os
@@ -22,85 +22,90 @@ from classifier.pipeline.outputs import hash_file
 from classifier.training.inference import read_weights
 
 FILES = (".pth", ".safetensors")
-PATIENCE_SECONDS = 20  # for each answer of the server that has torchvision's weights
-HASH = re.compile(r"-([0-9a-f]{8,})\.")  # in the name of a file of torchvision's: the beginning of its SHA-256
-LISTED = 3  # of the names that are at fault
+PATIENCE_SECONDS = 20  # socket timeout for the server of torchvision's weights
+HASH = re.compile(r"-([0-9a-f]{8,})\.")  # names of torchvision's files contain the first digits of their SHA-256
+LISTED = 3  # tensor names in a message
 
 
 def load_pretrained(network: nn.Module, name: str, weights: str) -> str:
-    """Take over the weights of a file, or torchvision's of that name; return the SHA-256 of the file.
+    """Load pretrained weights into the network; return the SHA-256 of their file.
 
-    name: of the network, by which torchvision knows its weights.
-    weights: a path that ends in .pth or .safetensors, or a name such as IMAGENET1K_V1 or DEFAULT. torchvision's files
-        come from the folder where torch keeps them, or are downloaded to it.
-    Tensors must have the network's names and shapes. Where those of its first or last layer have another shape, the
-    network keeps its own, which is printed; but of a first convolution for one channel, the sum over the file's.
-    Raises PipelineError, and leaves the network as it was, if the file cannot be had or read, or does not fit.
+    name: of the network, as torchvision calls it.
+    weights: a path that ends in .pth or .safetensors, or a name of torchvision such as IMAGENET1K_V1 or DEFAULT, whose
+        file is downloaded to torch's cache folder if it is not there.
+    Tensors must have the names and shapes of the network's. A tensor of the first or last layer may have another shape:
+    the network then keeps its own and a line is printed. If a first convolution has one channel and the file's has
+    several, the weights are summed over channels.
+    Raises PipelineError, and leaves the network unchanged, if the file cannot be found, read or downloaded, or does not
+    fit.
     """
-    path = Path(weights) if weights.endswith(FILES) else _of_torchvision(name, weights)
+    path = Path(weights) if weights.endswith(FILES) else _torchvision_file(name, weights)
     own = network.state_dict()
-    given = _read(path)
-    fitting = _fitting(own, given, _ends(network), path)
+    given = _read_tensors(path)
+    fitting = _fitting(own, given, _end_layers(network), path)
     network.load_state_dict(own | fitting)
-    print(f"{len(fitting)} of {len(own)} tensors are from {path}", flush=True)
+    print(f"Loaded {len(fitting)} of {len(own)} tensors from {path}", flush=True)
     for key in own:
         if key not in fitting:
-            print(f"  {key} is newly drawn: {_shape(own[key])}, not {_shape(given[key])}", flush=True)
+            print(f"  {key} is newly initialised: {_shape(own[key])}, not {_shape(given[key])}", flush=True)
         elif fitting[key] is not given[key]:
-            print(f"  {key} is the sum over the channels: {_shape(own[key])}, of {_shape(given[key])}", flush=True)
+            print(f"  {key} is summed over channels: {_shape(own[key])}, from {_shape(given[key])}", flush=True)
     return hash_file(path, "sha256")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU. Raises PipelineError if it is not such a file."""
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, on the CPU. Raises PipelineError if it holds anything else."""
     content: Any
     if path.suffix == ".safetensors" and os.path.isfile(path):  # noqa: PTH113, see read_weights
         try:
             content = load_file(path)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # safetensors raises several types
             reason = " ".join(str(error).split())[:300]
-            raise PipelineError(f"weights: {path} cannot be read as a whole .safetensors file: {reason}") from None
+            raise PipelineError(f"weights: {path} cannot be read as a complete .safetensors file: {reason}") from None
     else:
         content = read_weights(path, torch.device("cpu"))
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise PipelineError(f"weights: {path} does not hold tensors by name, as network.state_dict() gives them")
-    if strange := [key for key, value in content.items() if not _is_plain(value)]:
-        raise PipelineError(f"weights: {path} does not hold a plain tensor of finite numbers in {_some(strange)}")
+        raise PipelineError(f"weights: {path} does not hold tensors by name, as network.state_dict() returns them")
+    if invalid := [key for key, value in content.items() if not _is_usable(value)]:
+        raise PipelineError(f"weights: {path} does not hold a dense tensor of finite numbers in {_abridged(invalid)}")
     return content
 
 
-def _is_plain(value: object) -> bool:
-    """Whether a value is a tensor that lies in memory as it is, with numbers to compute with."""
+def _is_usable(value: object) -> bool:
+    """Return whether a value is a dense CPU tensor of finite numbers whose storage holds all its elements."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and value.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
-        and value.numel() * value.itemsize <= value.untyped_storage().nbytes()  # else one number could stand for 2**60
+        and value.numel() * value.itemsize <= value.untyped_storage().nbytes()  # not one number expanded to 2**60
         and bool(value.isfinite().all())
     )
 
 
-def _ends(network: nn.Module) -> set[str]:
-    """The first and the last layer that has weights, by name: those fitted to the images and to the classes."""
+def _end_layers(network: nn.Module) -> set[str]:
+    """Return the names of the first and last layers with weights: their shapes depend on the images and classes."""
     matrices = [name for name, parameter in network.named_parameters() if parameter.ndim > 1]  # not normalisation
     return {name.rpartition(".")[0] for name in (matrices[0], matrices[-1])}
 
 
 def _fitting(own: dict[str, Tensor], given: dict[str, Tensor], ends: set[str], path: Path) -> dict[str, Tensor]:
-    """What is to be taken over of the given tensors. Raises PipelineError if names, or other shapes, differ."""
+    """Return the given tensors that the network can load.
+
+    ends: names of layers whose shapes may differ. Raises PipelineError if names differ, or shapes of other layers.
+    """
     faults = []
     if missing := [key for key in own if key not in given]:
-        faults.append(f"it lacks {_some(missing)}")
+        faults.append(f"it lacks {_abridged(missing)}")
     if unknown := [key for key in given if key not in own]:
-        faults.append(f"it has {_some(unknown)} besides")
+        faults.append(f"it has unknown tensors {_abridged(unknown)}")
     shared = [key for key in own if key in given]
     differing = [key for key in shared if own[key].shape != given[key].shape]
     if wrong := [key for key in differing if key.rpartition(".")[0] not in ends]:
         shapes = [f"{key} of {_shape(given[key])}, not {_shape(own[key])}" for key in wrong]
-        faults.append(f"it has {_some(shapes)}")
+        faults.append(f"it has {_abridged(shapes)}")
     if wrong := [key for key in shared if own[key].is_floating_point() != given[key].is_floating_point()]:
-        faults.append(f"it has {_some([f'{key} of {given[key].dtype}' for key in wrong])}")
+        faults.append(f"it has {_abridged([f'{key} of {given[key].dtype}' for key in wrong])}")
     if faults:
         raise PipelineError(f"weights: {path} does not fit the network: {'; '.join(faults)}")
     fitting = {key: given[key] for key in own if key not in differing}
@@ -110,12 +115,12 @@ def _fitting(own: dict[str, Tensor], given: dict[str, Tensor], ends: set[str], p
     return fitting
 
 
-def _of_torchvision(network: str, name: str) -> Path:
-    """The file of torchvision's weights of that name, downloaded if torch does not have it yet.
+def _torchvision_file(network: str, name: str) -> Path:
+    """Return the path of torchvision's weights with this name, downloaded if torch's cache folder lacks them.
 
-    Raises PipelineError, with the names there are, if there are no such weights, or if they cannot be downloaded.
+    Raises PipelineError if torchvision has no such weights, or if the file cannot be downloaded or is corrupt.
     """
-    from torchvision.models import get_model_weights  # takes two seconds
+    from torchvision.models import get_model_weights  # the import takes two seconds
 
     files = f"a file that ends in {' or '.join(FILES)}"
     try:
@@ -130,27 +135,27 @@ def _of_torchvision(network: str, name: str) -> Path:
         _download(url, path)
     expected = HASH.search(path.name)
     if expected and not hash_file(path, "sha256").startswith(expected[1]):
-        raise PipelineError(f"weights: {path} is not the file that {url} gives; remove it, then run the command again")
+        raise PipelineError(f"weights: {path} differs from {url}; remove it, then run the command again")
     return path
 
 
 def _download(url: str, path: Path) -> None:
-    """Download one of torchvision's files. Raises PipelineError that says what else can be done if that fails."""
+    """Download one of torchvision's files. Raises PipelineError, with a way to provide the file by hand, on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     expected = HASH.search(path.name)
     patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE_SECONDS)  # torch waits without end
+    socket.setdefaulttimeout(PATIENCE_SECONDS)  # torch sets no timeout
     print(f"Downloading {url}", flush=True)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=expected and expected[1])
     except (URLError, SSLError, TimeoutError, ConnectionError, HTTPException, RuntimeError) as error:
-        # RuntimeError is torch's for a wrong hash; other kinds of OSError are the disk's, which `run_main` tells
+        # torch raises RuntimeError for a wrong hash; `run_main` reports other OSErrors, which come from the disk
         if isinstance(error, HTTPError):
-            error.close()  # an answer, whose connection is open
+            error.close()  # it holds the open connection
         reason = " ".join(str(error).split())
         raise PipelineError(
-            f"weights: {url} cannot be downloaded: {reason}. Fetch it in another way, then put it into {path.parent}, "
-            f"or give its path in params.yaml: `weights: path/to/{path.name}`"
+            f"weights: {url} cannot be downloaded: {reason}. Download it by other means, then put it into "
+            f"{path.parent}, or set its path in params.yaml: `weights: path/to/{path.name}`"
         ) from None
     finally:
         socket.setdefaulttimeout(patience)
@@ -160,8 +165,8 @@ def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "a number"
 
 
-def _some(names: list[str]) -> str:
-    """The first of several names, for a message of one line: a file may name its tensors as it likes."""
+def _abridged(names: list[str]) -> str:
+    """Return the first LISTED names, escaped and shortened for a message: a file may contain any names."""
     rest = len(names) - LISTED
     shown = [(name if name.isprintable() else ascii(name))[:100] for name in names[:LISTED]]
     return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""The state of a training: all that it needs to go on to the same weights."""
+"""The training state: everything that a resumed training needs to reach the same weights."""
 
 import math
 import random
@@ -20,56 +20,61 @@ from classifier.training.inference import save_weights
 
 @dataclass
 class TrainState:
-    """All that training goes on from: with the same data and parameters, the same state leads to the same weights."""
+    """The state of a training between two batches.
+
+    With the same data and parameters, the same state leads to the same weights.
+    """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    trained: nn.Module | None = None  # the network as it is trained: compiled, or by several processes; else itself
-    # Of float16 gradients; in other precisions it is off, and does nothing
-    scaler: torch.amp.GradScaler = field(default_factory=partial(torch.amp.GradScaler, "cpu", enabled=False))
-    cuda_graphs: bool = False  # record the training step, if it can be: see GraphedStep
+    wrapped: nn.Module | None = None  # the network compiled or wrapped for several processes; None: used as it is
+    scaler: torch.amp.GradScaler = field(  # enabled for float16 only
+        default_factory=partial(torch.amp.GradScaler, "cpu", enabled=False)
+    )
+    cuda_graphs: bool = False  # whether to record the training step, see GraphedStep
     graphed_step: GraphedStep | None = None
-    pretrained: str | None = None  # the SHA-256 of the file of weights that it started from
-    epoch: int = 0  # epochs that are done
-    batch: int = 0  # batches of the epoch under way that are done
-    seconds: float = 0.0  # that they took
-    loss_sum: float = 0.0  # of theirs
-    last_loss: float = math.nan  # of the batch before
-    history: list[dict[str, float]] = field(default_factory=list)  # the figures of each epoch
-    kept: dict[str, float] = field(default_factory=dict)  # those of the epoch whose weights are kept
-    weights: dict[str, Tensor] = field(default_factory=dict)  # the weights kept, on the CPU
-    pending: list[tuple[int, float, str, Tensor]] = field(default_factory=list)  # see flush
+    pretrained: str | None = None  # SHA-256 of the file of pretrained weights
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the current epoch
+    seconds: float = 0.0  # spent on them
+    loss_sum: float = 0.0  # over them
+    last_loss: float = math.nan  # of the previous batch
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics of each finished epoch
+    kept: dict[str, float] = field(default_factory=dict)  # metrics of the epoch that `weights` are from
+    weights: dict[str, Tensor] = field(default_factory=dict)  # the weights to write at the end, on the CPU
+    pending: list[tuple[int, float, str, Tensor]] = field(default_factory=list)  # batch, lr, quantity, value
 
-    def defer(self, batch: int, what: str, tensor: Tensor) -> None:
-        """Queue a batch's loss, or the norm of its gradients; reading it now would wait for the device."""
-        self.pending.append((batch, self.optimizer.param_groups[0]["lr"], what, tensor))
+    def defer(self, batch: int, quantity: str, value: Tensor) -> None:
+        """Queue a batch's "loss" or "gradient" scalar; reading it now would wait for the device."""
+        self.pending.append((batch, self.optimizer.param_groups[0]["lr"], quantity, value))
 
     def flush(self) -> None:
-        """Read the queued figures, in one wait for the device, and add the losses to the sum.
+        """Read the queued values, waiting for the device once, and add the losses to `loss_sum`.
 
-        Raises PipelineError for the first number that is not finite.
+        Raises PipelineError for the first value that is not finite.
         """
         if not self.pending:
             return
-        numbers = torch.stack([tensor for *_, tensor in self.pending]).tolist()
-        for (batch, lr, what, _), number in zip(self.pending, numbers, strict=True):
+        numbers = torch.stack([value for *_, value in self.pending]).tolist()
+        for (batch, lr, quantity, _), number in zip(self.pending, numbers, strict=True):
             if not math.isfinite(number):
-                fault = f"loss is {number}" if what == "loss" else f"gradient of {self._broken()} is not finite"
-                self._diverged(f"batch {batch + 1}: the {fault}", lr)
-            if what == "loss":
+                is_loss = quantity == "loss"
+                fault = f"loss is {number}" if is_loss else f"gradient of {self._diverged_parameter()} is not finite"
+                self._raise_diverged(f"batch {batch + 1}: the {fault}", lr)
+            if quantity == "loss":
                 self.loss_sum += number
                 self.last_loss = number
         self.pending.clear()
 
     def end_epoch(self, figures: dict[str, float], keep: bool) -> None:
-        """Note an epoch's figures, keep the weights that it ended with if they are better, and turn to the next.
+        """Record the metrics of an epoch, copy its weights to the CPU if `keep`, and start the next epoch.
 
-        Raises PipelineError if a figure is not finite: the last update can break what no training loss has met.
+        Raises PipelineError if a metric is not finite: no training loss shows the effect of the last update.
         """
         for name, figure in figures.items():
             if not math.isfinite(figure):
-                self._diverged(f"after its last batch: {name} is {figure}", self.optimizer.param_groups[0]["lr"])
+                self._raise_diverged(f"after its last batch: {name} is {figure}", self.optimizer.param_groups[0]["lr"])
         self.history.append({"epoch": self.epoch + 1} | figures)
         if keep:
             self.kept = self.history[-1]
@@ -77,17 +82,17 @@ class TrainState:
         self.epoch, self.batch, self.seconds, self.loss_sum = self.epoch + 1, 0, 0.0, 0.0
 
     def is_best(self, val_accuracy: float) -> bool:
-        """Whether an epoch's validation accuracy is above that of the epoch whose weights are kept."""
+        """Return whether a validation accuracy is above that of the weights kept so far."""
         return not self.kept or val_accuracy > self.kept["val_accuracy"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, the random number generators' states included, as tensors and plain Python values."""
+        """Return the state and that of all random number generators, as tensors and plain Python values."""
         self.flush()
         parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
         return parts | {name: getattr(self, name) for name in PLAIN} | {"random": _random_states()}
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Load a state that `state_dict` returned."""
         for name in STATEFUL:
             getattr(self, name).load_state_dict(content[name])
         for name in PLAIN:
@@ -95,28 +100,32 @@ class TrainState:
         _set_random_states(content["random"])
 
     def write_results(self, weights: Path, epochs: Path, metrics: Path) -> None:
-        """Write the kept weights, the figures of each epoch (CSV), and those of the kept epoch (JSON)."""
+        """Write the kept weights, the metrics of each epoch (CSV), and those of the kept epoch (JSON)."""
         save_weights(self.weights, weights)
         with atomic(epochs) as path:
             write_csv(path, {key: [figures[key] for figures in self.history] for key in self.history[0]})
         write_json(metrics, self.kept)
 
-    def _broken(self) -> str:
-        """The first parameter whose gradient is not finite; on an accelerator, of a batch that may be a later one."""
+    def _diverged_parameter(self) -> str:
+        """Return the first parameter whose gradient is not finite; on an accelerator it may be of a later batch."""
         gradients = ((name, parameter.grad) for name, parameter in self.network.named_parameters())
         return next((name for name, grad in gradients if grad is not None and not grad.isfinite().all()), "a parameter")
 
-    def _diverged(self, what: str, lr: float) -> NoReturn:
-        before = "the first" if math.isnan(self.last_loss) else f"the last finite loss was {self.last_loss:.6g}"
+    def _raise_diverged(self, fault: str, lr: float) -> NoReturn:
+        last = (
+            "no finite loss before it"
+            if math.isnan(self.last_loss)
+            else f"the last finite loss was {self.last_loss:.6g}"
+        )
         best = f"; the best weights so far are of epoch {self.kept['epoch']:.0f}" if self.kept else ""
         raise PipelineError(
-            f"epoch {self.epoch + 1}, {what} at lr {lr:g}, {before}{best}\n"
+            f"epoch {self.epoch + 1}, {fault} at lr {lr:g}, {last}{best}\n"
             "Lower lr, or look at the images of this batch."
         )
 
 
 STATEFUL = ("network", "optimizer", "scheduler", "scaler")
-NOT_SAVED = ("trained", "cuda_graphs", "graphed_step", "pretrained", "pending")
+NOT_SAVED = ("wrapped", "cuda_graphs", "graphed_step", "pretrained", "pending")
 PLAIN = [spec.name for spec in fields(TrainState) if spec.name not in (*STATEFUL, *NOT_SAVED)]
 
 
