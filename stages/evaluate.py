@@ -41,7 +41,7 @@ def main() -> None:
     other = {key: value for key, value in overall.items() if key not in figures}
     print(f"Accuracy: {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}), Avg loss: {loss:.6f}")
     label, share = largest_class(test_set.labels.numpy())
-    print(f"Always predicting {printable(names[label])}, the largest class: {share:.1%}")
+    print(f"Always predicting {printable(names[label])} has an accuracy of {share:.1%}")
     if told := advice(accuracy, test_set.labels):
         print(told)
     print(", ".join(f"{name}: {value:.3f}" for name, value in other.items()))

@@ -1,4 +1,4 @@
-"""metrics/predictions.csv: what the network says of each validation and test image, by the name that its file had."""
+"""metrics/predictions.csv: predictions for each validation and test image, by the user's file name."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -10,12 +10,12 @@ from scipy.special import softmax
 
 from classifier.pipeline.annotations import csv_cell
 
-DIGITS = 6  # of a probability
-ROWS = 1000  # of which there are probabilities in memory at a time
+DIGITS = 6  # significant digits of a probability
+ROWS = 1000  # probabilities in memory at a time
 
 
 class Predicted(NamedTuple):
-    """The N images of a split. files: their names in images.zip; labels: (N,) int64; logits: (N, classes)."""
+    """The N images of a split. files: names in images.zip; labels: (N,) int64; logits: (N, C)."""
 
     split: str
     files: Sequence[str]
@@ -24,7 +24,7 @@ class Predicted(NamedTuple):
 
 
 def own_names(originals: Path, files: Iterable[str]) -> dict[str, str]:
-    """What files of images.zip were called in the user's data: by the table of annotate, and else as they are there."""
+    """Return the user's name of each file in images.zip, from annotate's table; files not listed keep their name."""
     names = {name: name for name in files}
     with originals.open(encoding="utf-8", newline="") as table:
         names |= {row["file"]: row["original"] for row in csv.DictReader(table) if row["file"] in names}
@@ -32,12 +32,12 @@ def own_names(originals: Path, files: Iterable[str]) -> dict[str, str]:
 
 
 def write_predictions(path: Path, splits: Sequence[Predicted], own: dict[str, str], classes: Sequence[str]) -> None:
-    """Write a row an image: file, split, label, predicted, then the probability of each class as P(name).
+    """Write one row per image: file, split, label, predicted, and the probability of each class as P(name).
 
-    own: the name to write for each of the files. What a spreadsheet would take for a formula is quoted, see `csv_cell`.
+    own: name to write for each file. Text that a spreadsheet would read as a formula is quoted, see `csv_cell`.
     """
     cells = [*map(csv_cell, classes)]
-    spelt = f"{{:.{DIGITS}g}}".format
+    as_text = f"{{:.{DIGITS}g}}".format
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["file", "split", "label", "predicted", *(f"P({name})" for name in classes)])
@@ -45,7 +45,7 @@ def write_predictions(path: Path, splits: Sequence[Predicted], own: dict[str, st
             for start in range(0, len(files), ROWS):
                 some = logits[start : start + ROWS].astype(np.float64)
                 table.writerows(
-                    [csv_cell(own[files[index]]), split, cells[labels[index]], cells[answer], *map(spelt, row)]
+                    [csv_cell(own[files[index]]), split, cells[labels[index]], cells[answer], *map(as_text, row)]
                     for index, answer, row in zip(
                         range(start, start + len(some)), some.argmax(1), softmax(some, axis=1).tolist(), strict=True
                     )
