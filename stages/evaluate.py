@@ -40,13 +40,15 @@ def main() -> None:
     loss, accuracy = score(logits, test_set.labels, params.batch_size)
     low, high = wilson_interval(round(accuracy * len(test_set)), len(test_set))
     scores = class_scores(logits.numpy(), test_set.labels.numpy(), names)
+    figures = {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [low, high]}
     overall = overall_scores(logits.numpy(), test_set.labels.numpy())
+    other = {key: value for key, value in overall.items() if key not in figures}
     print(f"Accuracy: {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}), Avg loss: {loss:.6f}")
     label, share = largest_class(test_set.labels.numpy())
-    print(f"Answering {printable(names[label])} every time would be right on {share:.1%}")
+    print(f"Always predicting {printable(names[label])} has an accuracy of {share:.1%}")
     if told := advice(accuracy, test_set.labels):
         print(told)
-    print(", ".join(f"{name}: {value:.3f}" for name, value in overall.items()))
+    print(", ".join(f"{name}: {value:.3f}" for name, value in other.items()))
     print(scores.assign(**{"class": [*map(printable, names)]}).to_string(index=False, float_format="%.3f"))
 
     with atomic(paths.CLASS_METRICS) as path:
@@ -60,8 +62,7 @@ def main() -> None:
         predicted.insert(0, Predicted("val", val_set.files, val_set.labels.numpy(), val_logits.numpy()))
     with atomic(paths.PREDICTIONS) as path:
         write_predictions(path, predicted, names)
-    figures = {"accuracy": accuracy, "loss": loss, "accuracy_ci95": [low, high]} | overall
-    write_json(paths.TEST_METRICS, figures)
+    write_json(paths.TEST_METRICS, figures | other)
 
     with tracker.weights(environment(device)):
         tracker.log_evaluation(paths.TEST_METRICS, [paths.CLASS_METRICS, paths.PLOTS], test_set.md5())

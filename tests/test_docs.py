@@ -1,4 +1,4 @@
-"""What the documents refer to is there."""
+"""The documents: links, named tests, and the commands and recipes that they show."""
 
 import ast
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from imports import ROOT
 from project import Project
+from tracker import query
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
@@ -53,26 +54,35 @@ def test_every_link_to_a_file_leads_to_one(document: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_network_and_a_source_are_added_by_one_file_each(tmp_path: Path) -> None:
-    """As CONTRIBUTING.md shows it, and by the command that it ends with."""
+def test_the_recipes_for_a_network_a_source_and_a_metric_work(tmp_path: Path) -> None:
+    """Apply the diffs of CONTRIBUTING.md to a copy of the project, and run its command."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     project = Project.create(tmp_path / "project")
     project.commit()
-    diffs = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
-    assert len(diffs) == 2
-    for number, diff in enumerate(diffs):
+    for number, diff in enumerate(re.findall(r"```diff\n(.*?)```", text, re.DOTALL)):
         (tmp_path / f"{number}.diff").write_text(diff)
         project.run("git", "apply", str(tmp_path / f"{number}.diff"))
-    added = project.run("git", "status", "--porcelain").stdout.splitlines()
-    assert added == ["?? classifier/networks/small.py", "?? classifier/sources/digits.py"]
-    if (cache := ROOT / ".mypy_cache").is_dir():  # else mypy reads all of torch, for a minute
+    changed = project.run("git", "status", "--porcelain").stdout.splitlines()
+    metrics, *added = "classifier/evaluation/metrics.py", "classifier/networks/small.py", "classifier/sources/digits.py"
+    assert changed == [f" M {metrics}", *(f"?? {path}" for path in added)]
+    if (cache := ROOT / ".mypy_cache").is_dir():  # without it mypy reads all of torch, which takes a minute
         shutil.copytree(cache, project.root / ".mypy_cache")
     for check in (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]):
-        project.run(sys.executable, "-m", *check, "classifier/networks/small.py", "classifier/sources/digits.py")
+        project.run(sys.executable, "-m", *check, metrics, *added)
 
     command = text.split("```sh\n")[-1].split("```")[0].strip()
     project.run("sh", "-c", command)
-    assert json.loads((project.root / "metrics/test.json").read_text())["accuracy"] > 0.8
+    test = json.loads((project.root / "metrics/test.json").read_text())
+    assert test["accuracy"] > 0.8
+    assert 0 < test["brier_score"] < 0.5
+
+    score = f"{test['brier_score']:.5f}"
+    assert f"| Brier score | {score} |\n" in (project.root / "models/export/README.md").read_text()
+    project.run("python", "-m", "classifier", "report")  # which also sends what MLflow has not got yet
+    page = (project.root / "reports/report.html").read_text(encoding="utf-8")
+    assert re.search(rf'>Brier score</th>.*>{score}<span class="interval">0\.\d+ to 0\.\d+</span>', page)
+    logged = query(project.root / "mlflow.db", "SELECT value FROM latest_metrics WHERE key = 'test_brier_score'")
+    assert logged == [(pytest.approx(test["brier_score"]),)]
 
 
 @pytest.mark.slow

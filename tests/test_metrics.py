@@ -1,16 +1,19 @@
-"""Scores against published values and cases worked out by hand."""
+"""Metrics against published values, scikit-learn, and cases worked out by hand."""
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import balanced_accuracy_score, f1_score, top_k_accuracy_score
 
 from classifier.evaluation.metrics import (
     CALIBRATION_BINS,
+    METRICS,
     calibration_bins,
     class_scores,
     expected_calibration_error,
     largest_class,
     mcnemar,
+    metrics_for,
     most_confident_mistakes,
     negative_log_likelihood,
     overall_scores,
@@ -59,32 +62,68 @@ def test_class_scores_by_hand() -> None:
 def test_overall_scores_by_hand() -> None:
     labels = np.array([0, 0, 0, 1, 1, 2])
     logits = logits_of([0, 0, 1, 1, 0, 1], 5)  # class 2 is never predicted, and there is no image of classes 3 and 4
-    logits[:, 3] = 0.5  # which is second everywhere, and of the others those with the lowest labels are third
+    logits[:, 3] = 0.5  # second largest everywhere; ties for the third place go to the lower label
     scores = overall_scores(logits, labels)
     assert scores["balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
     assert scores["macro_f1"] == pytest.approx((2 / 3 + 2 / 5 + 0) / 3)
-    assert scores["top3_accuracy"] == pytest.approx(5 / 6)  # all but the image of class 2
+    assert scores["top3_accuracy"] == pytest.approx(5 / 6)  # all except the image of class 2
 
 
-def test_a_class_without_images_counts_where_it_is_predicted() -> None:
+def test_a_class_without_images_counts_in_f1_if_it_is_predicted() -> None:
     scores = overall_scores(logits_of([0, 1, 3], 4), np.array([0, 1, 1]))
     assert scores["balanced_accuracy"] == pytest.approx((1 + 1 / 2) / 2)
     assert scores["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
-def test_overall_scores_where_all_is_right_or_wrong() -> None:
+def test_overall_scores_of_perfect_and_wrong_predictions() -> None:
     labels = np.array([0, 1, 2, 3, 0])
     right = overall_scores(1000 * logits_of(labels.tolist(), 4), labels)
-    assert right == {"balanced_accuracy": 1, "macro_f1": 1, "top3_accuracy": 1, "ece": 0}
+    assert right == {"accuracy": 1, "loss": 0, "balanced_accuracy": 1, "macro_f1": 1, "top3_accuracy": 1, "ece": 0}
     certain = 1000 * logits_of(((labels + 1) % 4).tolist(), 4)
     certain[np.arange(5), labels] = -1000  # the right class is the last
     wrong = overall_scores(certain, labels)
-    assert wrong == {"balanced_accuracy": 0, "macro_f1": 0, "top3_accuracy": 0, "ece": 1}
+    assert wrong == {
+        "accuracy": 0,
+        "loss": 2000,
+        "balanced_accuracy": 0,
+        "macro_f1": 0,
+        "top3_accuracy": 0,
+        "ece": 1,
+    }
 
 
-def test_overall_scores_of_one_class_alone() -> None:
+def test_overall_scores_of_images_of_one_class() -> None:
     one_label = overall_scores(1000 * logits_of([2, 2], 3), np.array([2, 2]))
-    assert one_label == {"balanced_accuracy": 1, "macro_f1": 1, "ece": 0}
+    assert one_label == {"accuracy": 1, "loss": 0, "balanced_accuracy": 1, "macro_f1": 1, "ece": 0}
+
+
+@pytest.mark.parametrize("classes", [4, 10, 100])
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_scores_are_those_of_scikit_learn_to_the_last_bit(classes: int) -> None:
+    generator = np.random.default_rng(classes)
+    logits = generator.normal(size=(150, classes)).astype(np.float32)
+    labels = generator.integers(0, classes, 150)
+    scores = overall_scores(logits, labels)
+    predicted = logits.argmax(1)
+    assert scores["accuracy"] == (predicted == labels).mean()
+    assert scores["balanced_accuracy"] == balanced_accuracy_score(labels, predicted)
+    assert scores["macro_f1"] == f1_score(labels, predicted, average="macro")
+    assert scores["top3_accuracy"] == top_k_accuracy_score(labels, logits, k=3, labels=range(classes))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+def test_every_registered_metric_is_a_finite_number_that_ignores_the_order_of_images(classes: int) -> None:
+    generator = np.random.default_rng(classes)
+    logits, labels = generator.normal(size=(40, classes)).astype(np.float32), generator.integers(0, classes, 40)
+    assert {metric.key for metric in METRICS.values() if metric.min_classes <= classes} == {
+        metric.key for metric in metrics_for(classes)
+    }
+    for metric in metrics_for(classes):
+        value = metric.value(logits, labels)
+        assert type(value) is float
+        assert np.isfinite(value)
+        assert metric.value(logits[::-1], labels[::-1]) == pytest.approx(value), metric.key
+        assert metric.title == metric.title.strip() != ""
 
 
 def test_ties_go_to_the_lower_label_as_in_the_accuracy() -> None:
@@ -95,13 +134,13 @@ def test_ties_go_to_the_lower_label_as_in_the_accuracy() -> None:
 
 
 def two_classes(*confidences: float) -> np.ndarray:
-    """Probabilities of images that all have answer 1."""
+    """Return probabilities of images that are all predicted as class 1."""
     return np.array([[1 - confidence, confidence] for confidence in confidences])
 
 
 def test_calibration_error_by_hand() -> None:
     probabilities = two_classes(0.9, 0.88, 0.6, 0.65, 0.64)  # the bins from 13/15 to 14/15, and from 9/15 to 10/15
-    labels = np.array([1, 0, 0, 1, 1])  # 0.6 is the upper end of the bin from 8/15
+    labels = np.array([1, 0, 0, 1, 1])  # 0.6 is the upper end of the bin that starts at 8/15
     gaps = 2 * abs(1 / 2 - 0.89), 1 * abs(0 - 0.6), 2 * abs(1 - 0.645)
     assert expected_calibration_error(probabilities, labels) == pytest.approx(sum(gaps) / 5)
     bins = calibration_bins(probabilities, labels)
@@ -111,13 +150,13 @@ def test_calibration_error_by_hand() -> None:
     assert bins["confidence"].dropna().to_dict() == pytest.approx({8: 0.6, 9: 0.645, 13: 0.89})
 
 
-def test_certain_answers_are_in_the_last_bin() -> None:
+def test_confidence_1_is_in_the_last_bin() -> None:
     bins = calibration_bins(two_classes(1.0, 1.0, 1.0), np.array([1, 1, 0]))
     assert bins["images"].tolist() == [0] * 14 + [3]
     assert expected_calibration_error(two_classes(1.0, 1.0, 1.0), np.array([1, 1, 0])) == pytest.approx(1 / 3)
 
 
-def test_no_calibration_error_where_answers_are_right_as_often_as_they_say() -> None:
+def test_accuracy_equal_to_confidence_has_no_calibration_error() -> None:
     assert expected_calibration_error(two_classes(0.75, 0.75, 0.75, 0.75), np.array([1, 1, 1, 0])) == 0
 
 
@@ -130,17 +169,17 @@ def test_no_calibration_error_where_answers_are_right_as_often_as_they_say() -> 
         (np.array([[np.nan, 1.0]]), "the probabilities of image 0 sum to nan, not to 1"),
     ],
 )
-def test_what_are_no_probabilities_has_no_calibration_error(probabilities: np.ndarray, message: str) -> None:
+def test_invalid_probabilities_raise(probabilities: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         expected_calibration_error(probabilities, np.zeros(len(probabilities), np.int64))
 
 
-def test_an_answer_of_many_classes_can_be_in_the_first_bin() -> None:
+def test_with_many_classes_the_first_bin_can_have_images() -> None:
     probabilities = np.full((2, 20), 0.05)
     assert calibration_bins(probabilities, np.array([0, 1]))["images"].tolist() == [2] + [0] * 14
 
 
-def test_a_thousandth_is_rounding() -> None:
+def test_sums_within_a_thousandth_are_accepted() -> None:
     assert calibration_bins(np.array([[1.0009, 0.0]]), np.array([0]))["images"].tolist() == [0] * 14 + [1]
     assert expected_calibration_error(np.array([[0.9995, 0.0]]), np.array([0])) == pytest.approx(0.0005)
 
@@ -158,7 +197,7 @@ def test_mistakes_come_most_confident_first() -> None:
     assert most_confident_mistakes(logits, labels, 2).tolist() == [2, 4]
 
 
-def test_mistakes_of_the_same_confidence_come_in_the_order_of_the_images() -> None:
+def test_mistakes_of_equal_confidence_keep_the_order_of_the_images() -> None:
     logits = np.array([[0, 2], [0, 1]] * 50, np.float32)
     assert most_confident_mistakes(logits, np.zeros(100, np.int64), 100).tolist() == [
         *range(0, 100, 2),
@@ -189,5 +228,5 @@ def test_mcnemar_is_the_two_sided_binomial_test(only_first: int, only_second: in
     assert mcnemar(only_second, only_first) == mcnemar(only_first, only_second)
 
 
-def test_the_accuracy_of_an_answer_that_never_changes_is_the_share_of_the_largest_class() -> None:
+def test_largest_class() -> None:
     assert largest_class(np.array([2, 0, 2, 1])) == (2, 0.5)

@@ -323,5 +323,5 @@ def test_a_network_that_has_learnt_nothing_is_told(reproduced: Project, tmp_path
     warning = "The network is not clearly better than always predicting the largest class"
     assert re.findall(rf"^{warning} \((.*)\): train it longer", printed, re.MULTILINE) == ["10.0%", "10.0%"]
     assert re.search(rf"^Epoch 1: .*\n{warning}", printed, re.MULTILINE)  # by train, on the validation images
-    assert re.search(rf"every time would be right on 10.0%\n{warning}", printed)  # by evaluate, on the test images
+    assert re.search(rf"has an accuracy of 10.0%\n{warning}", printed)  # by evaluate, on the test images
     assert "not clearly better" not in (reproduced.root.parent / "printed.txt").read_text()

@@ -70,13 +70,13 @@ def test_seeds_that_fail_are_named_and_the_way_to_their_logs(project: Project) -
 def test_what_is_not_one_value_is_refused_before_anything_is_queued(project: Project, setting: str) -> None:
     code, printed, complaint = run_seeds(project, "-n", "2", "-S", setting, check=False)
     assert (code, printed) == (1, "")
-    assert complaint == f"{setting}: not one key=value; seeds are run of one recipe at a time\n"
+    assert complaint == f"{setting}: expected key=value with a single value\n"
 
 
 def test_a_seed_is_not_one_of_the_settings(project: Project) -> None:
     code, printed, complaint = run_seeds(project, "-n", "2", "-S", "seed=100", check=False)
     assert (code, printed) == (1, "")
-    assert complaint == "seed=100: the first seed is that of params.yaml; set it there\n"
+    assert complaint == "seed=100: set the first seed in params.yaml\n"
 
 
 LISTED = "1234567  one  10:00 AM  {}\n7654321  two  10:00 AM  Success\nWorker status: {} active, 0 idle\n"

@@ -17,7 +17,7 @@ from classifier.pipeline.paths import WEIGHTS
 from classifier.tracking.git import git
 from classifier.tracking.journal import journals
 
-REPORTS = Path("reports")  # what is written about the outputs; Git ignores it
+REPORTS = Path("reports")  # ignored by Git
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 queue = typer.Typer(no_args_is_help=True, help="DVC's experiment queue.")
@@ -105,7 +105,7 @@ def predict(
     on_terminal = output is None and sys.stdout.isatty()
     with ExitStack() as stack:
         chosen = stack.enter_context(prediction.opened(model, caller, load_params().registered_model, trust))
-        # A bar among the lines of a table would be in the way
+        # A progress bar would mix with the table
         answers = prediction.predict(chosen, found, complain, hide_progress=on_terminal)
         file = sys.stdout
         if output is not None:
@@ -236,7 +236,7 @@ def upgrade_store() -> None:
     """Back up mlflow.db, then migrate it to the schema of the installed MLflow."""
     from classifier.tracking.store import upgrade_store
 
-    print(f"Upgraded; the store as it was: {upgrade_store()}")
+    print(f"Upgraded; backup: {upgrade_store()}")
 
 
 @queue.command()
@@ -268,7 +268,7 @@ def report(
     target = REPORTS / "report.html"
     try:
         text = describe(trace_here())
-    except PipelineError as unknown:  # a report is one without its lineage too
+    except PipelineError as unknown:  # the report is still useful without the lineage
         text = str(unknown)
     write_report(target, against, text)
     print(f"Written: {target}")
@@ -307,7 +307,7 @@ def _from_caller(context: typer.Context, target: str) -> str:
 
 
 def main() -> None:
-    """Run in the repository that this code belongs to, wherever the command is called."""
+    """Run the command in the repository of this code, whatever the current folder."""
     called_in = Path.cwd()
     os.chdir(Path(__file__).parents[2])
     run_main(lambda: app(prog_name="classifier", obj=called_in))

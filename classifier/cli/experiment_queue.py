@@ -1,7 +1,7 @@
-"""DVC's experiment queue after its workers were killed.
+"""Recovery of DVC's experiment queue after its workers were killed.
 
-DVC 3.67 never takes a task again that a killed worker had begun: it stays `Running`, and its copy of the repository
-stays in `.dvc/tmp/exps`. Here such tasks are queued again, and copies that no process works in are removed.
+DVC 3.67 does not retry a task whose worker was killed: it stays `Running`, and its copy of the repository stays in
+`.dvc/tmp/exps`. This module queues such tasks again and removes the copies that no process uses.
 """
 
 import hashlib
@@ -20,22 +20,22 @@ from filelock import FileLock
 
 from classifier.pipeline.errors import PipelineError
 
-ANSWER_SECONDS = 5  # that a busy worker may take to say what it works on
-END_SECONDS = 10  # that a training may take to save a checkpoint
+ANSWER_SECONDS = 5  # time for a busy worker to list its tasks
+END_SECONDS = 10  # time for a training to save a checkpoint
 
 
 class Recovered(NamedTuple):
-    """The names of the experiments that were queued again, and the copies of the repository that were removed."""
+    """Names of the experiments queued again, and removed copies of the repository."""
 
     names: list[str]
     copies: list[Path]
 
 
 def recover() -> Recovered:
-    """Queue experiments again whose worker was killed, and remove copies of the repository that nobody works in.
+    """Queue experiments whose worker was killed again, and remove copies of the repository that no process uses.
 
-    The experiments keep their name, and continue from their checkpoints. A process of theirs that has outlived its
-    worker is ended first. Raises PipelineError outside a Git repository, or if a worker does not say what it works on.
+    The experiments keep their names and continue from their checkpoints. Processes that outlived their worker are
+    ended first. Raises PipelineError outside a Git repository, or if a worker does not list its tasks.
     """
     from dvc.exceptions import DvcException
 
@@ -55,7 +55,7 @@ def recover() -> Recovered:
 
 def dvc(*arguments: str) -> str:
     """Return what a dvc command prints. Raises PipelineError with its message if it fails."""
-    with tempfile.TemporaryFile("w+") as output:  # no pipe: the queue's workers would keep it open to their end
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe, which the queue's workers would keep open
         command = [sys.executable, "-m", "dvc", *arguments]
         failed = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode != 0
         output.seek(0)
@@ -66,24 +66,24 @@ def dvc(*arguments: str) -> str:
 
 
 def _dead_tasks(queue: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield message and entry of each task that was begun, has no result, and is in no worker's hands."""
-    begun = [
+    """Yield message and entry of each task that was started, has no result, and that no live worker holds."""
+    started = [
         (message, entry)
         for message, entry in queue._iter_processed()
         if not queue.celery.AsyncResult(message.headers["id"]).ready()
     ]
-    in_hands = _tasks_of_workers(queue) if begun else set()
+    held = _tasks_of_workers(queue) if started else set()
     yield from (
         (message, entry)
-        for message, entry in begun
-        # Asked again: it may have ended since
-        if message.headers["id"] not in in_hands and not queue.celery.AsyncResult(message.headers["id"]).ready()
+        for message, entry in started
+        # Checked again, because the task may have finished since
+        if message.headers["id"] not in held and not queue.celery.AsyncResult(message.headers["id"]).ready()
     )
 
 
 def _tasks_of_workers(queue: Any) -> set[str]:
-    """The ids of the tasks that live workers have taken."""
-    # As DVC names the workers of this repository
+    """Return the ids of the tasks that live workers hold."""
+    # DVC's name for the workers of this repository
     node = f"dvc-exp-{hashlib.sha256(queue.wdir.encode()).hexdigest()[:6]}-"
     workers = [words for _, words in _processes() if "queue-worker" in words and any(node in word for word in words)]
     if not workers:
@@ -92,31 +92,31 @@ def _tasks_of_workers(queue: Any) -> set[str]:
     answers = [inspect.active() or {}, inspect.reserved() or {}]
     if min(map(len, answers)) < len(workers):
         raise PipelineError(
-            f"{len(workers)} queue workers are running, and not all of them say what they work on; run it again, or "
-            "stop them with `dvc queue stop --kill` first"
+            f"{len(workers)} queue workers are running, and not all of them listed their tasks; run the command again, "
+            "or stop them with `dvc queue stop --kill` first"
         )
     return {task["id"] for answer in answers for tasks in answer.values() for task in tasks}
 
 
 def _queue_again(queue: Any, message: Any, entry: Any) -> str:
-    """Put a task back into the queue; return its experiment's name."""
+    """Put a task back into the queue and return the name of its experiment."""
     from dvc.repo.experiments.queue.tasks import run_exp
 
     infofile = queue.get_infofile_path(entry.stash_rev)
     _end([process for process, words in _processes() if infofile in words])
-    if entry.stash_rev not in queue.stash.stash_revs:  # a worker takes it out of there
+    if entry.stash_rev not in queue.stash.stash_revs:  # the worker removed it
         text = queue.stash.format_message(entry.head_rev, entry.baseline_rev, entry.name, entry.branch)
         queue.scm.set_ref(queue.stash.ref, entry.stash_rev, message=f"commit: {text}")
     shutil.rmtree(Path(infofile).parent, ignore_errors=True)
     arguments, options, _ = message.decode()
-    # First the new message: if this process is killed in between, the experiment runs twice, and not never
+    # The new message comes first: if this process is killed in between, the experiment runs twice rather than never
     queue.celery.signature(run_exp.s(*arguments, **options)).delay()
     queue.celery.purge(message.delivery_tag)
     return str(entry.name or entry.stash_rev[:7])
 
 
 def _end(processes: list[psutil.Process]) -> None:
-    """End `dvc exp exec-run` processes whose worker is gone; their stages then save a checkpoint and end."""
+    """End `dvc exp exec-run` processes without a worker. Their stages save a checkpoint and exit."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             children = process.children(recursive=True)
@@ -128,7 +128,7 @@ def _end(processes: list[psutil.Process]) -> None:
 
 
 def _remove_copies(folder: Path) -> list[Path]:
-    """Remove the copies of the repository in DVC's folder for experiments that no process works in or has just made."""
+    """Remove the copies of the repository in `folder` that no process uses or has just created; return them."""
     copies = [path for path in (*folder.glob("tmp*"), *folder.glob("standalone/tmp*")) if path.is_dir()]
     if not copies:
         return []
@@ -143,7 +143,7 @@ def _remove_copies(folder: Path) -> list[Path]:
     removed = []
     for copy in copies:
         is_used = any(copy in (place, *place.parents) for place in places)
-        # What `dvc exp run --temp` and a worker prepare was made since they were started
+        # A copy that a running `dvc exp run --temp` or worker prepares is newer than that process
         may_be_new = any(copy.stat().st_mtime > start for start in starts)
         if not is_used and not may_be_new and copy.stat().st_uid == os.getuid():
             shutil.rmtree(copy, ignore_errors=True)
@@ -152,7 +152,7 @@ def _remove_copies(folder: Path) -> list[Path]:
 
 
 def _processes() -> Iterator[tuple[psutil.Process, list[str]]]:
-    """Each process of this machine that may be looked at, with the words of its command."""
+    """Yield each accessible process of this machine with its command line."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             yield process, process.cmdline()

@@ -1,6 +1,6 @@
-"""What an exported model says of image files: the files, the model, and the answers as a table, CSV or JSON.
+"""Prediction: find image files, classify them with an exported model, write a table, CSV or JSON.
 
-torch is imported only for the formats that need it.
+torch is only imported for formats that need it.
 """
 
 import csv
@@ -27,7 +27,7 @@ CHAMPION = "champion"
 
 
 class ImageFile(NamedTuple):
-    """An image by the name that it is told by, and by its name in the folder or zip that it is read from."""
+    """An image. name: in messages and results; place, member: folder or zip, and the name in it."""
 
     name: str
     place: ImageFiles
@@ -35,18 +35,18 @@ class ImageFile(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The probabilities (classes,) float64 of one image."""
+    """The probabilities of one image, (C,) float64."""
 
     file: str
     probabilities: np.ndarray
 
 
 def find_images(arguments: Iterable[str], folder: Path, complain: Callable[[str], None]) -> list[ImageFile]:
-    """The images that arguments name: image files, folders and zips of them, in this order.
+    """Return the images in `arguments`, which are image files, folders and zips, in their order.
 
-    Folders and zips are searched in all depths for files with an image suffix, which are sorted by name; hidden files
-    and what archivers add are passed over. A path is relative to `folder`, and images are called after the argument:
-    `photos/a/1.png` in the folder or zip `photos`. `complain` is called with what is wrong with an argument.
+    Folders and zips are searched recursively for files with an image suffix, sorted by name. Hidden files and files
+    that archivers add are skipped. Paths are relative to `folder`. An image in the folder or zip `photos` has a name
+    such as `photos/a/1.png`. `complain` is called with a message for each unusable argument.
     """
     found = []
     folders: dict[Path, ImageFiles] = {}
@@ -64,7 +64,7 @@ def find_images(arguments: Iterable[str], folder: Path, complain: Callable[[str]
                     )
                 found += [ImageFile(printable(f"{argument.rstrip('/')}/{name}"), images, name) for name in members]
             else:
-                file = path.resolve()  # a link that a user names may lead anywhere
+                file = path.resolve()  # links given by the user are followed
                 if file.parent not in folders:
                     folders[file.parent] = ImageFiles(file.parent)
                 found.append(ImageFile(printable(argument), folders[file.parent], file.name))
@@ -75,17 +75,17 @@ def find_images(arguments: Iterable[str], folder: Path, complain: Callable[[str]
 
 @contextmanager
 def opened(model: str | None, folder: Path, registered_model: str, trust: bool = False) -> Iterator[Model]:
-    """The model that a user names: an exported file, relative to `folder`, or `champion`, or by default our own.
+    """Open a model: an exported file relative to `folder`, `champion`, or by default the model of this checkout.
 
-    trust: also open a file that may hold code and that this repository does not know.
-    Raises PipelineError if there is none, or it is not to be opened, see classifier/provenance/model_file.py.
+    trust: also open a file that can run code and was not exported here.
+    Raises PipelineError if there is no such model, or if it is refused, see classifier/provenance/model_file.py.
     """
     if model == CHAMPION:
         from classifier.tracking.registry import exported_files, find_champion
 
         version = find_champion(registered_model)
         if version is None:
-            raise PipelineError(f"{registered_model}: no version is the champion; `classifier promote` makes one")
+            raise PipelineError(f"{registered_model}: no version is the champion; run `classifier promote`")
         with exported_files(version) as files:
             yield open_model_file(files / "model.onnx", may_be_missing=True)
     else:
@@ -93,10 +93,10 @@ def opened(model: str | None, folder: Path, registered_model: str, trust: bool =
 
 
 def _own_model() -> Path:
-    """The exported ONNX file, or else the first file that there is of those exported."""
+    """Return the path of the exported ONNX file, or of the first exported file if there is none."""
     manifest = read_json(EXPORT / "manifest.json")
     names: list[str] = list(manifest.get("files", {})) if isinstance(manifest, dict) else []
-    names.sort(key=lambda name: name != "model.onnx")  # which needs no torch
+    names.sort(key=lambda name: name != "model.onnx")  # preferred, because it needs no torch
     path = next((EXPORT / name for name in names if (EXPORT / name).exists()), None)
     if path is None:
         raise PipelineError(f"{EXPORT}: no exported model; `dvc repro` makes it, `dvc checkout` brings it back")
@@ -106,10 +106,7 @@ def _own_model() -> Path:
 def predict(
     model: Model, images: Sequence[ImageFile], complain: Callable[[str], None], hide_progress: bool
 ) -> Iterator[Answer]:
-    """Answers for the images that can be used, in order; `complain` is called with what is wrong with each other one.
-
-    hide_progress: show none.
-    """
+    """Yield the answers for usable images in order. `complain` is called with a message for each unusable one."""
     channels, *size = model.image_shape
     with progress("images", "image", len(images), hidden=hide_progress) as bar:
         for start in range(0, len(images), BATCH):
@@ -132,7 +129,7 @@ def predict(
 
 @contextmanager
 def _silent_libraries() -> Iterator[None]:
-    """Keep what libraries in C print, as libtiff does about each broken strip, out of standard error."""
+    """Discard what C libraries print to standard error. libtiff prints a line for each broken strip."""
     before = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -145,7 +142,7 @@ def _silent_libraries() -> Iterator[None]:
 
 
 def write_table(answers: Iterable[Answer], classes: Sequence[str], width: int, file: IO[str]) -> None:
-    """Write a line an image, for people: file (`width` characters), class, probability, and the runner-up's."""
+    """Write a table for terminals: file (`width` characters), class, probability, and the second class with its own."""
     classes = [*map(printable, classes)]
     class_width = max(map(len, ["class", *classes]))
     print(f"{'file':{width}}  {'class':{class_width}}  probability  runner-up", file=file)
@@ -156,9 +153,9 @@ def write_table(answers: Iterable[Answer], classes: Sequence[str], width: int, f
 
 
 def write_csv(answers: Iterable[Answer], classes: Sequence[str], file: IO[str]) -> None:
-    """Write a row an image: file, class, probability, then the probability of each class as P(name).
+    """Write one row per image: file, class, probability, and the probability of each class as P(name).
 
-    What a spreadsheet would take for a formula is quoted, see `csv_cell`.
+    Text that a spreadsheet would read as a formula is quoted, see `csv_cell`.
     """
     classes = [*map(printable, classes)]
     writer = csv.writer(file, lineterminator="\n")
@@ -186,6 +183,6 @@ def write_json(answers: Iterable[Answer], classes: Sequence[str], file: IO[str])
 
 
 def _json(content: Any) -> str:
-    """JSON with other alphabets as they are, and escapes in place of what would move a terminal's cursor."""
+    """Return JSON. Text is only escaped if it has unprintable characters, which could control a terminal."""
     text = json.dumps(content, ensure_ascii=False)
     return text if text.isprintable() else json.dumps(content)

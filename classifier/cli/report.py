@@ -1,8 +1,8 @@
-"""The report: one HTML page about the model in this checkout, which needs neither network nor script to be read.
+"""Report: one HTML page about the model in this checkout, without scripts or external resources.
 
-Reads   metrics/, data/annotations/, params.yaml, dvc.lock, through git the commit that they are compared with, and
-        from MLflow how long the training took
-Writes  the page, whose bytes depend on these alone: no host, no path
+Reads   metrics/, data/annotations/, params.yaml, dvc.lock, the same files of the baseline commit, and the training
+        time from MLflow
+Writes  the page; its bytes depend only on these, not on hosts or paths
 """
 
 import base64
@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from classifier.cli.charts import curves
 from classifier.cli.intervals import Interval, intervals
 from classifier.data.lockfile import locked_md5s, md5s_in, read_lock
+from classifier.evaluation.metrics import METRICS
 from classifier.pipeline import paths
 from classifier.pipeline.annotations import class_names, read_annotations
 from classifier.pipeline.errors import PipelineError
@@ -34,46 +35,52 @@ from classifier.tracking.tracker import WEIGHTS_TAG
 
 CONFUSION = paths.PLOTS / "confusion.csv"
 CONFUSIONS_SHOWN = 10
-MISTAKES_SHOWN = 15  # as many as the picture of them has
+MISTAKES_SHOWN = 15  # as in the picture of the mistakes
 SPLITS = ("train", "val", "test")
-MOST_IN_MATRIX = 100  # classes; with more, cells are too small to be told apart
-PERCENT, LOSS = "{:.2%}", "{:.5f}"
-ENDS = {PERCENT: "{:.1%}", LOSS: "{:.3f}"}  # of an interval: more digits than it is sure of would say nothing
-# Smaller differences are not seen in the digits shown; between two processors they are 3e-6 (provenance/verify.py)
-UNSEEN = {PERCENT: 5e-5, LOSS: 5e-6}
+MOST_IN_MATRIX = 100  # classes; the cells of more are too small to distinguish
+PERCENT, DECIMAL = "{:.2%}", "{:.5f}"
+ENDS = {PERCENT: "{:.1%}", DECIMAL: "{:.3f}"}  # of an interval
+# Smaller differences do not show in these digits. Two processors differ by 3e-6 (provenance/verify.py).
+NEGLIGIBLE = {PERCENT: 5e-5, DECIMAL: 5e-6}
 
 
-class Metric(NamedTuple):
-    """A number of the metrics files and how it is shown.
+class Figure(NamedTuple):
+    """A row of the metrics table.
 
-    split: of whose images it is, or nothing. better: the sign of a difference for the better, or 0.
+    key: name in the metrics files. split: the images that it describes, or "". better: the sign of an improvement, or
+    0. number_format: PERCENT, DECIMAL, or a format for a figure without an interval.
     """
 
     label: str
     key: str
     split: str
     better: int
-    shown: str
+    number_format: str
 
 
-METRICS = (
-    Metric("Test accuracy", "accuracy", "test", +1, PERCENT),
-    Metric("Test loss", "loss", "test", -1, LOSS),
-    Metric("Balanced accuracy", "balanced_accuracy", "test", +1, PERCENT),
-    Metric("Macro F1", "macro_f1", "test", +1, PERCENT),
-    Metric("Top-3 accuracy", "top3_accuracy", "test", +1, PERCENT),  # of more than three classes
-    Metric("Calibration error", "ece", "test", -1, PERCENT),
-    Metric("Validation accuracy", "val_accuracy", "val", +1, PERCENT),
-    Metric("Validation loss", "val_loss", "val", -1, LOSS),
-    Metric("Training loss", "train_loss", "train", -1, LOSS),
-    Metric("Epoch kept", "epoch", "", 0, "{}"),
+FIGURES = (
+    *(
+        Figure(
+            f"Test {metric.title.lower()}" if key in ("accuracy", "loss") else metric.title,  # validation has these too
+            key,
+            "test",
+            +1 if metric.better == "higher" else -1,
+            PERCENT if metric.percent else DECIMAL,
+        )
+        for key, metric in METRICS.items()
+    ),
+    Figure("Validation accuracy", "val_accuracy", "val", +1, PERCENT),
+    Figure("Validation loss", "val_loss", "val", -1, DECIMAL),
+    Figure("Training loss", "train_loss", "train", -1, DECIMAL),
+    Figure("Epoch kept", "epoch", "", 0, "{}"),
 )
 
 
 class Revision(NamedTuple):
-    """A commit. metrics: the numbers of its metrics files; params: its params.yaml; notes: which of them it lacks.
+    """A commit or DVC experiment.
 
-    outputs: the md5s of its dvc.lock by path.
+    metrics: content of its metrics files. params: its params.yaml. notes: sentences about its missing or unreadable
+    files. outputs: md5s in its dvc.lock by path.
     """
 
     hash: str
@@ -90,15 +97,15 @@ class Revision(NamedTuple):
 
 
 def write_report(target: Path, against: str | None, lineage: str) -> None:
-    """Write the report on the outputs in the current folder to `target`, atomically.
+    """Write the report about the outputs in the current folder to `target`, atomically.
 
-    against: the commit or DVC experiment to compare with. None means HEAD if the metrics here are not HEAD's, else the
-    commit before it. lineage: text to show as it is.
-    Raises PipelineError if an output is missing or unreadable, if the outputs are not of one run, or if nothing is
-    called `against`.
+    against: commit or DVC experiment to compare with. None selects HEAD if its metrics differ from those here,
+    otherwise the commit before it. lineage: preformatted text.
+    Raises PipelineError if an output is missing or unreadable, if outputs belong to different runs, or if `against`
+    does not exist.
     """
     name = load_params().experiment
-    params = _read(paths.PARAMS, lambda path: dict(read_yaml(path.read_bytes())))  # as they are written
+    params = _read(paths.PARAMS, lambda path: dict(read_yaml(path.read_bytes())))  # without conversions
     test = _read(paths.TEST_METRICS, lambda path: _numbers(path, "accuracy", "loss"))
     interval = _read(paths.TEST_METRICS, lambda path: [float(end) for end in read_json(path)["accuracy_ci95"]])
     train = _read(paths.TRAIN_METRICS, lambda path: _numbers(path, "epoch", "train_loss", "val_loss", "val_accuracy"))
@@ -117,7 +124,7 @@ def write_report(target: Path, against: str | None, lineage: str) -> None:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": PERCENT.format, "loss": LOSS.format, "count": "{:,}".format}
+    environment.filters |= {"percent": PERCENT.format, "loss": DECIMAL.format, "count": "{:,}".format}
     page = environment.get_template("report.html.j2").render(
         name=name,
         commit=head,
@@ -125,9 +132,9 @@ def write_report(target: Path, against: str | None, lineage: str) -> None:
         stale=_stale(),
         baseline=baseline,
         rows=[
-            _row(metric, test | train, baseline.metrics if baseline else {}, ranges.get(metric.key), same)
-            for metric in METRICS
-            if metric.key in test | train
+            _row(figure, test | train, baseline.metrics if baseline else {}, ranges.get(figure.key), same)
+            for figure in FIGURES
+            if figure.key in test | train
         ],
         parameters=_differing(params, baseline.params) if baseline and baseline.params else None,
         test=test,
@@ -154,28 +161,26 @@ def write_report(target: Path, against: str | None, lineage: str) -> None:
 
 
 def _read(path: Path, parse: Callable[[Path], Any]) -> Any:
-    """What `parse` makes of an output. Raises PipelineError if it is missing or not as a stage writes it."""
+    """Return `parse(path)`. Raises PipelineError if the file is missing or malformed."""
     try:
         return parse(existing(path))
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:  # those of pandas and json are ValueErrors
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:  # pandas and json raise ValueErrors
         reason = " ".join(str(error).split())
-        raise PipelineError(f"{path}: not as the pipeline writes it ({reason}); `dvc repro` makes it anew") from None
+        raise PipelineError(f"{path}: malformed ({reason}); `dvc repro` writes it again") from None
 
 
 def _numbers(path: Path, *keys: str) -> dict[str, Any]:
-    """A metrics file, in which the values of all `keys` are numbers."""
+    """Return the content of a metrics file. Raises ValueError unless the values of `keys` are numbers."""
     content: dict[str, Any] = read_json(path)
     if wrong := [key for key in keys if not isinstance(content[key], int | float)]:
-        raise ValueError(f"{wrong[0]} is no number")
+        raise ValueError(f"{wrong[0]} is not a number")
     return content
 
 
 def _table(path: Path, **columns: type) -> pd.DataFrame:
-    """A CSV file's columns, read as their types, texts as they are without the quotes of `csv_cell`.
-
-    A class may be called NA.
-    """
-    empty = {name: "" for name, kind in columns.items() if kind is float}  # how pandas writes a NaN
+    """Return columns of a CSV file, converted to the given types; text without the quotes that `csv_cell` adds."""
+    # Only empty numbers are NaN: a class may be called NA
+    empty = {name: "" for name, kind in columns.items() if kind is float}
     options: dict[str, Any] = {"usecols": list(columns), "dtype": columns, "na_values": empty, "keep_default_na": False}
     table: pd.DataFrame = _read(path, lambda path: pd.read_csv(path, **options))
     return _unquoted(table, [name for name, kind in columns.items() if kind is str])
@@ -186,13 +191,13 @@ def _unquoted(table: pd.DataFrame, texts: list[str]) -> pd.DataFrame:
 
 
 def _stale() -> list[str]:
-    """Code and parameters here that are not what the outputs were made with."""
+    """Return the code files and parameters that have changed since the outputs were written."""
     parameters = _read(paths.PARAMS, lambda path: dict(read_yaml(path.read_bytes()) or {}))
     return stale(read_lock(paths.LOCK), parameters, md5_here)
 
 
 def _predictions() -> pd.DataFrame:
-    """The table of predictions: file, split, label, predicted, then the probabilities (classes,) in one column."""
+    """Return the table of predictions: file, split, label, predicted, probabilities (an array (C,) per row)."""
     known = {"file": str, "split": str, "label": str, "predicted": str}
 
     def parse(path: Path) -> pd.DataFrame:
@@ -206,18 +211,18 @@ def _predictions() -> pd.DataFrame:
 
 
 def _class_counts() -> dict[str, np.ndarray]:
-    """The number of images of each class, by split."""
+    """Return the number of images of each class, by split."""
     classes = len(class_names(existing(paths.ANNOTATIONS)))
     labels = {split: read_annotations(paths.ANNOTATIONS / f"{split}.csv", classes=classes).labels for split in SPLITS}
     return {split: np.bincount(of_split, minlength=classes) for split, of_split in labels.items()}
 
 
 def _training_time(images: int, epochs: int) -> str:
-    """How long the epochs took, by the run of these weights, if MLflow has one.
+    """Return a sentence with the training time, which MLflow has in the run of these weights.
 
-    images: of an epoch.
+    images: number of images per epoch.
     """
-    unknown = "The training time is not known here: no MLflow run of these weights has it."
+    unknown = "The training time is unknown: no MLflow run of these weights records it."
     try:
         weights = hash_file(existing(paths.WEIGHTS))
         for run in find_runs(f"tags.`{WEIGHTS_TAG}` = '{weights}'"):
@@ -238,20 +243,26 @@ def _duration(seconds: float) -> str:
 
 
 def _intervals(predictions: pd.DataFrame, classes: list[str]) -> dict[str, Interval]:
-    """The 95 % intervals of the metrics by their keys; where there are no validation images, those of test are."""
-    found: dict[str, Interval] = {}
+    """Return the 95 % intervals of the metrics by key.
+
+    Without validation images, the validation accuracy and loss are those of the test images.
+    """
     label_of = {name: label for label, name in enumerate(classes)}
-    for split in ("test", "val"):
+
+    def of_split(split: str) -> dict[str, Interval]:
         rows = predictions[predictions["split"] == split]
-        if len(rows):
-            labels, predicted = (rows[column].map(label_of).to_numpy(np.int64) for column in ("label", "predicted"))
-            of_split = intervals(labels, predicted, np.stack(rows["probabilities"].to_list()))
-        found |= of_split if split == "test" else {f"val_{key}": of_split[key] for key in ("accuracy", "loss")}
-    return found
+        if rows.empty:
+            return {}
+        labels, predicted = (rows[column].map(label_of).to_numpy(np.int64) for column in ("label", "predicted"))
+        return intervals(labels, predicted, np.stack(rows["probabilities"].to_list()))
+
+    test = of_split("test")
+    val = of_split("val") or test
+    return test | {f"val_{key}": val[key] for key in ("accuracy", "loss")}
 
 
 def _mistakes(predictions: pd.DataFrame) -> list[dict[Any, Any]]:
-    """The test images that are classified wrongly, the most probable wrong answers first."""
+    """Return the misclassified test images, highest confidence first."""
     wrong = predictions[(predictions["split"] == "test") & (predictions["label"] != predictions["predicted"])]
     probability = wrong["probabilities"].map(max)
     worst_first = wrong.assign(probability=probability).sort_values("probability", ascending=False, kind="stable")
@@ -267,7 +278,10 @@ def _check_same_run(
     predictions: pd.DataFrame,
     counts: dict[str, np.ndarray],
 ) -> None:
-    """Metrics are in Git and pictures in DVC's cache, so that a checkout of only one of them mixes runs."""
+    """Raise PipelineError if outputs belong to different runs.
+
+    Metrics are in Git and pictures in DVC's cache, so a checkout of only one of them mixes runs.
+    """
     kept = [train[str(name)] for name in epochs]
     right = (answers["actual"] == answers["predicted"]).mean()
     tested = predictions.loc[predictions["split"] == "test", ["label", "predicted"]].to_numpy()
@@ -279,11 +293,11 @@ def _check_same_run(
         (np.array_equal(scores["images"], counts["test"]), paths.CLASS_METRICS, paths.ANNOTATIONS),
     ):
         if not same:
-            raise PipelineError(f"{one} and {other} are of different runs; `dvc checkout` or `dvc repro` mends that")
+            raise PipelineError(f"{one} and {other} belong to different runs; run `dvc checkout` or `dvc repro`")
 
 
 def _matrix(answers: pd.DataFrame, classes: list[str]) -> dict[Any, dict[Any, int]] | None:
-    """Number of images by actual and predicted class, in the order of the labels; None for too many classes."""
+    """Return image counts by actual and predicted class, in the order of the labels; None for too many classes."""
     if len(classes) > MOST_IN_MATRIX:
         return None
     counts = pd.crosstab(answers["actual"], answers["predicted"])
@@ -291,7 +305,7 @@ def _matrix(answers: pd.DataFrame, classes: list[str]) -> dict[Any, dict[Any, in
 
 
 def _worst_confusions(answers: pd.DataFrame) -> list[dict[Any, Any]]:
-    """The pairs of classes that are confused most often, with the share of the actual class's images."""
+    """Return the most frequent confusions: actual, predicted, images, and their share of the actual class."""
     pairs = answers.value_counts(sort=False).rename("images").reset_index()
     pairs["share"] = pairs["images"] / pairs.groupby("actual")["images"].transform("sum")
     wrong = pairs[pairs["actual"] != pairs["predicted"]]
@@ -300,7 +314,7 @@ def _worst_confusions(answers: pd.DataFrame) -> list[dict[Any, Any]]:
 
 
 def _picture(name: str) -> str:
-    """A picture as a data: address."""
+    """Return a picture as a data: URL."""
     content = existing(paths.PLOTS / f"{name}.png").read_bytes()
     return f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
 
@@ -309,7 +323,7 @@ def _picture(name: str) -> str:
 
 
 def _state(revision: str) -> Revision | None:
-    """What a revision or a DVC experiment holds, or None if nothing is called so."""
+    """Return the content of a Git revision or DVC experiment, or None if it does not exist."""
     commit = commit_of(revision)
     named = {} if commit else {experiment.name: experiment.commit for experiment in experiments()}
     if not (commit := commit or named.get(revision)):
@@ -325,7 +339,7 @@ def _state(revision: str) -> Revision | None:
             notes.append(f"It has no readable {path}.")
     subject, date = git("show", "--no-patch", "--no-show-signature", "--format=%s%x00%cs", commit).split("\0")
     if named:
-        subject = f"experiment {revision}"  # DVC's own says no more than a hash
+        subject = f"experiment {revision}"  # DVC's commit message is only a hash
     metrics = found[paths.TEST_METRICS] | found[paths.TRAIN_METRICS]
     try:
         outputs = md5s_in(dict(read_yaml(read_at(commit, paths.LOCK) or b"") or {}))
@@ -335,21 +349,21 @@ def _state(revision: str) -> Revision | None:
 
 
 def _baseline(against: str | None, head: Revision | None, metrics: dict[str, Any]) -> Revision | None:
-    """The state to compare with, or None if there is none."""
+    """Return the state to compare with, or None if there is none. `write_report` describes `against`."""
     if against is None:
         return head if head and head.metrics != metrics else _state("HEAD~1")
     if state := _state(against):
         return state
     raise PipelineError(
-        f"against: {against!r} is no commit or experiment here; `git log --oneline` and `dvc exp list` name some"
+        f"against: {against!r} is not a commit or experiment; `git log --oneline` and `dvc exp list` list them"
     )
 
 
 def _same_images(there: dict[str, str], here: dict[str, str]) -> dict[str, bool]:
-    """By split, whether two states are known to have the same images in it, and the same labels of them.
+    """Return for each split whether two states are known to have the same images and labels in it.
 
-    there, here: the md5s of their dvc.lock by path. Where the splits are others, as with another val_size, the cache
-    or the remote knows which of the tables is the same.
+    there, here: md5s in their dvc.lock by path. If the splits differ, as after a change of val_size, the tables of
+    each split are compared through the cache or the remote.
     """
     images, annotations = (
         [md5s.get(str(path)) for md5s in (there, here)] for path in (paths.IMAGES, paths.ANNOTATIONS)
@@ -365,44 +379,47 @@ def _same_images(there: dict[str, str], here: dict[str, str]) -> dict[str, bool]
 
 
 def _row(
-    metric: Metric, here: dict[str, Any], there: dict[str, Any], interval: Interval | None, same: dict[str, bool]
+    figure: Figure, here: dict[str, Any], there: dict[str, Any], interval: Interval | None, same: dict[str, bool]
 ) -> dict[str, str]:
-    """A line of the metrics table, as text. verdict: better, worse, unchanged, other images, or nothing.
+    """Return the cells of a row of the metrics table as text.
 
-    same: by split, whether both are of the same images: else nothing is subtracted.
+    verdict: "better", "worse", "unchanged", "other images" or "". same: whether both states have the same images, by
+    split; otherwise there is no difference.
     """
-    now, before = here[metric.key], there.get(metric.key)
+    now, before = here[figure.key], there.get(figure.key)
     row = {
-        "label": metric.label,
-        "now": metric.shown.format(now),
+        "label": figure.label,
+        "now": figure.number_format.format(now),
         "before": "–",
         "difference": "",
         "verdict": "",
         "interval": "",
     }
     if interval:
-        row["interval"] = " to ".join(map(ENDS[metric.shown].format, interval))
+        row["interval"] = " to ".join(map(ENDS[figure.number_format].format, interval))
     if before is None:
         return row
-    row["before"] = metric.shown.format(before)
-    if not same.get(metric.split, True):
+    row["before"] = figure.number_format.format(before)
+    if not same.get(figure.split, True):
         return row | {"verdict": "other images"}
-    if (change := now - before) == 0 or abs(change) < UNSEEN.get(metric.shown, 0):
+    if (change := now - before) == 0 or abs(change) < NEGLIGIBLE.get(figure.number_format, 0):
         return row | {"verdict": "unchanged"}
-    signed = {PERCENT: f"{100 * change:+.2f} points", LOSS: f"{change:+.5f}"}
-    gain = change * metric.better
+    signed = {PERCENT: f"{100 * change:+.2f} points", DECIMAL: f"{change:+.5f}"}
+    gain = change * figure.better
     verdict = "better" if gain > 0 else "worse" if gain < 0 else ""
-    return row | {"difference": signed.get(metric.shown, f"{change:+}").replace("-", "−"), "verdict": verdict}
+    return row | {"difference": signed.get(figure.number_format, f"{change:+}").replace("-", "−"), "verdict": verdict}
 
 
 def _differing(now: dict[str, Any], before: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Parameters that differ: key, value before, value now."""
-    rows = [(key, _spelt(before.get(key, "–")), _spelt(now.get(key, "–"))) for key in dict.fromkeys([*now, *before])]
+    """Return the parameters that differ: key, value before, value now."""
+    rows = [
+        (key, _as_text(before.get(key, "–")), _as_text(now.get(key, "–"))) for key in dict.fromkeys([*now, *before])
+    ]
     return [row for row in rows if row[1] != row[2]]
 
 
-def _spelt(value: Any) -> str:
-    """A parameter as text, numbers alike whether they are spelt 1, 1.0 or 1e0."""
+def _as_text(value: Any) -> str:
+    """Return a parameter as text. Equal numbers have equal text, whether written 1, 1.0 or 1e0."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:.15g}"
     return value if isinstance(value, str) else json.dumps(value)

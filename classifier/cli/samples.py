@@ -1,4 +1,4 @@
-"""What the network sees: a picture of the first training images, drawn and augmented as the train stage has them."""
+"""A picture of the first training images as the network sees them, with balance and augmentation."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -16,13 +16,13 @@ from classifier.pipeline.annotations import class_names
 from classifier.pipeline.outputs import atomic
 from classifier.pipeline.params import Params, load_params
 
-ROWS, COLUMNS = 5, 8  # a row a batch: mixup and cutmix draw their shares for a batch
+ROWS, COLUMNS = 5, 8  # one row per batch: mixup and cutmix draw one share per batch
 
 
 def draw_samples(target: Path) -> None:
-    """Write a PNG of images of the first batches of the first epoch with the parameters of now, atomically.
+    """Write a PNG of the first images of the first epoch with the current parameters, atomically.
 
-    It needs the outputs of annotate alone. Raises PipelineError if they are missing, were changed or cannot be used.
+    Only the outputs of annotate are needed. Raises PipelineError if they are missing, changed or unusable.
     """
     names = class_names(verified(paths.ANNOTATIONS, locked_md5s(paths.LOCK)))
     pixels, targets = first_images(sample_batches(load_params(), names), ROWS, COLUMNS)
@@ -31,7 +31,7 @@ def draw_samples(target: Path) -> None:
 
 
 def sample_batches(params: Params, names: list[str]) -> Batches:
-    """The batches that the train stage has, but for one-hot targets."""
+    """Return the batches of the train stage, with labels instead of one-hot targets."""
     md5s = locked_md5s(paths.LOCK)
     annotations, images = verified(paths.ANNOTATIONS, md5s), verified(paths.IMAGES, md5s)
     (train_set,) = load_splits(["train"], annotations, images, len(names))
@@ -40,9 +40,9 @@ def sample_batches(params: Params, names: list[str]) -> Batches:
 
 
 def first_images(batches: Batches, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Pixels (n, C, H, W) and targets of the first `columns` images of each of the first `rows` batches.
+    """Return pixels (n, C, H, W) and targets of the first `columns` images of each of the first `rows` batches.
 
-    Where batches, or the epoch, have fewer: of as many batches as it takes, or there are.
+    If batches are smaller than `columns`, more batches are used. n is smaller if the epoch has too few images.
     """
     count = rows * columns
     parts = islice(batches.epoch(), -(-count // min(columns, batches.batch_size)))
@@ -51,7 +51,7 @@ def first_images(batches: Batches, rows: int, columns: int) -> tuple[Tensor, Ten
 
 
 def titles(targets: Tensor, names: Sequence[str]) -> list[str]:
-    """The class of each image; of mixed ones, whose targets are (N, classes) shares, both, the larger share first."""
+    """Return the class of each image. Mixed images, with targets (N, C) of shares, have all classes, largest first."""
     if targets.ndim == 1:
         return [names[label] for label in targets.tolist()]
     mixed = [sorted(zip(row, names, strict=True), reverse=True) for row in targets.tolist()]

@@ -1,7 +1,7 @@
-"""One recipe, many seeds: how much of a result is the recipe, and how much is luck.
+"""The same parameters with several seeds, to measure how much results vary.
 
-The seed draws the first weights, the order of the images and their augmentation, and split_seed which images are held
-out. Each run is an experiment of DVC's queue, so it is kept, tracked and can be compared like any other.
+`seed` determines the initial weights, the order of the images and their augmentation; `split_seed`, which stays the
+same, determines the validation images. Each run is an experiment in DVC's queue and tracked like any other.
 """
 
 import re
@@ -19,26 +19,26 @@ from classifier.pipeline.paths import PARAMS
 from classifier.progress import progress
 from classifier.tracking.git import experiments, metrics_at
 
-# A line of `dvc queue status`: task, name, time of creation, state
+# A line of `dvc queue status`: task, name, creation time, state
 TASK = re.compile(r"^[0-9a-f]{7}\s+(\S+)\s.*\s(Queued|Running|Success|Failed)\s*$", re.MULTILINE)
-# key=value with a value that DVC does not take for several, as it does 1,2 or choice(1,2)
+# key=value with a single value; DVC reads 1,2 and choice(1,2) as several
 ONE_VALUE = re.compile(r"[\w.]+=(\[.*\]|[^,()]*)")
 NO_WORKER = "Worker status: 0 active"
-POLL_SECONDS = 10  # asking costs DVC more than a second of a core
-TOLERATED = 2  # answers in a row that nobody works, or that DVC cannot tell
-RESTARTS = 3  # of workers that were killed, as for want of memory
+POLL_SECONDS = 10  # `dvc queue status` takes more than a second of a core
+TOLERATED = 2  # consecutive polls that fail or show no active worker
+RESTARTS = 3  # of killed workers, for example when memory runs out
 
 
 def run_seeds(count: int, settings: list[str], workers: int, folder: Path) -> pd.DataFrame:
-    """Run `count` seeds, from the one in params.yaml on, and return mean, standard deviation, min and max per metric.
+    """Run `count` seeds, starting with the one in params.yaml; return mean, std, min and max of each metric.
 
-    settings: further parameters as `key=value`. workers: experiments that run at the same time. Writes seeds.csv, a
-    row a seed, and seeds.png to `folder`. Raises PipelineError, with the way to the logs, if an experiment fails;
-    the others are kept, and written all the same.
+    settings: other parameters as `key=value`. workers: number of concurrent experiments. Writes seeds.csv, one row per
+    seed, and seeds.png to `folder`. The standard deviation divides by n - 1. Raises PipelineError if an experiment
+    fails, after writing the rows of the others to seeds.csv.
     """
     first = load_params().seed
     seeds = range(first, first + count)
-    recover()  # what an earlier call that was killed had begun
+    recover()  # experiments of an earlier call that was killed
     names = _queue(list(seeds), settings)
     _start(workers)
     failed = _wait(names, workers)
@@ -54,22 +54,22 @@ def run_seeds(count: int, settings: list[str], workers: int, folder: Path) -> pd
             pd.DataFrame(rows).to_csv(path, index=False, lineterminator="\n")
     if failed:
         raise PipelineError(
-            f"{len(failed)} of {count} experiments failed: {', '.join(failed)}; `dvc queue logs {failed[0]}` says why"
+            f"{len(failed)} of {count} experiments failed: {', '.join(failed)}; `dvc queue logs {failed[0]}` shows why"
         )
     table = pd.DataFrame(rows).drop(columns=["seed", "experiment"])
     with atomic(folder / "seeds.png") as path:
         save_spread(path, {str(metric): table[metric].to_list() for metric in table})
-    return table.agg(["mean", "std", "min", "max"]).T  # the sample's standard deviation, with n - 1
+    return table.agg(["mean", "std", "min", "max"]).T
 
 
 def _queue(seeds: list[int], settings: list[str]) -> list[str]:
-    """Queue an experiment for each seed; the names that DVC gave them, in order."""
+    """Queue an experiment for each seed and return their names in order."""
     command = ["exp", "run", "--queue", "--set-param", f"seed={','.join(map(str, seeds))}"]
     for setting in settings:
         if not ONE_VALUE.fullmatch(setting):
-            raise PipelineError(f"{setting}: not one key=value; seeds are run of one recipe at a time")
+            raise PipelineError(f"{setting}: expected key=value with a single value")
         if setting.startswith("seed="):
-            raise PipelineError(f"{setting}: the first seed is that of {PARAMS}; set it there")
+            raise PipelineError(f"{setting}: set the first seed in {PARAMS}")
         command += ["--set-param", setting]
     names = re.findall(r"Queued experiment '([^']+)'", dvc(*command))
     if len(names) != len(seeds):
@@ -84,18 +84,18 @@ def _start(workers: int) -> None:
 
 
 def _wait(names: list[str], workers: int) -> list[str]:
-    """Wait until none of the experiments is queued or running; return the names of those that failed.
+    """Wait until all experiments have finished; return the names of those that failed.
 
-    Workers that were killed are started again, and continue what they had begun. Raises PipelineError if nobody works
-    at the experiments any more for another reason.
+    Killed workers are started again and continue their experiments. Raises PipelineError if the queue stops for another
+    reason.
     """
-    consecutive_failures = 0  # times in a row that something is, which may be as DVC's workers write what it reads
+    consecutive_failures = 0  # a single failed poll can be a race with DVC's workers
     restarts = 0
     with progress("seeds", "seed", len(names)) as bar:
         while True:
             fault = PipelineError(
-                "the queue was stopped or emptied; `dvc queue status` lists what is left, "
-                "`classifier queue resume` continues it"
+                "the queue was stopped or emptied; `dvc queue status` lists the remaining experiments, "
+                "`classifier queue resume` continues them"
             )
             try:
                 status = dvc("queue", "status")

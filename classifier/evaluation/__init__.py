@@ -1,1 +1,1 @@
-"""Metrics, and the pictures of an evaluation."""
+"""Metrics, pictures and the table of predictions."""

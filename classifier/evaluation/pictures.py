@@ -1,4 +1,4 @@
-"""What the evaluate stage draws of a trained network: confusion, samples, mistakes, reliability, saliency."""
+"""Files in metrics/plots/: confusion table and pictures of samples, mistakes, reliability and saliency."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from classifier.evaluation.metrics import calibration_bins, most_confident_mista
 from classifier.pipeline.annotations import csv_cell
 from classifier.training.inference import saliency
 
-SAMPLES = (3, 3)  # rows and columns of the picture; the tutorial's grid
+SAMPLES = (3, 3)  # rows and columns, as in the tutorial
 MISTAKES = (3, 5)
 SALIENCIES = 8  # images
 
@@ -27,9 +27,9 @@ def draw(
     names: list[str],
     seed: int,
 ) -> None:
-    """Write the confusion table (a row an image, as DVC's template wants it) and the pictures.
+    """Write the confusion table, with one row per image as DVC's template requires, and the pictures.
 
-    logits: (N, classes) of all N test images; names: of the classes; seed: of the choice of samples.
+    logits: (N, C) of all test images. names: class names. seed: selects the samples.
     """
     labels, answers = test_set.labels.numpy(), logits.argmax(1)
     cells = np.array([*map(csv_cell, names)])

@@ -1,6 +1,6 @@
-"""Pictures of images and of a model. Every function writes one PNG.
+"""Pictures of images and of a model's behaviour. Each function writes one PNG.
 
-pixels: (N, C, H, W) float in [0, 1] with one or three channels, a NumPy array.
+pixels: (N, C, H, W) float NumPy array in [0, 1] with one or three channels.
 """
 
 import warnings
@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-# Pixels: a place with its title, and the longer side of the image in it
-WIDTH, HEIGHT = 160, 194
-SIDE = 142
-LETTERS = 26  # that fit above an image
+WIDTH, HEIGHT = 160, 194  # pixels of a cell, an image with its title
+SIDE = 142  # pixels of the image's longer side
+LETTERS = 26  # maximum per line of a title
 
 # A user's matplotlibrc must not change the pictures.
 _default_style = matplotlib.rc_context(
@@ -24,14 +23,14 @@ _default_style = matplotlib.rc_context(
 
 
 def title(*lines: str, file: str) -> str:
-    """The title of an image. Lines that are too long lose their end, the name of a file its beginning."""
+    """Return the title of an image. Long lines are cut at the end, a long file name at the beginning."""
     short = [line if len(line) <= LETTERS else f"{line[: LETTERS - 1]}…" for line in lines]
     return "\n".join([*short, file if len(file) <= LETTERS else f"…{file[1 - LETTERS :]}"])
 
 
 @_default_style
 def save_grid(path: Path, pixels: np.ndarray, titles: list[str], rows: int, columns: int) -> None:
-    """Images with their titles, row by row; places without an image stay empty, and too many images are an error."""
+    """Write images with their titles, row by row. Raises ValueError if there are more images than cells."""
     grid = _Grid(rows, columns)
     for place, image, title in zip(range(rows * columns)[: len(pixels)], pixels, titles, strict=True):
         grid.show_pixels(place, image, title)
@@ -40,9 +39,9 @@ def save_grid(path: Path, pixels: np.ndarray, titles: list[str], rows: int, colu
 
 @_default_style
 def save_saliency(path: Path, pixels: np.ndarray, saliency: np.ndarray, titles: list[str]) -> None:
-    """Images and, below each, how much the winning logit changes with each pixel.
+    """Write images with their saliency below.
 
-    saliency: (N, H, W), 0 or more; each image is scaled to its own largest value.
+    saliency: (N, H, W), at least 0; each image is scaled by its maximum.
     """
     count = len(pixels)
     grid = _Grid(2, count)
@@ -54,9 +53,9 @@ def save_saliency(path: Path, pixels: np.ndarray, saliency: np.ndarray, titles: 
 
 @_default_style
 def save_reliability(path: Path, bins: pd.DataFrame) -> None:
-    """Accuracy by confidence, with the diagonal on which both are the same, and below it the images of each bin.
+    """Write a reliability diagram: accuracy by confidence, and below it the number of images in each bin.
 
-    bins: `images`, `confidence` and `accuracy` of bins of equal width, as metrics.calibration_bins gives them.
+    bins: the table that metrics.calibration_bins returns.
     """
     figure = Figure(figsize=(4.8, 5.4), dpi=100, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -72,7 +71,7 @@ def save_reliability(path: Path, bins: pd.DataFrame) -> None:
 
 
 class _Grid:
-    """Places for images, row by row, on one axis: an axis for each of them takes several times as long."""
+    """A grid of images on a single axis. An axis per image takes several times as long to draw."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self.figure = Figure(figsize=(WIDTH * columns / 100, HEIGHT * rows / 100), dpi=100)
@@ -82,7 +81,7 @@ class _Grid:
         self.axis.axis("off")
 
     def show(self, place: int, image: np.ndarray, title: str = "", **style: Any) -> None:
-        """image: (H, W) or (H, W, channels), drawn as large as there is room below three lines of title."""
+        """Draw an image, (H, W) or (H, W, C), scaled to SIDE, with up to three lines of title above."""
         row, column = divmod(place, self.columns)
         scale = SIDE / max(image.shape[:2])
         height, width = scale * image.shape[0], scale * image.shape[1]
@@ -92,11 +91,11 @@ class _Grid:
         self.axis.text(middle, bottom - height - 5, title, ha="center", va="bottom", fontsize=8, parse_math=False)
 
     def show_pixels(self, place: int, image: np.ndarray, title: str) -> None:
-        """image: (C, H, W) in [0, 1]."""
+        """Draw an image, (C, H, W) in [0, 1]."""
         self.show(place, image.transpose(1, 2, 0), title, cmap="gray", vmin=0, vmax=1)
 
 
 def _save(figure: Figure, path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a file or class; metrics/ has their names
-        figure.savefig(path, metadata={"Software": None})  # without the version that matplotlib writes by default
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # in the name of a file or class
+        figure.savefig(path, metadata={"Software": None})  # omit matplotlib's version

@@ -1,4 +1,4 @@
-"""metrics/predictions.csv: what the network says of each validation and test image, by the name that its file had."""
+"""metrics/predictions.csv: predictions for each validation and test image, by the user's file name."""
 
 import csv
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from scipy.special import softmax
 
 from classifier.pipeline.annotations import csv_cell
 
-DIGITS = 6  # of a probability
-ROWS = 1000  # of which there are probabilities in memory at a time
+DIGITS = 6  # significant digits of a probability
+ROWS = 1000  # probabilities in memory at a time
 
 
 class Predicted(NamedTuple):
@@ -24,12 +24,12 @@ class Predicted(NamedTuple):
 
 
 def write_predictions(path: Path, splits: Sequence[Predicted], classes: Sequence[str]) -> None:
-    """Write a row an image: file, split, label, predicted, then the probability of each class as P(name).
+    """Write one row per image: file, split, label, predicted, and the probability of each class as P(name).
 
-    What a spreadsheet would take for a formula is quoted, see `csv_cell`.
+    Text that a spreadsheet would read as a formula is quoted, see `csv_cell`.
     """
     cells = [*map(csv_cell, classes)]
-    spelt = f"{{:.{DIGITS}g}}".format
+    as_text = f"{{:.{DIGITS}g}}".format
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["file", "split", "label", "predicted", *(f"P({name})" for name in classes)])
@@ -37,7 +37,7 @@ def write_predictions(path: Path, splits: Sequence[Predicted], classes: Sequence
             for start in range(0, len(files), ROWS):
                 some = logits[start : start + ROWS].astype(np.float64)
                 table.writerows(
-                    [csv_cell(files[index]), split, cells[labels[index]], cells[answer], *map(spelt, row)]
+                    [csv_cell(files[index]), split, cells[labels[index]], cells[answer], *map(as_text, row)]
                     for index, answer, row in zip(
                         range(start, start + len(some)), some.argmax(1), softmax(some, axis=1).tolist(), strict=True
                     )

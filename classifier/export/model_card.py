@@ -1,6 +1,6 @@
-"""The model card: what an exported model is, what made it, how good it is, and how it is read; for people.
+"""Model card: README.md of an exported model, with its formats, data, parameters, metrics and limits.
 
-Its bytes depend on the model alone: no time, no host, no run id.
+Its bytes depend only on the model: no time, no host, no run id.
 """
 
 import json
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from classifier.evaluation.metrics import METRICS
 from classifier.pipeline.errors import masked
 from classifier.pipeline.paths import repository_root
 
@@ -21,28 +22,29 @@ WEAKEST_SHOWN = 3  # classes
 
 
 def model_card(manifest: dict[str, Any], scores: pd.DataFrame, labels: dict[str, np.ndarray]) -> str:
-    """The card as Markdown.
+    """Return the card as Markdown.
 
-    manifest: what manifest.json holds. scores: the table of metrics/classes.csv. labels: (N,) int64 of each split by
-    its name, `train` among them.
+    manifest: content of manifest.json. scores: table of metrics/classes.csv. labels: (N,) int64 of `train`, `val` and
+    `test`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=False,  # noqa: S701, it is no HTML; what comes from users goes through `text` or stands in code
+        autoescape=False,  # noqa: S701, not HTML; the filter `text` escapes names, values are in code blocks
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters |= {"percent": "{:.2%}".format, "count": "{:,}".format, "text": _text}
-    names = manifest["classes"]
+    names, test = manifest["classes"], manifest["metrics"]["test"]
     in_training = np.bincount(labels["train"], minlength=len(names))
     tested = scores[scores["images"] > 0]
     parameters = {key: masked(json.dumps(value)) for key, value in manifest["parameters"].items()}
     return environment.get_template("card.md.j2").render(
         manifest,
         parameter=parameters,
-        test=manifest["metrics"]["test"],
+        test=test,
+        metrics_of_test=[(metric, test[key]) for key, metric in METRICS.items() if key in test],
         channels=manifest["input"]["shape"][1],
         size=manifest["input"]["shape"][2:],
         counts={split: len(of_split) for split, of_split in labels.items()},
@@ -55,9 +57,10 @@ def model_card(manifest: dict[str, Any], scores: pd.DataFrame, labels: dict[str,
 
 
 def next_steps(export: Path, names: Sequence[str]) -> str:
-    """Where the exported model is, and what can be done next; in an experiment's copy, how it gets into the checkout.
+    """Return where the exported model is and which commands to run next.
 
-    export: the folder of the model. names: of its files there.
+    In the copy of an experiment, also return how to apply the experiment to the checkout. export: the folder of the
+    model. names: of its files there.
     """
     if repository_root() == Path.cwd():
         return (
@@ -72,5 +75,5 @@ def next_steps(export: Path, names: Sequence[str]) -> str:
 
 
 def _text(value: str) -> str:
-    """A text within a line as it is: what Markdown, its tables or HTML would take for their own is escaped."""
+    """Escape the characters that Markdown, its tables or HTML interpret."""
     return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", value)
