@@ -47,8 +47,8 @@ def test_pip_installs_by_hash_alone(name: str) -> None:
 
 def test_only_the_s3_server_and_its_set_up_have_the_root_secret() -> None:
     assert {name for name, service in services().items() if "${S3_SECRET" in str(service)} == {"s3", "bucket"}
-    assert services()["mlflow"]["environment"]["AWS_ACCESS_KEY_ID"] == "mlflow"
-    assert services()["mlflow"]["environment"]["AWS_SECRET_ACCESS_KEY"] == "${MLFLOW_S3_SECRET}"
+    given = services()["mlflow"]["environment"]
+    assert (given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]) == ("mlflow", "${MLFLOW_S3_SECRET}")
 
 
 def test_the_account_of_mlflow_is_limited_to_the_bucket_of_the_team() -> None:
