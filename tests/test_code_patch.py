@@ -76,7 +76,7 @@ def test_a_file_with_a_secret_is_left_out(project: Project, tmp_path: Path, name
     Path("classifier/a.py").write_text("second\n")
     Path(name).write_text(f"harmless\n{line}\n")
     found = code_patch(".")
-    assert found.left_out == {name: f"it may hold a secret ({kind})"}
+    assert found.left_out == {name: f"it may contain a secret ({kind})"}
     assert applied(project, found.patch, tmp_path) == {"classifier/a.py": "second\n"}
     assert line.encode() not in found.patch
 

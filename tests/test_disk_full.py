@@ -244,7 +244,7 @@ def test_git_without_room_is_told(copied: Project) -> None:
     done = run_stage(copied.root, "evaluate", limit=300)
     assert done.returncode == 1
     *told, failed = done.stderr.splitlines()  # the tracker ends no stage; the first output that is too large does
-    assert "cannot be told: Command 'git read-tree' died with <Signals.SIGXFSZ: 25>." in told[0]
+    assert "cannot be determined: Command 'git read-tree' died with <Signals.SIGXFSZ: 25>." in told[0]
     assert NO_ROOM.format("file too large") in failed
     assert copied.outputs() == before
 
@@ -339,7 +339,7 @@ def test_a_stage_without_room_for_its_journal_succeeds_and_leaves_none(copied: P
         disk.leave(0)
         done = run_stage(copied.root, stage)
         assert done.returncode == 0, done.stderr
-        assert "MLflow will not have all of this run" in done.stderr
+        assert "MLflow will not have all records of this run" in done.stderr
         assert "Traceback" not in done.stderr
         assert not list((copied.root / ".journal").glob("*-*"))
     assert copied.outputs().keys() <= before.keys()

@@ -315,7 +315,7 @@ def test_a_slurm_job_is_refused_if_each_node_would_train_by_itself(job: Project)
     job.set_params(launcher="python")
     refused = job.run("deploy/train.slurm", check=False)
     assert refused.returncode == 1
-    assert "params.yaml, launcher: python: each node would train by itself" in refused.stderr
+    assert "params.yaml, launcher: python: each node would train separately" in refused.stderr
 
 
 @pytest.mark.slow

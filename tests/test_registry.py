@@ -126,16 +126,16 @@ def test_a_clearly_better_version_takes_over(export: Callable[..., Version]) -> 
     candidate = export(range(10, 90))
     text = promote(candidate)
     # 30 images gained, 10 lost: the two-sided binomial test gives 0.0022
-    assert "only the candidate is right on 30 and only the champion on 10: more than noise" in text
+    assert "only the candidate is correct on 30 and only the champion on 10: significant" in text
     assert "p = 0.0022" in text
-    assert text.endswith("Version 2 is the champion now.")
+    assert text.endswith("Version 2 is the new champion.")
     assert [version.aliases for version in find_versions(f"name = '{candidate.name}'")] == [["champion"], []]
 
 
 @pytest.mark.parametrize(
     ("right", "reason"),
-    [(range(62), "Better, by what may be noise"), (range(60), "Not better"), (range(59), "Not better")],
-    ids=["may be noise", "as good", "worse"],
+    [(range(62), "Better, but not significantly"), (range(60), "Not better"), (range(59), "Not better")],
+    ids=["not significant", "as good", "worse"],
 )
 def test_a_version_that_is_not_shown_to_be_better_leaves_the_champion(
     export: Callable[..., Version], right: range, reason: str
@@ -147,7 +147,7 @@ def test_a_version_that_is_not_shown_to_be_better_leaves_the_champion(
     champion = find_champion(candidate.name)
     assert champion is not None
     assert champion.number == 1
-    assert promote(candidate, force=True).endswith(f"{reason}, but champion by force now.")
+    assert promote(candidate, force=True).endswith(f"{reason}; champion by force.")
 
 
 def test_a_champion_whose_run_is_gone_is_replaced_by_force_only(export: Callable[..., Version]) -> None:
@@ -155,7 +155,7 @@ def test_a_champion_whose_run_is_gone_is_replaced_by_force_only(export: Callable
     promote(champion)
     MlflowClient().delete_run(champion.run_id)
     candidate = export(range(70))
-    with pytest.raises(PipelineError, match=f"{champion}: its run {champion.run_id} holds no evaluation"):
+    with pytest.raises(PipelineError, match=f"{champion}: its run {champion.run_id} has no evaluation"):
         promote(candidate)
     assert "champion by force" in promote(candidate, force=True)
 
@@ -177,7 +177,7 @@ def test_a_store_that_cannot_be_asked_is_not_one_without_a_champion(
 def test_versions_tested_on_other_images_are_not_compared(export: Callable[..., Version]) -> None:
     promote(export(range(60)))
     candidate = export(range(90), test_set="another")
-    with pytest.raises(PipelineError, match="tested on other images than the champion, version 1: not promoted"):
+    with pytest.raises(PipelineError, match="tested on different images than the champion, version 1: not promoted"):
         promote(candidate)
     assert "champion by force" in promote(candidate, force=True)
 
@@ -185,7 +185,7 @@ def test_versions_tested_on_other_images_are_not_compared(export: Callable[..., 
 def test_a_version_whose_run_was_not_evaluated_is_told(export: Callable[..., Version]) -> None:
     version = export(range(60))
     MlflowClient().delete_run(version.run_id)
-    with pytest.raises(PipelineError, match=f"{version}: its run {version.run_id} holds no evaluation"):
+    with pytest.raises(PipelineError, match=f"{version}: its run {version.run_id} has no evaluation"):
         promote(version)
 
 
@@ -415,7 +415,7 @@ def test_a_version_is_looked_up_by_name(name: str, number: int) -> None:
         ([], "HEAD: not registered as new; to register"),
         (
             [Version("old", 7, "run", [])],
-            "registered as old, and not as registered_model in params.yaml says: new;",
+            r"registered as old, not as new \(registered_model in params\.yaml\);",
         ),
     ],
 )

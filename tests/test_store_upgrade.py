@@ -1,4 +1,4 @@
-"""A store that another version of MLflow has made: the way on is told, and taken after a copy was made."""
+"""A store of another version of MLflow: the error says how to upgrade it, and the upgrade makes a backup."""
 
 import sqlite3
 from contextlib import closing
@@ -66,31 +66,29 @@ def test_of_an_old_store_the_way_on_is_told(
         store.execute("UPDATE alembic_version SET version_num = ?", (version(old),))
     if server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
-    with pytest.raises(PipelineError) as told:
+    with pytest.raises(PipelineError) as error:
         find_runs()
-    way_on = (
-        "whoever runs it upgrades it"
-        if server
-        else "`classifier upgrade-store` copies it, then runs `mlflow db upgrade"
+    advice = (
+        "ask its administrator to run: mlflow db upgrade" if server else "`classifier upgrade-store` makes a backup"
     )
-    assert way_on in str(told.value)
+    assert advice in str(error.value)
 
 
 def test_a_store_that_cannot_be_upgraded_is_as_it_was(database: Path) -> None:
     with closing(sqlite3.connect(database)) as store, store:
         store.execute("UPDATE alembic_version SET version_num = 'of the future'")
     before = database.read_bytes()
-    with pytest.raises(PipelineError, match="made by a newer version of MLflow than the one here"):
+    with pytest.raises(PipelineError, match="created by a newer version of MLflow than the installed one"):
         find_runs()
-    with pytest.raises(PipelineError, match=r"mlflow\.db: not upgraded, and as it was: "):
+    with pytest.raises(PipelineError, match=r"mlflow\.db: the upgrade failed, and the file is unchanged: "):
         upgrade_store()
     assert database.read_bytes() == before
 
 
 def test_there_is_nothing_to_upgrade(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database.unlink()
-    with pytest.raises(PipelineError, match="no file to upgrade"):
+    with pytest.raises(PipelineError, match="no SQLite file to upgrade"):
         upgrade_store()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
-    with pytest.raises(PipelineError, match=r"^http://\*\*\*@127\.0\.0\.1:9: no file to upgrade"):
+    with pytest.raises(PipelineError, match=r"^http://\*\*\*@127\.0\.0\.1:9: no SQLite file to upgrade"):
         upgrade_store()

@@ -204,7 +204,7 @@ def test_a_deleted_run_is_told_and_when_it_is_restored_the_rest_is_sent(reposito
     train(range(7, 8))
     (fault,) = sender.send_all().values()
     assert str(fault) == (
-        f"run {run_id} is deleted in MLflow; restore it, or remove {tracker.journal.folder} to do without it"
+        f"run {run_id} is deleted in MLflow; restore it, or delete {tracker.journal.folder} to drop its records"
     )
     assert steps(repository / "mlflow.db", "loss") == [1, 7]
     client.restore_run(run_id)
@@ -258,7 +258,7 @@ def test_a_process_that_sends_and_does_not_end_is_not_waited_for(
     with FileLock(home() / ".lock"):
         faults = Sender().send_all()
     assert {folder: str(fault) for folder, fault in faults.items()} == {
-        journal.folder: "another process is sending, and has not come to an end yet"
+        journal.folder: "another process is still sending after 0.2 seconds; try again later"
     }
     assert Sender().send_all() == {}
 
@@ -288,7 +288,7 @@ def test_for_a_store_with_a_password_the_variable_to_set_is_named(
     ((folder, fault),) = send_to_every_store().items()
     assert folder == journal.folder
     assert str(fault) == (
-        "set MLFLOW_TRACKING_URI to http://***@127.0.0.1:9/mlflow, with name and password for the stars"
+        "set MLFLOW_TRACKING_URI to http://***@127.0.0.1:9/mlflow, with name and password in place of ***"
     )
     assert steps(repository / "mlflow.db", "loss") == [7]
 
@@ -435,13 +435,13 @@ def test_a_locked_store_does_not_delay_a_training_and_gets_all_later(project: Pr
 
 
 @pytest.mark.parametrize(
-    ("address", "way_on"), [("sqlite:///team.db", "or unset MLFLOW_TRACKING_URI to"), ("", "Another program may have")]
+    ("address", "advice"), [("sqlite:///team.db", "or unset MLFLOW_TRACKING_URI to"), ("", "Another program may have")]
 )
 def test_the_way_on_from_a_locked_store_is_told_by_whose_it_is(
-    monkeypatch: pytest.MonkeyPatch, address: str, way_on: str
+    monkeypatch: pytest.MonkeyPatch, address: str, advice: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    with pytest.raises(store.StoreAway, match=way_on), store.store_errors():
+    with pytest.raises(store.StoreAway, match=advice), store.store_errors():
         raise sqlite3.OperationalError("database is locked")
 
 

@@ -257,4 +257,4 @@ def test_the_server_script_names_what_it_lacks(tmp_path: Path) -> None:
     script = ROOT / "deploy/mlflow-server.sh"
     done = subprocess.run([script], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "PGHOST: the machine that PostgreSQL runs on" in done.stderr
+    assert "PGHOST: set it to the host of PostgreSQL" in done.stderr

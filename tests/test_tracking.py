@@ -103,6 +103,8 @@ def test_a_moved_repository_finds_its_artifacts_and_logs_beside_them(project: Pr
     assert not project.root.exists()
     runs = runs_in(moved.root / "mlflow.db")
     assert len(runs) == 2
+    default = MlflowClient(f"sqlite:///{moved.root / 'mlflow.db'}").get_experiment("0")
+    assert default.artifact_location == str(moved.root / "mlruns/0")
     for run in runs:
         assert run.info.artifact_uri.startswith(moved.root.as_uri())
         assert (moved.root / "mlruns" / run.info.run_id / "artifacts/params.yaml").is_file()

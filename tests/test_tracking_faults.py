@@ -57,7 +57,7 @@ def track() -> Journal:
 
 def check_warning(capsys: pytest.CaptureFixture[str], reason: str) -> None:
     warning = capsys.readouterr().err
-    assert warning.count("MLflow will not have all of this run, whose results are not affected: ") == 1
+    assert warning.count("MLflow will not have all records of this run; its results are not affected: ") == 1
     assert reason in warning
     assert str(home()) in warning
 
@@ -127,7 +127,7 @@ def test_a_repository_that_git_cannot_read(evaluated: Path, capsys: pytest.Captu
     ).stdout.strip()
     (evaluated / ".git/objects" / tree[:2] / tree[2:]).unlink()
     assert evaluate() == ["run", "evaluation", "files", "tags", "end"]
-    check_warning(capsys, "what differs from the commit cannot be told")
+    check_warning(capsys, "the differences from the commit cannot be determined")
 
 
 # As the stages do, in a process without root's power over others' files
@@ -156,7 +156,7 @@ def test_a_journal_folder_that_is_closed(tmp_path: Path, owner: int, mode: int) 
         [*powerless, sys.executable, "-c", STAGE], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    assert done.stderr.count("MLflow will not have all of this run") == 1
+    assert done.stderr.count("MLflow will not have all records of this run") == 1
     assert "Permission denied" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -166,4 +166,4 @@ def test_a_journal_folder_that_is_closed(tmp_path: Path, owner: int, mode: int) 
         [*powerless, sys.executable, "-c", send], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert f"{waiting}: Permission denied; its owner can send it" in done.stdout or mode == 0o555
+    assert f"{waiting}: Permission denied; run `classifier sync` as its owner" in done.stdout or mode == 0o555

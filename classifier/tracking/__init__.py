@@ -1,1 +1,1 @@
-"""What MLflow is told: the journal, the process that sends it, the store, the registry."""
+"""MLflow tracking: the journal, the process that sends it, the store, the model registry."""

@@ -1,7 +1,6 @@
-"""The patch that a run keeps of its code: what differs from the commit, without what may be a secret.
+"""The code patch of a run: differences from the commit, without files that may contain secrets.
 
-Of new files it has code alone: keys and passwords lie in files of other kinds, or elsewhere. What is sent is scanned
-with the rules of detect-secrets.
+New files are included only if they are code. All included lines are scanned with the rules of detect-secrets.
 """
 
 import re
@@ -12,13 +11,13 @@ from typing import NamedTuple
 from classifier.tracking.git import changes, new_files
 
 FOLDERS, SUFFIXES = ("classifier", "stages"), (".py", ".j2")  # of new files
-MOST_LINES = 20_000  # of changes that are scanned, at about 3,000 a second
-# Rules that take a hash or a version for a secret
+MOST_LINES = 20_000  # scanned changed lines, at about 3,000 per second
+# Rules that mistake hashes or versions for secrets
 TOO_STRICT = ("Base64HighEntropyString", "HexHighEntropyString", "IPPublicDetector")
 
 
 class CodePatch(NamedTuple):
-    """The names of the files that differ, a patch of them for `git apply`, and by name why others are left out."""
+    """Names of the changed files, their patch for `git apply`, and the reason for each file left out."""
 
     names: list[str]
     patch: bytes
@@ -26,9 +25,10 @@ class CodePatch(NamedTuple):
 
 
 def code_patch(*paths: str) -> CodePatch:
-    """Return what differs from the commit, as `repository.changes` does, without what may be a secret.
+    """Return the differences from the commit, without files that may contain secrets.
 
-    paths: Git's pathspecs, which limit it.
+    paths: Git pathspecs that limit the patch.
+    Raises PipelineError if Git cannot read a file.
     """
     names, patch = changes(*paths, takes=_is_code)
     left_out = {name: "no code of the pipeline" for name in new_files() if not _is_code(name)}
@@ -44,7 +44,7 @@ def _is_code(name: str) -> bool:
 
 
 def _secrets(names: list[str], patch: bytes) -> dict[str, str]:
-    """The files whose new lines may hold a secret, or are too many to be scanned, with the reason."""
+    """Return the files to leave out, with the reason: a possible secret, or too many changed lines to scan."""
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.core.scan import scan_line
     from detect_secrets.settings import transient_settings
@@ -58,14 +58,14 @@ def _secrets(names: list[str], patch: bytes) -> dict[str, str]:
             if scanned > MOST_LINES:
                 found[name] = f"more than {MOST_LINES:,} changed lines"
             elif secrets := [secret for line in lines for secret in scan_line(line)]:
-                found[name] = f"it may hold a secret ({secrets[0].type})"
+                found[name] = f"it may contain a secret ({secrets[0].type})"
     return found
 
 
 def _new_lines(patch: bytes) -> list[list[str]]:
-    """The lines that a patch adds, of each of its files in turn."""
+    """Return the added lines of each file of a patch."""
     parts = re.split(r"^diff --git ", patch.decode(errors="replace"), flags=re.MULTILINE)[1:]
-    # A file that becomes a link, or the other way round, has two parts that begin alike
+    # A file that becomes a link, or a link that becomes a file, has two parts with the same first line
     files = [list(group) for _, group in groupby(parts, key=lambda part: part.partition("\n")[0])]
     return [
         [line[1:] for part in file for line in part.split("\n") if line.startswith("+") and not line.startswith("+++ ")]

@@ -1,8 +1,8 @@
-"""The registered model: images in, class names and probabilities out, in Python and through `mlflow models serve`.
+"""The registered model: from images to class names and probabilities, in Python and with `mlflow models serve`.
 
-MLflow keeps a copy of this file with every version, and runs it when the model is logged and when it is loaded. So it
-imports nothing of the project: whoever loads `models:/fashion-mnist@champion` needs MLflow and the packages below, and
-no checkout. What becomes of an image file is in a copy of classifier/data/decoding.py that the version holds too.
+MLflow stores a copy of this file with each version, and runs it when the model is logged or loaded. It imports nothing
+from the project, so that loading `models:/fashion-mnist@champion` needs MLflow and the packages below, but no checkout.
+Each version also has a copy of classifier/data/decoding.py, which decodes image files.
 """
 
 import base64
@@ -22,8 +22,8 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image, ImageOps
 
-BATCH = 256  # images that are decoded and go through the network at once: it bounds the memory
-MOST_IMAGES = 1024  # in a request; those of Python calls are not counted
+BATCH = 256  # images decoded and classified at once; limits the memory
+MOST_IMAGES = 1024  # per request; Python calls have no limit
 LISTED_FAULTS = 20
 COLUMN = "image"
 REQUEST = (
@@ -33,9 +33,9 @@ REQUEST = (
 
 
 class UnusableImages(MlflowException, ValueError):  # type: ignore[misc]
-    """What is wrong with the images of a caller, which MLflow's server answers with status 400.
+    """The caller's images cannot be used. MLflow's server responds with status 400.
 
-    The server would put the whole request before the reason: the answer is the reason alone.
+    The response contains the reason only, without the request that the server adds to the message.
     """
 
     def __init__(self, reason: str) -> None:
@@ -49,29 +49,31 @@ class UnusableImages(MlflowException, ValueError):  # type: ignore[misc]
 class ImageClassifier(PythonModel):  # type: ignore[misc]
     """An exported ONNX file and its manifest, as an MLflow model."""
 
-    _skip_type_hint_validation = True  # MLflow's checks by type hint would allow one type of input only
+    # A type hint on `predict` would allow one type of input only. Without one, MLflow warns at every import; it has no
+    # public setting for that.
+    _skip_type_hint_validation = True
 
     def load_context(self, context: PythonModelContext) -> None:
         manifest = json.loads(Path(context.artifacts["manifest"]).read_text(encoding="utf-8"))
         self.class_names: list[str] = manifest["classes"]
         self.image_shape = tuple(manifest["input"]["shape"][1:])  # (C, H, W)
         self.session = onnxruntime.InferenceSession(context.artifacts["model"], providers=["CPUExecutionProvider"])
-        # Under a name of its own, and not among the imported modules: two versions can be loaded side by side
+        # Not added to sys.modules, so that two versions can be loaded in one process
         spec = spec_from_file_location("image_classifier_decoding", context.artifacts["decoding"])
-        assert spec is not None  # noqa: S101, it is for a file that ends in .py
-        assert spec.loader is not None  # noqa: S101, likewise
+        assert spec is not None  # noqa: S101, for mypy
+        assert spec.loader is not None  # noqa: S101, for mypy
         decoding = module_from_spec(spec)
         spec.loader.exec_module(decoding)
         self.decode_image: Callable[..., np.ndarray] = decoding.decode_image
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """A row an image: `class` and its `probability`, then the probability of every class as `P(name)`.
+        """Return a table with one row per image: `class`, its `probability`, and `P(name)` for each class.
 
-        model_input: a list of image files, given as paths or as Pillow images; or images as an array (N, C, H, W), or
-        (N, H, W) where they are grey, of integers from 0 to 255 or floats from 0 to 1. A server gets image files in
-        base64, as REQUEST says, at most MOST_IMAGES of them; no string in a request is taken for a path.
-        Files and Pillow images are brought to the model's size and number of channels as they are for training.
-        Raises ValueError that names the images that cannot be used, those without a name by their number from 1 on.
+        model_input: a list of paths of image files or of Pillow images; or an array (N, C, H, W), or (N, H, W) for
+        grey images, of integers in [0, 255] or floats in [0, 1]. A server request has image files in base64, see
+        REQUEST, at most MOST_IMAGES; strings in a request are never paths.
+        Files and Pillow images are converted to the model's size and channels as for training.
+        Raises UnusableImages, a ValueError, which lists unusable images by path, or else by number, starting at 1.
         """
         encoded = _requested(model_input)
         if encoded is not None:
@@ -93,7 +95,7 @@ class ImageClassifier(PythonModel):  # type: ignore[misc]
         return pd.DataFrame(table | columns)
 
     def _logits_of_files(self, sources: Sequence[Any]) -> np.ndarray:
-        """Logits (N, classes) of image files: paths, Pillow images, or base64. N >= 1."""
+        """Return logits (N, classes) of image files: paths, Pillow images or base64. N >= 1."""
         channels, *size = self.image_shape
         logits, faults = [], []
         for start in range(0, len(sources), BATCH):
@@ -113,7 +115,7 @@ class ImageClassifier(PythonModel):  # type: ignore[misc]
         return np.concatenate(logits)
 
     def _logits(self, images: np.ndarray) -> np.ndarray:
-        """Logits (N, classes) of pixels (N, C, H, W), integers 0..255 or floats 0..1; N may be 0."""
+        """Return logits (N, classes) of pixels (N, C, H, W), integers in [0, 255] or floats in [0, 1]; N may be 0."""
         largest = np.float32(255 if np.issubdtype(images.dtype, np.integer) else 1)
         batches = [images[start : start + BATCH] for start in range(0, max(len(images), 1), BATCH)]
         return np.concatenate(
@@ -121,7 +123,7 @@ class ImageClassifier(PythonModel):  # type: ignore[misc]
         )
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
-        """The array as (N, C, H, W), if it can be that and its values are those of pixels."""
+        """Return the array as (N, C, H, W). Raises UnusableImages for another shape or values out of range."""
         channels, height, width = self.image_shape
         if images.ndim == 3 and channels == 1:
             images = images[:, np.newaxis]
@@ -131,7 +133,7 @@ class ImageClassifier(PythonModel):  # type: ignore[misc]
             )
         lowest, highest = (images.min(), images.max()) if images.size else (0, 0)
         largest = 255 if np.issubdtype(images.dtype, np.integer) else 1
-        if not 0 <= lowest <= highest <= largest:  # false also where one is not a number
+        if not 0 <= lowest <= highest <= largest:  # also false for NaN
             raise UnusableImages(
                 f"{images.dtype} pixels from {lowest} to {highest}; give integers 0..255 or floats 0..1"
             )
@@ -139,9 +141,9 @@ class ImageClassifier(PythonModel):  # type: ignore[misc]
 
 
 def _requested(given: Any) -> Sequence[Any] | None:
-    """The images of a request in what MLflow's server makes of its JSON; None for what only a Python call can give.
+    """Return the images of a server request; None for input that only a Python call can have.
 
-    A list of strings comes as an array, and as a list only from Python; objects come as a list or a table.
+    MLflow's server converts a list of strings to an array, and objects to a list or a table.
     """
     if isinstance(given, pd.DataFrame | dict):
         if COLUMN not in given:
@@ -157,21 +159,23 @@ def _requested(given: Any) -> Sequence[Any] | None:
 
 
 def _content(source: Any) -> bytes:
-    """The bytes of an image file that is given as a path, as a Pillow image, or in base64."""
+    """Return the bytes of an image file, given as a path, a Pillow image or base64."""
     if isinstance(source, Path):
         return source.read_bytes()
     if isinstance(source, Image.Image):
         file = io.BytesIO()
-        ImageOps.exif_transpose(source).save(file, "TIFF", compression="raw")  # it has nearly all modes of Pillow's
+        ImageOps.exif_transpose(source).save(
+            file, "TIFF", compression="raw"
+        )  # TIFF supports nearly all modes of Pillow
         return file.getvalue()
     if isinstance(source, dict):
         source = source.get(COLUMN)
-    if isinstance(source, np.ndarray) and source.ndim == 0:  # what the server makes of a string in an object
+    if isinstance(source, np.ndarray) and source.ndim == 0:  # the server converts a string in an object to this
         source = source.item()
     if not isinstance(source, str):
         raise ValueError(f'no string of base64 under "{COLUMN}"')
     try:
-        return base64.b64decode("".join(source.split()), validate=True)  # encoders break lines
+        return base64.b64decode("".join(source.split()), validate=True)  # some encoders insert line breaks
     except ValueError as error:
         raise ValueError(f"not base64: {error}") from None
 

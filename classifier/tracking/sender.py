@@ -1,8 +1,8 @@
-"""From journals to MLflow: each record is sent once, or again without effect.
+"""Send journals to MLflow. Sending a record again has no effect.
 
-`python -m classifier.tracking.sender` runs beside a stage, which gives it the path of a journal on its standard input,
-sends what is written there, measures the machine meanwhile, and ends when the stage has closed that input, as the
-system does for one that is killed. `classifier sync` sends what is left.
+`python -m classifier.tracking.sender` runs beside a stage. It reads the path of a journal from standard input, sends
+the journal's records, samples system metrics, and exits when the stage closes that input, which the system does for a
+killed stage. `classifier sync` sends the remaining records.
 """
 
 import math
@@ -32,24 +32,25 @@ from classifier.tracking.tracker import (
 )
 
 # isort: split
-# After classifier.tracking.store, which sets what is read when mlflow is imported
+# After classifier.tracking.store, which sets the variables that MLflow reads when it is imported
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-SAMPLE_SECONDS = 10  # between measurements of the machine, and between attempts to reach a store that is away
-RETRY_SECONDS = 5  # for which a store that was away is not tried again: an attempt takes as long, and a stage may wait
-TURN_SECONDS = 30  # to wait for another process that sends
+SAMPLE_SECONDS = 10  # between samples of system metrics, and between attempts to reach an unreachable store
+RETRY_SECONDS = 5  # minimum between attempts: one takes as long, and a stage may wait for it
+TURN_SECONDS = 30  # to wait for another sender
 
 
 @dataclass
 class OpenRun:
-    """The run that a journal speaks of, and what it has already: metrics by name and step.
+    """The run of a journal, and what MLflow has of it.
 
-    sent: how many of the journal's records; if it has more by now, another process has sent them.
-    end_time: milliseconds since 1970 at which the run had ended when it was opened, 0 if it had not.
+    logged: metrics by name and step.
+    sent: number of sent records; if the journal's own number is higher, another process has sent some.
+    end_time: end of the run when it was opened, in milliseconds since 1970; 0 if it had not ended.
     """
 
     run_id: str
@@ -59,25 +60,25 @@ class OpenRun:
 
 
 class Sender:
-    """Sends journals to the store that the environment names."""
+    """Send journals to the store that MLFLOW_TRACKING_URI selects."""
 
     def __init__(self) -> None:
         self._open: dict[Path, OpenRun] = {}
 
     def send_all(self) -> dict[Path, PipelineError]:
-        """Send what all journals for this store hold, in their order; return what went wrong, by journal.
+        """Send all journals of this store in order; return the errors by journal.
 
-        Journals that have ended are then removed, and those whose process has: such a run becomes KILLED.
+        Completely sent journals are removed. The run of a stage that was killed becomes KILLED.
         """
         faults: dict[Path, PipelineError] = {}
         try:
             home().mkdir(exist_ok=True)
             turn = FileLock(home() / ".lock", timeout=TURN_SECONDS).acquire()
         except Timeout:
-            busy = PipelineError("another process is sending, and has not come to an end yet")
+            busy = PipelineError(f"another process is still sending after {TURN_SECONDS:g} seconds; try again later")
             return {journal.folder: busy for journal in journals()}
         except OSError as error:
-            closed = PipelineError(f"{home()}: {error.strerror}; make it writable, or make room")
+            closed = PipelineError(f"{home()}: {error.strerror}; make it writable, or free disk space")
             return {journal.folder: closed for journal in journals()}
         with turn:
             for journal in journals():
@@ -86,19 +87,23 @@ class Sender:
                         self._send(journal)
                 except PipelineError as fault:
                     faults[journal.folder] = fault
-                except Exception as error:  # whatever the client of an artifact store raises
+                except Exception as error:  # clients of artifact stores raise errors of any type
                     faults[journal.folder] = PipelineError(masked(f"{type(error).__name__}: {error}")[:300])
                 if journal.folder in faults:
-                    self._open.pop(journal.folder, None)  # next time it is asked what of the last record has arrived
+                    self._open.pop(
+                        journal.folder, None
+                    )  # query the run again: part of the last record may have arrived
                     if isinstance(faults[journal.folder], store.StoreAway):
                         break
         return faults
 
     def _send(self, journal: Journal) -> None:
-        alive = journal.is_being_written()  # asked first: what a process has written before it ended is sent
+        alive = (
+            journal.is_being_written()
+        )  # before reading, so that no record of a process that ends meanwhile is missed
         records = journal.records()
         first = records[0] if records else None
-        if not first or first["kind"] != "run":  # the disk was full, or a removal was cut off
+        if not first or first["kind"] != "run":  # the disk was full, or the removal was interrupted
             if not alive:
                 journal.remove()
             return
@@ -109,9 +114,10 @@ class Sender:
             store.check_writable()
             run = known
         else:
+            experiment_id = store.connect(first["experiment"])
             with store.time_limit(store.EXCHANGE_SECONDS):
-                run = self._open_run(journal, first)
-        # A training that was killed and has gone on can have ended the run after all that this journal tells
+                run = self._open_run(journal, first, experiment_id)
+        # A resumed training may have ended the run after this journal's last record.
         last_time = max(record["time"] for record in records if record)
         is_open = run.end_time <= 1000 * last_time
         if is_open and run is not known:
@@ -119,25 +125,24 @@ class Sender:
                 MlflowClient().update_run(run.run_id, status="RUNNING")
         for number, record in enumerate(records[run.sent :], run.sent + 1):
             if record and record["kind"] != "end":
-                # Pictures and models may take long to send
+                # Uploads of pictures and models take longer.
                 seconds = store.EXCHANGE_SECONDS if record["kind"] in ("metrics", "tags") else UPLOAD_PATIENCE
                 with store.time_limit(seconds):
                     APPLY[record["kind"]](journal, run, record)
             journal.sent = run.sent = number
-        end = find_end(records)  # in these: more may be there by now
+        end = find_end(records)  # not in the journal, which may have more records by now
         if end or not alive:
             if is_open:
                 _end(run, end or {"status": "KILLED", "time": last_time})
             journal.remove()
             del self._open[journal.folder]
 
-    def _open_run(self, journal: Journal, record: dict[str, Any]) -> OpenRun:
-        """Find the run that the first record of a journal speaks of, or make it."""
-        experiment_id = store.connect(record["experiment"])
-        client = MlflowClient()  # of this store
+    def _open_run(self, journal: Journal, record: dict[str, Any], experiment_id: str) -> OpenRun:
+        """Find or create the run of a journal, given the journal's first record."""
+        client = MlflowClient()
         found = _find(journal, record, experiment_id)
         if found is None:
-            journal.sent = 0  # also if there has been a run, in a store that was then made anew
+            journal.sent = 0  # the store may have been deleted after a part was sent
             started = int(1000 * (record["started"] or record["time"]))
             tags = {OPENER_TAG: record["opener"]}
             found = client.create_run(experiment_id, start_time=started, tags=tags, run_name=record["name"])
@@ -149,9 +154,9 @@ class Sender:
 
 
 def _find(journal: Journal, record: dict[str, Any], experiment_id: str) -> Run | None:
-    """The run that this journal, or this training before it was killed, has opened; else one of the same weights.
+    """Return the run opened by this journal or by an interrupted part of the training; else one of the same weights.
 
-    Raises PipelineError if it was deleted.
+    Raises PipelineError if the run is deleted in MLflow.
     """
     experiments = [experiment.experiment_id for experiment in MlflowClient().search_experiments()]
     opened: list[Run] = MlflowClient().search_runs(
@@ -159,7 +164,8 @@ def _find(journal: Journal, record: dict[str, Any], experiment_id: str) -> Run |
     )
     if opened and opened[0].info.lifecycle_stage == "deleted":
         raise PipelineError(
-            f"run {opened[0].info.run_id} is deleted in MLflow; restore it, or remove {journal.folder} to do without it"
+            f"run {opened[0].info.run_id} is deleted in MLflow; "
+            f"restore it, or delete {journal.folder} to drop its records"
         )
     if opened:
         return opened[0]
@@ -172,14 +178,19 @@ def _find(journal: Journal, record: dict[str, Any], experiment_id: str) -> Run |
 
 
 def _run(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
-    """Say what the run is of, unless another has opened it, as the training has that of its evaluation."""
+    """Log name, parameters, tags, patch and datasets, unless another journal has opened the run.
+
+    A training opens the run to which its evaluation and export are added.
+    """
     client = MlflowClient()
     found = client.get_run(run.run_id)
     if found.data.tags.get(OPENER_TAG) != record["opener"]:
         return
     client.update_run(run.run_id, name=record["name"])
     parameters = record["parameters"].items() - found.data.params.items()
-    new = [Param(key, value) for key, value in parameters if key not in found.data.params]  # they cannot be changed
+    new = [
+        Param(key, value) for key, value in parameters if key not in found.data.params
+    ]  # MLflow does not allow changes
     client.log_batch(run.run_id, params=new, tags=[RunTag(key, value) for key, value in record["tags"].items()])
     if record["patch"]:
         client.log_artifact(run.run_id, str(journal.folder / record["patch"]))
@@ -187,7 +198,8 @@ def _run(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
     for data in record["datasets"]:
         source = CodeDatasetSource({"dvc.path": data["path"], "dvc.md5": data["md5"]})
         dataset = MetaDataset(source, name=data["name"], digest=data["md5"])  # type: ignore[abstract]
-        datasets.append(DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")]))
+        entity = Dataset(**dataset.to_dict())
+        datasets.append(DatasetInput(entity, [InputTag("mlflow.data.context", "training")]))
     client.log_inputs(run.run_id, datasets=datasets)
 
 
@@ -216,8 +228,8 @@ def _files(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
 def _evaluation(journal: Journal, run: OpenRun, record: dict[str, Any]) -> None:
     logged = MlflowClient().get_run(run.run_id).data.tags.get(TEST_SET_TAG)
     if not record["if_missing"] or logged != record["tags"][TEST_SET_TAG]:
-        timestamp = int(1000 * record["time"])  # without steps: the last evaluation counts
-        latest = MlflowClient().get_run(run.run_id).data.metrics  # also of an evaluation that was killed
+        timestamp = int(1000 * record["time"])  # always step 0, so that the latest evaluation counts
+        latest = MlflowClient().get_run(run.run_id).data.metrics  # including those of an interrupted evaluation
         new = {key: value for key, value in record["values"].items() if latest.get(key) != value}
         MlflowClient().log_batch(run.run_id, metrics=[Metric(key, value, timestamp, 0) for key, value in new.items()])
         _files(journal, run, record)
@@ -245,24 +257,25 @@ APPLY: dict[str, Callable[[Journal, OpenRun, dict[str, Any]], None]] = {
 
 
 class Sampler:
-    """What the machine does while a training runs, under MLflow's names for it.
+    """Sample system metrics during a training, under MLflow's names.
 
-    MLflow's comparison of runs opens on the metric that was logged first. So measurements are kept back until the
-    training has logged its first epoch.
+    MLflow's comparison of runs shows the metric that was logged first. So samples are held back until the training has
+    logged its first epoch. MLflow's documented function, `mlflow.enable_system_metrics_logging`, logs from a thread and
+    loses samples while the store is unreachable; so this calls the methods of its `SystemMetricsMonitor`.
     """
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._started: float | None = None  # the training, in seconds since 1970; 0 if none writes this journal
-        self._kept_back: list[dict[str, Any]] = []
+        self._started: float | None = None  # start of the training, seconds since 1970; 0 if it is none
+        self._held_back: list[dict[str, Any]] = []
         self._has_epoch = False
-        # It logs nothing here, but would make the database that its address names.
+        # The monitor is not started, so it logs nothing; but a database URI would create the database.
         self._monitor: Any = SystemMetricsMonitor(run_id="", tracking_uri="http://localhost")  # type: ignore[no-untyped-call]
-        self._monitor.collect_metrics()  # type: ignore[no-untyped-call]  # the load since now
+        self._monitor.collect_metrics()  # type: ignore[no-untyped-call]  # CPU load is measured since the last call
         self._clear()
 
     def sample(self) -> None:
-        """Measure, and write a record by the seconds since the training's start, if a training writes this journal."""
+        """Sample if a training writes this journal; the step is the number of seconds since its start."""
         if self._started is None and (records := self._journal.records()):
             self._started = records[0]["started"] if records[0] else 0
         if self._started:
@@ -270,17 +283,17 @@ class Sampler:
             values = {f"system/{key}": value for key, value in self._monitor.aggregate_metrics().items()}
             self._clear()
             now = time.time()
-            self._kept_back.append({"time": now, "values": values, "step": round(now - self._started)})
+            self._held_back.append({"time": now, "values": values, "step": round(now - self._started)})
             self._has_epoch = self._has_epoch or any(r and r["kind"] == "metrics" for r in self._journal.records())
             if self._has_epoch:
                 self.write()
 
     def write(self) -> None:
-        """Write the records that were kept back."""
-        with suppress(OSError):  # no room, or another process has sent and removed the journal
-            for record in self._kept_back:
+        """Write the held back samples to the journal."""
+        with suppress(OSError):  # no disk space, or another process has sent and removed the journal
+            for record in self._held_back:
                 self._journal.write("metrics", **record)
-        self._kept_back.clear()
+        self._held_back.clear()
 
     def _clear(self) -> None:
         for monitor in self._monitor.monitors:
@@ -288,17 +301,17 @@ class Sampler:
 
 
 def send_to_every_store() -> dict[Path, PipelineError]:
-    """Send all journals, each to the store that it was written for; return what went wrong, by journal."""
+    """Send all journals, each to its own store; return the errors by journal."""
     faults: dict[Path, PipelineError] = {}
     here = os.environ.get(store.ADDRESS_VARIABLE, "")
     wanted = {}
     for journal in journals():
-        with suppress(PipelineError):  # one that cannot be read: whoever sends says so
+        with suppress(PipelineError):  # unreadable; `send_all` reports it
             if (records := journal.records()) and records[0]:
                 wanted[journal.folder] = str(records[0]["store"])
     for address in sorted({masked(here), *wanted.values()}):
-        if "***" in address and address != masked(here):  # a journal holds no password
-            fault = PipelineError(f"set {store.ADDRESS_VARIABLE} to {address}, with name and password for the stars")
+        if "***" in address and address != masked(here):  # journals hold no passwords
+            fault = PipelineError(f"set {store.ADDRESS_VARIABLE} to {address}, with name and password in place of ***")
             faults |= {folder: fault for folder in wanted if wanted[folder] == address}
         else:
             with store.address(here if address == masked(here) else address):
@@ -307,19 +320,21 @@ def send_to_every_store() -> dict[Path, PipelineError]:
 
 
 def main() -> None:
-    """Send as a stage writes, until its end; exit with 1 if something is left in its journal."""
+    """Send a journal while a stage writes it; exit with 1 if records are left when the stage has ended."""
     exit_without_collecting()
+    with suppress(Exception):  # `send_all` reports it
+        store.open_store()  # MLflow's imports take seconds: while those of the stage run, not during training
     path = b""
     while not path.endswith(b"\0"):
         if not (byte := os.read(0, 1)):
-            return  # the stage has ended before it had anything to tell
+            return  # the stage has ended without a journal
         path += byte
     journal = Journal(Path(os.fsdecode(path[:-1])))
     sender, sampler = Sender(), Sampler(journal)
-    told: set[Path] = set()
+    reported: set[Path] = set()
     away, ended, next_sample = False, False, time.monotonic() + SAMPLE_SECONDS
-    failed = -math.inf  # when the store was found to be away
-    while not ended and journal.folder.exists():  # processes of the stage may keep it open beyond its end
+    failed = -math.inf  # time of the last attempt to reach an unreachable store
+    while not ended and journal.folder.exists():  # child processes of the stage may keep standard input open
         readable, _, _ = select.select([0], [], [], max(0, next_sample - time.monotonic()))
         ended = bool(readable) and os.read(0, 1 << 16) == b""
         if measured := time.monotonic() >= next_sample:
@@ -333,13 +348,13 @@ def main() -> None:
         if away and not ended and (just_failed or not measured):
             continue
         if ended and journal.records() and not find_end(journal.records()):
-            journal.wait_for_writer(seconds=2)  # it was killed: the system closes its files one after the other
+            journal.wait_for_writer(seconds=2)  # killed: the system closes its files one by one
         faults = sender.send_all()
         for folder, fault in faults.items():
-            if folder not in told:
-                with suppress(OSError):  # the stage that listened has ended
-                    print(f"{fault}\nNo stage waits for it; what it has to get is kept in {folder}.", file=sys.stderr)
-                told.add(folder)
+            if folder not in reported:
+                with suppress(OSError):  # the stage has ended and closed the pipe
+                    print(f"{fault}\nThe stage continues; records for MLflow are kept in {folder}.", file=sys.stderr)
+                reported.add(folder)
         away = bool(faults)
         if any(isinstance(fault, store.StoreAway) for fault in faults.values()):
             failed = time.monotonic()

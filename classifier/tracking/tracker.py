@@ -1,8 +1,8 @@
-"""What the stages tell MLflow of a model: written to a journal, and sent by a process beside the stage.
+"""Log a stage's results to MLflow through a journal, which a separate process sends.
 
-A trained model has one run: `train` opens it and tags it with the md5 of its weights, by which `evaluate` and `export`
-find it again. No stage waits for MLflow while it works, or fails because of it: what cannot be told is left out, with a
-warning.
+A trained model has one run. `train` opens it and tags it with the md5 of the weights; `evaluate` and `export` find it
+by that tag. A stage neither waits for MLflow while it works nor fails because of it: records that cannot be written
+are dropped with a warning.
 """
 
 import getpass
@@ -27,21 +27,21 @@ from classifier.tracking.journal import Journal, home
 
 WEIGHTS_TAG = "md5.model_weights"
 COMMIT_TAG = "mlflow.source.git.commit"
-SUPERSEDED_TAG = "superseded_by"  # of a run whose weights no dvc.lock has: the run that made them again
+SUPERSEDED_TAG = "superseded_by"  # on a run whose weights are in no dvc.lock: the run that trained them again
 CHANGED_TAG = "git.changed_files"
-LEFT_OUT_TAG = "git.left_out_files"  # what differs from the commit and is not in the patch
+LEFT_OUT_TAG = "git.left_out_files"  # changed files that are not in the patch
 MOST_LEFT_OUT = 20  # files
 EXPERIMENT_TAG = "dvc.exp_name"
 TEST_SET_TAG = "md5.test_set"
-OPENER_TAG = "opened_by"  # a training, by a name that it keeps when it goes on after it was killed, or a journal
+OPENER_TAG = "opened_by"  # name of the training, the same when it is resumed; otherwise of the journal
 PATCH = "code.patch"
 LARGEST_PATCH = 10_000_000  # bytes
 
-SENDER_NICENESS = 10  # below the stage: a thread of torch that waits for a core holds up all others
-# How long a stage waits at its end for what is not sent yet
-TRAINING_PATIENCE = 8  # seconds; a training has few and small things to send
-UPLOAD_PATIENCE = 120  # pictures and models; a store that does not answer is given up long before
-SIGNAL_PATIENCE = 1.5  # a signal is answered within five
+SENDER_NICENESS = 10  # lower priority than the stage: one torch thread that waits for a core delays all others
+# Seconds that a stage waits at its end for unsent records
+TRAINING_PATIENCE = 8  # few and small records
+UPLOAD_PATIENCE = 120  # pictures and models; a store that does not answer is given up much earlier
+SIGNAL_PATIENCE = 1.5  # an interrupted stage ends within five seconds
 
 
 def md5_tag(path: Path) -> str:
@@ -50,9 +50,9 @@ def md5_tag(path: Path) -> str:
 
 
 class Tracker:
-    """The journal of this stage and the process that sends it.
+    """The journal of a stage and the process that sends it.
 
-    Whatever goes wrong here is a warning: the stage goes on, and MLflow does not get what could not be written.
+    An error is reported as a warning, and the record is dropped; the stage continues.
     """
 
     def __init__(
@@ -70,36 +70,38 @@ class Tracker:
         self._sender = _waiting.pop() if _waiting else _start_sender()
         self._parameters: dict[str, str] = {}
         self._code = CodePatch([], b"", {})
-        self.journal = Journal(home() / "none")  # to which nothing can be written
-        with self._tolerated():
+        self.journal = Journal(home() / "none")  # a placeholder: it does not exist, so nothing can be written to it
+        with self._warn_once():
             self.journal = Journal.create()
-            self._tell(os.fsencode(self.journal.folder) + b"\0")
+            self._notify_sender(os.fsencode(self.journal.folder) + b"\0")
         self._unused = weakref.finalize(self, _abandon, self.journal, self._sender)
-        # As the stage has read them: while it works, they may be edited
-        with self._tolerated():
+        # Read now: files may be edited while the stage runs
+        with self._warn_once():
             self._parameters = _spelt_parameters(parameters)
-            # Without DVC's files; settings are no code
+            # Exclude DVC's files, results and settings
             self._code = code_patch(".", ":!dvc.lock", ":!metrics", ":!.dvc")
 
     @contextmanager
     def training(self, environment: Mapping[str, str | int], name: str, started: float) -> Iterator[None]:
-        """Open a run for a training. It ends FINISHED; KILLED if a signal ends the block, FAILED if an error does.
+        """Open a run for a training. It ends as FINISHED, as KILLED after a signal, as FAILED after an error.
 
-        name, started: of the training, the same (and so the same run) when it is resumed after it was killed.
+        name: identifies the training. A resumed training has the same name and continues the same run.
+        started: start of the training in seconds since 1970, the same when it is resumed.
         """
         with self._run(name, self._tags(environment), TRAINING_PATIENCE, started=started):
             yield
-            with self._tolerated():
+            with self._warn_once():
                 weights = hash_file(self._weights)
-                # A training of the same weights that was killed before DVC took note of it has left a finished run
+                # A training killed after its run had finished, but before DVC wrote dvc.lock, is repeated.
                 is_new = self._md5s.get(str(self._weights)) != weights and not commits_holding(weights)
                 self._write("tags", lambda _: {"tags": {WEIGHTS_TAG: weights}, "supersedes": is_new})
 
     @contextmanager
     def weights(self, environment: Mapping[str, str | int]) -> Iterator[None]:
-        """Reopen the run that trained models/model_weights.pth, or have one if the store does not know the weights.
+        """Reopen the run that trained models/model_weights.pth, or open one if the store has none.
 
-        Runs whose parameters make no difference have the same weights: that of this experiment's name comes first.
+        If several runs have these weights, because a parameter made no difference, the one with the name of this DVC
+        experiment is preferred.
         """
         weights = hash_file(self._weights)
         tags = self._tags(environment) | {WEIGHTS_TAG: weights}
@@ -107,9 +109,9 @@ class Tracker:
             yield
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log numbers to the open run; those that it has for this step, from before it was killed, stay.
+        """Log metrics to the open run. Values that the run already has for this step are kept.
 
-        The accuracy comes first: MLflow's comparison of runs opens on the metric that was logged first.
+        Accuracies are logged first: MLflow's comparison of runs shows the metric that was logged first.
         """
         values = dict(sorted(metrics.items(), key=lambda item: "accuracy" not in item[0]))
         self._write("metrics", lambda _: {"values": values, "step": step})
@@ -119,14 +121,15 @@ class Tracker:
         self._write("tags", lambda _: {"tags": dict(tags)})
 
     def log_files(self, path: Path) -> None:
-        """Log a file, or the files of a folder, to the open run."""
+        """Log a file or the files of a folder to the open run."""
         self._write("files", lambda journal: {"files": [[journal.keep(path), None]]})
 
     def log_evaluation(self, metrics: Path, files: Sequence[Path], test_set: str, *, if_missing: bool = False) -> None:
-        """Log what `evaluate` has written, and the md5 of the images and labels that it tested on.
+        """Log the outputs of `evaluate`.
 
-        metrics: JSON. files: also folders, which keep their name.
-        if_missing: only if the run has no evaluation on these images, as where DVC had it in its run cache.
+        metrics: JSON. files: also folders, which keep their name. test_set: md5 of the test images and labels.
+        if_missing: log only if the run has no evaluation on these images, which happens when DVC restores the outputs
+            of `evaluate` from its run cache.
         """
         test = read_json(metrics)
         low, high = test["accuracy_ci95"]
@@ -138,7 +141,7 @@ class Tracker:
                 "files": [
                     [journal.keep(path), path.name if path.is_dir() else None]
                     for path in files
-                    if path.exists()  # no stage after evaluate needs the pictures
+                    if path.exists()  # `export` runs without the pictures
                 ],
                 "tags": {TEST_SET_TAG: test_set},
                 "if_missing": if_missing,
@@ -147,7 +150,7 @@ class Tracker:
         self._write("evaluation", content)
 
     def register(self, registered_model: str, onnx: Path, manifest: Path) -> None:
-        """Make the exported network a new version of `registered_model`, see classifier/tracking/registry.py."""
+        """Register the exported network as a new version of `registered_model`, see classifier/tracking/registry.py."""
         self._write(
             "model",
             lambda journal: {
@@ -216,67 +219,67 @@ class Tracker:
         }
 
     def _write(self, kind: str, content: Callable[[Journal], dict[str, Any]]) -> None:
-        """Add a record to the journal; none without the first, which opens the run."""
-        with self._tolerated():
+        """Add a record to the journal, unless the first record, which opens the run, could not be written."""
+        with self._warn_once():
             if self._has_run or kind == "run":
                 self.journal.write(kind, **content(self.journal))
                 self._has_run = True
                 self._unused.detach()
-                self._tell(b"\n")
-        self._pass_on()
+                self._notify_sender(b"\n")
+        self._forward_messages()
 
     @contextmanager
-    def _tolerated(self) -> Iterator[None]:
-        """Warn, once, of what goes wrong in the block."""
+    def _warn_once(self) -> Iterator[None]:
+        """Turn the first error into a warning and suppress later ones."""
         try:
             yield
         except Exception as error:
             if not self._is_warned:
                 reason = masked(" ".join(str(error).split()) or type(error).__name__)[:300]
                 print(
-                    f"MLflow will not have all of this run, whose results are not affected: {reason}\n"
-                    f"Records for it are kept in {home()}, which needs to be writable and have room.",
+                    f"MLflow will not have all records of this run; its results are not affected: {reason}\n"
+                    f"Records are kept in {home()}: make the folder writable and free disk space.",
                     file=sys.stderr,
                 )
             self._is_warned = True
 
-    def _tell(self, content: bytes) -> None:
-        """First which journal the sender has, then that there is more in it."""
+    def _notify_sender(self, content: bytes) -> None:
+        """Write to the sender: first the path of the journal and a zero byte, then a byte for each new record."""
         assert self._sender.stdin is not None  # noqa: S101, for mypy
-        with suppress(OSError):  # it has ended; what there is stays in the journal
+        with suppress(OSError):  # the sender has ended; the records stay in the journal
             os.write(self._sender.stdin.fileno(), content)
 
-    def _pass_on(self) -> None:
-        """Print what the sender says: it may outlive this stage, whose standard error must then be closed."""
+    def _forward_messages(self) -> None:
+        """Print the sender's messages. It cannot share standard error, which it would keep open after the stage."""
         assert self._sender.stderr is not None  # noqa: S101
-        while said := self._sender.stderr.read(1 << 16):
-            print(said.decode(errors="replace"), end="", file=sys.stderr, flush=True)
+        while messages := self._sender.stderr.read(1 << 16):
+            print(messages.decode(errors="replace"), end="", file=sys.stderr, flush=True)
 
     def _end(self, status: str, patience: float) -> None:
         if not self._has_run:
-            self._unused()  # there is nothing to send
+            self._unused()
             return
-        self._write("end", lambda _: {"status": status})  # without it, the run is taken as killed
+        self._write("end", lambda _: {"status": status})  # a journal without this record counts as killed
         assert self._sender.stdin is not None  # noqa: S101
         self._sender.stdin.close()
         try:
             sent = self._sender.wait(patience) == 0
         except subprocess.TimeoutExpired:
             sent = False
-            if status == "FINISHED":  # else it goes on by itself: there may be no next stage
+            if status == "FINISHED":  # otherwise it continues alone: there may be no next stage
                 self._sender.kill()
                 self._sender.wait()
-        self._pass_on()
+        self._forward_messages()
         if not sent:
             print(
-                f"MLflow does not have everything of this run yet; the rest is in {self.journal.folder} and is sent by "
-                "the next stage, or by `classifier sync`.",
+                "MLflow does not have all records of this run yet; "
+                f"the rest is in {self.journal.folder} and is sent by the next stage, or by `classifier sync`.",
                 file=sys.stderr,
             )
 
 
 class SilentTracker(Tracker):
-    """Logs nothing: of several processes, the first alone has a run."""
+    """Log nothing: in distributed training, only the first process logs."""
 
     def __init__(self) -> None:
         pass
@@ -289,13 +292,13 @@ class SilentTracker(Tracker):
         pass
 
 
-_waiting: "list[subprocess.Popen[bytes]]" = []  # senders that no tracker has yet
+_waiting: "list[subprocess.Popen[bytes]]" = []  # senders that no tracker uses yet
 
 
 def start_sender_early() -> None:
-    """Start the sender of a stage that has its imports before it: the sender's take as long, on another core.
+    """Start the sender before the stage imports its libraries: both import for seconds, on different cores.
 
-    While a training is under way they would take turns with its threads.
+    Later, the sender's imports would compete with the threads of the training.
     """
     _waiting.append(_start_sender())
 
@@ -307,9 +310,9 @@ def _start_sender() -> "subprocess.Popen[bytes]":
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # out of reach of Ctrl-C: it ends by itself when this process has ended
+        start_new_session=True,  # Ctrl-C does not reach it; it exits after this process
     )
-    with suppress(AttributeError, OSError):  # Windows has none; or it has ended already
+    with suppress(AttributeError, OSError):  # no setpriority on Windows; the sender may have ended
         os.setpriority(os.PRIO_PROCESS, sender.pid, SENDER_NICENESS)
     assert sender.stderr is not None  # noqa: S101
     os.set_blocking(sender.stderr.fileno(), False)
@@ -317,26 +320,26 @@ def _start_sender() -> "subprocess.Popen[bytes]":
 
 
 def _abandon(journal: Journal, sender: "subprocess.Popen[bytes]") -> None:
-    """End the sender of a stage that failed before it had anything to tell."""
+    """End the sender of a stage that failed before it wrote a record."""
     sender.kill()
     sender.wait()
-    with suppress(OSError):  # what is left of it is removed when it would be sent
+    with suppress(OSError):  # the next sender removes an empty journal
         journal.remove()
 
 
 def _run_name() -> str:
-    """DVC's name of the experiment, or the commit: names that MLflow draws are no names when everything is seeded."""
+    """Return DVC's experiment name or the commit: MLflow's random names repeat where the generators are seeded."""
     return os.environ.get("DVC_EXP_NAME") or f"repro {git('rev-parse', '--short', 'HEAD')}".strip()
 
 
 def _user() -> str:
-    """Who runs this; nothing where the system has no name for that, as in a container for a number of its own."""
+    """Return the user name; empty if the system has none, as in a container with an arbitrary user id."""
     with suppress(KeyError, OSError):
         return getpass.getuser()
     return ""
 
 
 def _spelt_parameters(parameters: Path) -> dict[str, str]:
-    """Every parameter as params.yaml has it, passwords in addresses masked: 8 stays 8 where it is a float."""
+    """Return all parameters as written in params.yaml, with masked passwords: 8 is not converted to 8.0."""
     spelt = yaml.safe_load(parameters.read_text(encoding="utf-8"))
     return {key: masked(value if isinstance(value, str) else json.dumps(value)) for key, value in spelt.items()}
