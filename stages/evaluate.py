@@ -32,7 +32,7 @@ def main() -> None:
 
     images, annotations = (verified(path, md5s) for path in data)
     names = class_names(annotations)
-    val_set, test_set = load_splits(["val", "test"], annotations, images, len(names))
+    val_set, test_set = load_splits(["val", "test"], annotations, images, len(names), params.image_sides)
     weights, shape = verified(paths.WEIGHTS, md5s), test_set.image_shape()
     network = trained_network(weights, params.network, shape, len(names), device, test_flip=params.test_flip)
     logits = predict_logits(batches_of(test_set, params, device), network, params.precision)

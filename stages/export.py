@@ -44,7 +44,7 @@ def main() -> None:
 
     images, annotations = (verified(path, md5s) for path in data)
     names = class_names(annotations)
-    splits = dict(zip(SPLITS, load_splits(SPLITS, annotations, images, len(names)), strict=True))
+    splits = dict(zip(SPLITS, load_splits(SPLITS, annotations, images, len(names), params.image_sides), strict=True))
     metrics = {
         "train": read_json(verified(paths.TRAIN_METRICS, md5s)),
         "test": read_json(verified(paths.TEST_METRICS, md5s)),
@@ -74,7 +74,13 @@ def main() -> None:
                 )
             made_from = {path: md5s.get(str(path)) for path in (paths.RAW, *data)} | {weights: hash_file(weights)}
             parameters = params.model_dump(exclude=set(UNTRACKED))
-            about = manifest(models, shape, names, made_from, parameters, metrics) | facts
+            decoding = {
+                "fit": params.fit,
+                "background": params.background_rgb,
+                "intensity": params.intensity,
+                "stored_size": splits["test"].stored_size,
+            }
+            about = manifest(models, shape, decoding, names, made_from, parameters, metrics) | facts
             write_json(folder / "manifest.json", about)
             card = model_card(about, scores, {split: dataset.labels.numpy() for split, dataset in splits.items()})
             (folder / "README.md").write_text(card, encoding="utf-8")

@@ -49,7 +49,9 @@ def train(params: Params, group: Group) -> None:
 
     images, annotations = (verified(path, md5s) for path in data)
     names = class_names(annotations)
-    train_set, val_set, test_set = load_splits(["train", "val", "test"], annotations, images, len(names))
+    train_set, val_set, test_set = load_splits(
+        ["train", "val", "test"], annotations, images, len(names), params.image_sides
+    )
     train_batches = training_batches(train_set, names, params, device, group)
     # Without validation images no epoch is selected, and the figures are of test images, as in the tutorial
     selects = len(val_set) > 0

@@ -16,6 +16,7 @@ def manifest(**more: Any) -> dict[str, Any]:
     test = {"accuracy": 0.75, "loss": 0.5, "accuracy_ci95": [0.7, 0.8]}
     return {
         "input": {"shape": ["batch", 3, 20, 30]},
+        "decoding": {"fit": "pad", "background": [255, 0, 9], "intensity": "full", "stored_size": [20, 30]},
         "classes": NAMES,
         "files": {"model.onnx": {"sha256": "12ab", "bytes": 1234567, "trusted_source_only": False}},
         "md5": {"data/raw": None, "data/images": "34cd"},
@@ -50,7 +51,17 @@ def test_it_describes_the_model_and_its_metrics() -> None:
     assert "| boot | 50.00% | 20.00% | 60.00% | 40 | 30 |\n" in text
     assert "Loading these files cannot run code." in text
     assert 'convert("RGB")' in text
-    assert "ImageOps.fit(image, (30, 20)," in text  # Pillow's order: width, height
+    # In Pillow's order: width, height
+    assert "ImageOps.pad(image, (30, 20), Image.Resampling.BILINEAR, color=(255, 0, 9))\npixels" in text
+    assert 'Image.new("RGBA", image.size, "#ff0009")' in text
+
+
+def test_it_prepares_images_as_they_were_prepared() -> None:
+    decoding = {"fit": "crop", "background": [0, 0, 0], "intensity": "full", "stored_size": [40, 60]}
+    text = card(decoding=decoding)
+    assert "image = ImageOps.fit(image, (60, 40), Image.Resampling.BILINEAR)\nimage = image.resize((30, 20)," in text
+    text = card(decoding=decoding | {"fit": "stretch", "stored_size": [20, 30]})
+    assert text.count("image = image.resize((30, 20), Image.Resampling.BILINEAR)\n") == 1
 
 
 def test_it_lists_weak_rare_and_untested_classes() -> None:

@@ -1,10 +1,14 @@
 """Image files as users have them: what each becomes, and what is refused in one line."""
 
 import io
+import re
 import struct
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,7 @@ from pictures import encode_png
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from classifier.data.decoding import FORMATS, LARGEST_PIXELS, decode_image, read_header
+from classifier.data.decoding import FORMATS, LARGEST_PIXELS, decode_image, read_header, resize_pixels
 
 GENERATOR = np.random.default_rng(0)
 GREY = GENERATOR.integers(0, 256, (6, 5), dtype=np.uint8)
@@ -53,7 +57,7 @@ def refused(content: bytes) -> str:
 # What is taken
 
 
-@pytest.mark.parametrize("kind", ["BMP", "GIF", "PNG", "PPM", "TIFF", "WEBP"])
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"])
 @pytest.mark.parametrize("pixels", [GREY, RGB], ids=["grey", "RGB"])
 def test_formats_without_loss_give_the_pixels(kind: str, pixels: np.ndarray) -> None:
     if kind == "GIF" and pixels.ndim == 3:
@@ -82,19 +86,48 @@ def test_other_colours_become_rgb_by_pillows_conversion(mode: str) -> None:
         assert np.array_equal(decode_image(content), chw(np.asarray(opened.convert("RGB"))))
 
 
-@pytest.mark.parametrize("options", [{}, {"transparency": 0}, {"transparency": bytes(range(256))}], ids=str)
-def test_palettes_become_rgb(options: dict[str, Any]) -> None:
+def test_palettes_become_rgb() -> None:
     paletted = picture(RGB, "P")
-    assert np.array_equal(decode_image(saved(paletted, **options)), chw(np.asarray(paletted.convert("RGB"))))
+    assert np.array_equal(decode_image(saved(paletted)), chw(np.asarray(paletted.convert("RGB"))))
 
 
-@pytest.mark.parametrize("pixels", [GREY, RGB], ids=["grey", "RGB"])
-def test_alpha_is_dropped_and_what_lies_below_counts(pixels: np.ndarray) -> None:
-    transparent = picture(pixels)
+BACKGROUNDS = {(255, 255, 255): 255, (0, 0, 0): 0, (255, 0, 0): 76}  # and their grey by ITU-R BT.601
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
+def test_transparency_is_blended_with_the_background(kind: str, background: tuple[int, int, int]) -> None:
+    transparent = picture(RGB)
+    transparent.putalpha(picture(np.where(np.arange(5) < 2, 0, 255).astype(np.uint8)[None].repeat(6, 0)))
+    options: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
+    decoded = decode_image(saved(transparent, kind, **options.get(kind, {})), background=background)
+    assert decoded.shape == (3, 6, 5)
+    near = 0 if kind != "AVIF" else 6
+    assert abs(decoded[:, :, :2].astype(int) - np.array(background)[:, None, None]).max() <= near
+    if kind != "AVIF":
+        assert np.array_equal(decoded[:, :, 2:], chw(RGB)[:, :, 2:])
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_grey_images_are_blended_with_the_grey_of_the_background(background: tuple[int, int, int]) -> None:
+    transparent = picture(GREY)
     transparent.putalpha(0)
-    assert np.array_equal(decode_image(saved(transparent)), chw(pixels))
-    colour: Any = int(GREY[0, 0]) if pixels.ndim == 2 else tuple(int(value) for value in RGB[0, 0])
-    assert np.array_equal(decode_image(saved(picture(pixels), transparency=colour)), chw(pixels))
+    assert (decode_image(saved(transparent), background=background) == BACKGROUNDS[background]).all()
+    half = picture(np.full((6, 5), 100, np.uint8))
+    half.putalpha(128)
+    expected = round(100 * 128 / 255 + BACKGROUNDS[background] * 127 / 255)
+    assert abs(decode_image(saved(half), background=background).astype(int) - expected).max() <= 1
+
+
+def test_a_transparent_colour_of_a_png_or_palette_is_background() -> None:
+    for pixels, colour in [(GREY, int(GREY[0, 0])), (RGB, tuple(int(value) for value in RGB[0, 0]))]:
+        content = saved(picture(pixels), transparency=colour)
+        is_there = chw((pixels == colour) if pixels.ndim == 2 else (pixels == colour).all(axis=2))[0]
+        decoded = decode_image(content, background=(0, 0, 0))
+        assert np.array_equal(decoded, np.where(is_there, 0, chw(pixels)))
+    paletted = picture(RGB, "P")
+    everything = saved(paletted, transparency=bytes(256))
+    assert (decode_image(everything) == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "PPM"])
@@ -103,7 +136,7 @@ def test_one_bit_becomes_grey(kind: str) -> None:
     assert np.array_equal(decode_image(saved(picture(bits), kind)), chw(bits * np.uint8(255)))
 
 
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_the_first_picture_of_an_animation_is_taken(kind: str) -> None:
     first, *others = (Image.new("RGB", (5, 6), colour) for colour in ("#ff0000", "#00ff00", "#0000ff"))
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
@@ -127,7 +160,22 @@ def test_pictures_are_turned_upright(kind: str, orientation: int, turn: Callable
     assert abs(decoded.astype(int) - expected).max() < 8
 
 
-# What is refused
+# A picture of 64 x 48 pixels, red on the left and blue on the right; nothing that the tests install writes HEIC
+HEIC = Path(__file__).parent / "files/halves.heic"
+
+
+def test_heic() -> None:
+    content = HEIC.read_bytes()
+    assert read_header(content) == (48, 64, 3)
+    decoded = decode_image(content).astype(int)
+    assert abs(decoded[:, :, :28] - np.array([220, 30, 30])[:, None, None]).max() < 12
+    assert abs(decoded[:, :, 36:] - np.array([30, 30, 220])[:, None, None]).max() < 12
+    assert decode_image(content, (16, 16), 1, fit="stretch").shape == (1, 16, 16)
+    for length in (0, 20, 100, len(content) - 30):
+        refused(content[:length])
+
+
+# More than 8 bits a channel
 
 
 def deep_tiff(pixels: np.ndarray) -> bytes:
@@ -141,23 +189,48 @@ def deep_tiff(pixels: np.ndarray) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, 9) + entries + struct.pack("<I3H", 0, 16, 16, 16) + pixels.tobytes()
 
 
+COLOURS = [[1, 2, 3], [4, 5, 6]]
+DEEP = np.array([[0, 255, 256, 1000], [40_000, 65_279, 65_280, 65_535]], np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_of_grey_become_the_highest_eight(kind: str) -> None:
+    assert decode_image(saved(picture(DEEP), kind)).tolist() == [(DEEP // 256).tolist()]
+    assert read_header(saved(picture(DEEP), kind)) == (2, 4, 1)
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "expected"),
     [
-        *(png_of_rows(2, 1, 16, colour, bytes(1 + 4 * count)) for colour, count in [(0, 1), (2, 3), (4, 2), (6, 4)]),
-        saved(picture(GREY.astype(np.uint16)), "TIFF"),
-        saved(picture(GREY.astype(np.int32)), "TIFF"),
-        saved(picture(GREY.astype(np.float32)), "TIFF"),
-        deep_tiff(RGB.astype("<u2")),
-        saved(picture(GREY.astype(np.uint16)), "PPM"),
-        b"P6 2 1 65535\n" + bytes(12),
-        b"P3 2 1 1000\n0 0 0 9 9 999\n",
+        (png_of_rows(2, 1, 16, 2, b"\0" + bytes([1, 9, 2, 9, 3, 9, 4, 9, 5, 9, 6, 9])), COLOURS),
+        (
+            png_of_rows(2, 1, 16, 4, b"\0" + bytes([1, 9, 255, 255, 4, 9, 255, 255])),
+            [[1, 1, 1], [4, 4, 4]],
+        ),  # which Pillow takes for RGBA
+        (deep_tiff(np.array([[[265, 521, 777], [1033, 1289, 1545]]], "<u2")), COLOURS),
+        (b"P6 2 1 65535\n" + np.array([257, 514, 771, 1028, 1285, 1542], ">u2").tobytes(), COLOURS),
     ],
-    ids=["L", "RGB", "LA", "RGBA", "tiff-I;16", "tiff-I", "tiff-F", "tiff-RGB", "ppm-I", "ppm-RGB", "ppm-plain"],
+    ids=["png-RGB", "png-LA", "tiff-RGB", "ppm-RGB"],
 )
-def test_more_than_eight_bits_are_refused(content: bytes) -> None:
-    """Pillow would cut some of them off at 255, and drop bits of the others."""
-    assert refused(content) == "its channels have more than 8 bits; convert it to 8 bits"
+def test_sixteen_bits_of_colour_and_alpha_too(content: bytes, expected: list[list[int]]) -> None:
+    assert decode_image(content)[:, 0].T.tolist() == expected
+
+
+def test_the_own_range_of_a_grey_image_becomes_0_to_255() -> None:
+    low = (1000 + np.arange(8).reshape(2, 4) * 10).astype(np.uint16)
+    expected = np.rint(np.arange(8).reshape(2, 4) * 255 / 7).astype(int).tolist()
+    for pixels in (low, low.astype(np.int32), low.astype(np.float32)):
+        assert decode_image(saved(picture(pixels), "TIFF"), intensity="image").tolist() == [expected]
+    assert not decode_image(saved(picture(np.full_like(low, 7)), "PNG"), intensity="image").any()
+    assert np.array_equal(decode_image(saved(picture(GREY)), intensity="image"), chw(GREY))  # it has 8 bits
+
+
+def test_what_has_no_range_or_no_own_one_is_refused() -> None:
+    for values in (DEEP.astype(np.int32), DEEP.astype(np.float32)):
+        content = saved(picture(values), "TIFF")
+        assert refused(content) == "its values have no fixed range; set intensity: image, or convert it to 8 bits"
+    with pytest.raises(ValueError, match="colour of more than 8 bits a channel; set intensity: full"):
+        decode_image(deep_tiff(RGB.astype("<u2")), intensity="image")
 
 
 def test_sixteen_bits_for_all_channels_together_are_taken() -> None:
@@ -167,6 +240,9 @@ def test_sixteen_bits_for_all_channels_together_are_taken() -> None:
         [255, 0, 0],
         [0, 255, 0],
     ]
+
+
+# What is refused
 
 
 PNG, JPEG = saved(picture(GREY)), saved(picture(SMOOTH), "JPEG")
@@ -190,10 +266,57 @@ def test_broken_files_are_one_line(content: bytes) -> None:
     assert " at 0x" not in reason  # an address in memory: another one at every run
 
 
-@pytest.mark.parametrize("kind", ["EPS", "ICO", "PDF", "TGA", "JPEG2000"])
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PDF", "TGA"])
 def test_other_formats_are_refused(kind: str) -> None:
     """EPS above all, for which Pillow would start Ghostscript."""
     assert refused(saved(picture(RGB), kind)) == f"it is none of {', '.join(FORMATS)}, or cut off"
+
+
+def test_several_pages_are_refused_but_reduced_copies_are_none() -> None:
+    pages = [Image.new("RGB", (5, 6), colour) for colour in ("#ff0000", "#00ff00", "#0000ff")]
+    told = "it has several pages, up to 3; split it, as with `magick pages.tif page-%d.png`"
+    assert refused(saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])) == told
+    for page in pages[1:]:
+        page.encoderinfo = {"tiffinfo": {254: 1}}  # type: ignore[attr-defined]
+    content = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    assert np.array_equal(decode_image(content), chw(np.asarray(pages[0])))
+
+
+def test_dicom_and_heic_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refused(bytes(128) + b"DICM" + bytes(100)) == "it is DICOM; convert it to PNG, as with `dcm2img` of DCMTK"
+    monkeypatch.setattr("classifier.data.decoding.reads_heic", False)
+    heic = bytes(4) + b"ftypheic" + bytes(100)
+    assert refused(heic) == "it is HEIC, which needs the package pi-heif; `pip install pi-heif`"
+
+
+def progressive(scans: int) -> bytes:
+    """A JPEG of 16 x 16 pixels whose last scan is repeated."""
+    content = saved(Image.new("L", (16, 16), 90), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * scans + content[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode_image(progressive(1)).shape == (1, 16, 16)
+    monkeypatch.setattr("classifier.data.decoding.LARGEST_SCANNED", 16 * 16 * 1000)
+    assert re.fullmatch(r"it has 1,0\d\d scans; save it anew", refused(progressive(1000)))
+
+
+def test_one_large_image_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("classifier.data.decoding.LARGE_PIXELS", 29)
+    active, most = 0, 0
+
+    def counted(image: Image.Image, *_: Any, **__: Any) -> None:
+        nonlocal active, most
+        active += 1
+        most = max(most, active)
+        time.sleep(0.02)
+        active -= 1
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", counted)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(decode_image, [PNG] * 8))
+    assert most == 1
 
 
 def test_forty_thousand_pixels_squared_are_not_decoded() -> None:
@@ -252,10 +375,38 @@ def test_the_largest_centred_part_is_taken_and_scaled() -> None:
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 200  # the middle third, which alone is to be left
     for pixels in (wide, wide.transpose(1, 0, 2)):
-        decoded = decode_image(saved(picture(pixels)), (5, 5))
+        decoded = decode_image(saved(picture(pixels)), (5, 5), fit="crop")
         assert decoded.shape == (3, 5, 5)
         assert (decoded[:, 1:-1, 1:-1] == 200).all()
         assert (decoded >= 150).all()  # the filter takes a little of what is beyond the edge
+
+
+def test_padding_keeps_the_whole_image() -> None:
+    wide = np.full((10, 30), 40, np.uint8)
+    wide[:, 10:20] = 200
+    for pixels, turn in ((wide, np.asarray), (wide.T.copy(), np.transpose)):
+        decoded = turn(decode_image(saved(picture(pixels)), (15, 15), background=(255, 0, 0))[0])
+        assert decoded[7, [1, 7, 13]].tolist() == [40, 200, 40]
+        assert (decoded[[0, 4, 10, 14]] == 76).all()  # the grey of red
+    colour = decode_image(saved(picture(wide, "RGB")), (15, 15), background=(255, 0, 9))
+    assert colour[:, 0, 0].tolist() == [255, 0, 9]
+
+
+def test_stretching_keeps_the_whole_image_and_fills_the_square() -> None:
+    wide = np.full((10, 30), 40, np.uint8)
+    wide[:, 10:20] = 200
+    decoded = decode_image(saved(picture(wide)), (15, 15), fit="stretch")[0]
+    assert (decoded[:, [1, 7, 13]] == [40, 200, 40]).all()
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+def test_images_stored_larger_are_scaled_as_files_are(fit: str) -> None:
+    """`evaluate` scales what `annotate` stored; `predict` does both at once."""
+    photo = saved(picture(GENERATOR.integers(0, 256, (50, 70, 3), dtype=np.uint8)))
+    stored = decode_image(photo, (40, 40), 3, fit=fit)
+    assert np.array_equal(
+        resize_pixels(stored, (32, 32)), decode_image(photo, (32, 32), 3, fit=fit, stored_size=(40, 40))
+    )
 
 
 def test_scaling_down_takes_the_mean_and_not_single_pixels() -> None:
@@ -286,7 +437,7 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale(monkeypatch: pytest.MonkeyPa
         return fit(image, *arguments)
 
     monkeypatch.setattr(ImageOps, "fit", watched)
-    reduced = decode_image(content, (64, 64))
+    reduced = decode_image(content, (64, 64), fit="crop")
     assert fitted == [(200, 150)]  # an eighth, and still twice what is asked for
     monkeypatch.undo()
     whole = np.asarray(ImageOps.fit(picture(smooth), (64, 64), Image.Resampling.BILINEAR))
@@ -352,5 +503,5 @@ def test_the_head_of_a_png_is_read_without_its_pixels() -> None:
 
 def test_the_head_of_a_broken_file_is_refused() -> None:
     for content in (b"", b"no image", saved(picture(GREY))[:20]):
-        with pytest.raises(ValueError, match=r"it is none of BMP, GIF, .* or cut off|Truncated"):
+        with pytest.raises(ValueError, match=r"it is none of AVIF, BMP, .* or cut off|Truncated"):
             read_header(content)

@@ -1,6 +1,8 @@
 """dvc.yaml against the code: what a stage imports and reads is what DVC watches; and the import rules."""
 
 import ast
+import inspect
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,17 @@ def parameters_read(stage: str) -> set[str]:
             function = functions[waiting.pop()]
             read |= attributes_of_params(function)
             waiting += given_params(function) & functions.keys()
-    return read & set(Params.model_fields)
+    return {field for name in read for field in fields_of(name)}
+
+
+def fields_of(name: str) -> set[str]:
+    """The fields that an attribute of Params is, or that a property of it reads."""
+    if not isinstance(getattr(Params, name, None), property):
+        return {name} & set(Params.model_fields)
+    source = textwrap.dedent(inspect.getsource(getattr(Params, name).fget))
+    attributes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    inner = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "self"}
+    return {field for attribute in inner for field in fields_of(attribute)}
 
 
 def attributes_of_params(tree: ast.AST) -> set[str]:
@@ -175,7 +187,7 @@ def test_outputs_are_the_files_of_the_contract() -> None:
     assert sorted(written) == sorted(
         str(path)
         for path in (
-            paths.CHECKED, paths.RAW, paths.IMAGES, paths.ANNOTATIONS, paths.WEIGHTS, paths.EPOCHS,
+            paths.CHECKED, paths.RAW, paths.IMAGES, paths.ANNOTATIONS, paths.REJECTED, paths.WEIGHTS, paths.EPOCHS,
             paths.TRAIN_METRICS, paths.ENVIRONMENT, paths.CLASS_METRICS, paths.PREDICTIONS, paths.PLOTS,
             paths.TEST_METRICS, paths.EXPORT,
         )

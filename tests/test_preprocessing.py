@@ -14,7 +14,7 @@ from classifier.data.arrays import ImageArrays
 from classifier.data.decoding import decode_image
 from classifier.pipeline.errors import PipelineError
 from classifier.preparation import preprocessing
-from classifier.preparation.preprocessing import first_rows, image_names, workers, write_images
+from classifier.preparation.preprocessing import Recipe, image_names, rows_of, workers, write_images
 from classifier.sources import LabelledImages
 from classifier.sources.folder import fetch, read
 
@@ -34,14 +34,15 @@ def images(*contents: Any) -> LabelledImages:
 
 def common_shape(splits: dict[str, LabelledImages], image_size: int | None, channels: int | None) -> Any:
     with workers(splits) as pool:
-        return preprocessing.common_shape(pool, splits, image_size, channels)
+        return preprocessing.common_shape(pool, splits, (image_size, image_size) if image_size else None, channels)
 
 
 def written(folder: Path, splits: dict[str, LabelledImages], shape: tuple[int, int, int]) -> tuple[Any, Any]:
     """The pixels (N, C, H, W) of the arrays, and the SHA-256 of each image."""
     folder.mkdir()
     with workers(splits) as pool:
-        digests = write_images(pool, splits, shape, folder)
+        digests, faults = write_images(pool, splits, Recipe(shape, "crop", (255, 255, 255), "full"), folder)
+    assert faults == {}
     arrays = ImageArrays(folder)
     return arrays.read(np.arange(arrays.count)), digests
 
@@ -89,9 +90,12 @@ def test_images_are_decoded_scaled_and_written_in_order(shape: tuple[int, int, i
     pixels, digests = written(tmp_path / "images", splits, shape)
     assert pixels.shape == (150, *shape)
     for image, digest, content in zip(pixels, digests, contents, strict=True):
-        assert np.array_equal(image, decode_image(content, shape[1:], shape[0]))
+        assert np.array_equal(image, decode_image(content, shape[1:], shape[0], fit="crop"))
         assert bytes(digest) == hashlib.sha256(image.tobytes()).digest()
-    assert first_rows(splits) == {"train": 0, "test": 100}
+    assert {split: (rows[0], rows[-1]) for split, rows in rows_of(splits).items()} == {
+        "train": (0, 99),
+        "test": (100, 149),
+    }
     assert image_names("test", splits["test"])[49] == "test/00049.png"
 
 
@@ -107,7 +111,7 @@ def test_processes_write_the_same_bytes_as_threads(tmp_path: Path, monkeypatch: 
     processes, digests = written(tmp_path / "processes", splits, (3, 8, 8))
     assert np.array_equal(threads, processes)
     assert len(np.unique(digests)) == 50
-    assert processes[0].tolist() == decode_image(contents[0][1], (8, 8), 3).tolist()
+    assert processes[0].tolist() == decode_image(contents[0][1], (8, 8), 3, fit="crop").tolist()
 
 
 def test_unusable_images_are_listed_by_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,16 +135,14 @@ def test_all_images_that_cannot_be_used_are_told_by_their_names(tmp_path: Path) 
     contents: list[Any] = [COLOUR, b"no image", COLOUR[:40], np.zeros((4, 4), np.uint16)]
     names = ("cat/0.jpg", "cat/1.jpg", "dog/2.jpg", "dog/3.jpg")
     data = {"train": LabelledImages(contents, np.zeros(4, np.int64), names)}
-    with pytest.raises(PipelineError) as from_headers:
-        common_shape(data, None, None)
-    with pytest.raises(PipelineError) as from_pixels:
+    assert common_shape(data, None, None) == (3, 20, 30)  # of those that can be used
+    with pytest.raises(PipelineError) as caught:
         written(tmp_path / "images", data, (3, 8, 8))
-    for caught in (from_headers, from_pixels):
-        first, *faults, last = str(caught.value).splitlines()
-        assert first == "3 images cannot be used:"
-        assert [fault.split(": ")[0].strip() for fault in faults] == ["cat/1.jpg", "dog/2.jpg", "dog/3.jpg"]
-        assert faults[2].endswith("uint16 of shape (4, 4), not uint8 (height, width) or (height, width, 3)")
-        assert last == "Fix or remove them."
+    first, *faults, last = str(caught.value).splitlines()
+    assert first == "3 images cannot be used:"
+    assert [fault.split(": ")[0].strip() for fault in faults] == ["cat/1.jpg", "dog/2.jpg", "dog/3.jpg"]
+    assert faults[2].endswith("uint16 of shape (4, 4), not uint8 (height, width) or (height, width, 3)")
+    assert last == "Fix or remove them, or set on_bad_image: skip."
 
 
 def test_of_many_faults_twenty_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,14 +153,14 @@ def test_of_many_faults_twenty_are_listed(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("bad", [3, 30])
-def test_images_without_a_header_and_those_that_cannot_be_decoded_are_told_at_once(
+def test_images_without_a_header_and_those_that_cannot_be_decoded_are_listed_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     kinds = [b"no image\x1b", COLOUR[: len(COLOUR) // 2], b"", GREY]
     contents = [kinds[number % 4] for number in range(bad // 3 * 4)]
     with pytest.raises(PipelineError) as told:
-        common_shape({"train": images(*contents), "test": images(GREY)}, None, None)
+        written(tmp_path / "images", {"train": images(*contents), "test": images(GREY)}, (1, 8, 8))
     lines = str(told.value).splitlines()
     assert lines[0].startswith(f"{bad} images cannot be used")
     assert len(lines) == 2 + min(bad, 20)
@@ -170,3 +172,21 @@ def test_images_without_a_header_and_those_that_cannot_be_decoded_are_told_at_on
         assert f"all of which are listed in {everything}; the first 20:" in lines[0]
         assert [line.split(":")[0] for line in everything.read_text().splitlines()] == expected
         assert everything.read_text().replace("\n", "").isprintable()
+
+
+def test_few_unusable_images_may_be_left_out(tmp_path: Path) -> None:
+    splits = {"train": images(*[GREY] * 38, b"?"), "test": images(b"", GREY)}
+    recipe = Recipe((1, 8, 8), "pad", (255, 255, 255), "full")
+    for share, complaint in [(0.05, ""), (0.04, "on_bad_image: skip leaves out 4% of the images at most. Fix or")]:
+        folder = tmp_path / str(share)
+        folder.mkdir()
+        with workers(splits) as pool:
+            if complaint:
+                with pytest.raises(PipelineError, match=complaint):
+                    write_images(pool, splits, recipe, folder, share)
+                continue
+            made = write_images(pool, splits, recipe, folder, share)
+        assert {row: why.split(",")[0] for row, why in made.faults.items()} == dict.fromkeys(
+            (38, 39), "it is none of AVIF"
+        )
+        assert not ImageArrays(folder).read(np.array([38, 39])).any()

@@ -143,7 +143,7 @@ def test_what_is_nowhere_is_told_with_the_way_to_make_it(project: Project) -> No
     (project.root / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}").unlink()
     shutil.rmtree(project.root / "models")
     with pytest.raises(
-        PipelineError, match=rf"(?s)models/export\n{WEIGHTS}: not restored, .*`dvc repro` rebuilds them"
+        PipelineError, match=rf"(?s)models/export\n{WEIGHTS}: not restored: .*`dvc repro` rebuilds them"
     ):
         restore(project)
     assert (project.root / "models/export/model.onnx").exists()

@@ -55,7 +55,7 @@ def test_they_are_the_images_and_targets_of_the_train_stage(
     annotated.set_params(**(defaults | params))
     names = class_names(ANNOTATIONS)
     pixels, targets = first_images(sample_batches(load_params(), names), rows=4, columns=8)
-    (train_set,) = load_splits(["train"], ANNOTATIONS, IMAGES, len(names))
+    (train_set,) = load_splits(["train"], ANNOTATIONS, IMAGES, len(names), None)
     batches = list(training_batches(train_set, names, load_params(), torch.device("cpu")).epoch(0))
     assert torch.equal(pixels, torch.cat([images[:8] for images, _ in batches])[:32])
     expected = torch.cat([of_batch[:8] for _, of_batch in batches])[:32]
@@ -68,7 +68,7 @@ def test_a_class_without_images_is_named_before_the_training_starts(
     monkeypatch.chdir(annotated.root)
     annotated.set_params(shuffle="true")
     names = [*class_names(ANNOTATIONS), "Umbrella"]
-    (train_set,) = load_splits(["train"], ANNOTATIONS, IMAGES, len(names))
+    (train_set,) = load_splits(["train"], ANNOTATIONS, IMAGES, len(names), None)
     for balance in ("sampler", "loss"):
         annotated.set_params(balance=balance)
         with pytest.raises(PipelineError, match=r"train\.csv: balance: no image of class Umbrella; add some, or set"):

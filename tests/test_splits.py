@@ -1,6 +1,9 @@
 """Checks of labelled images, the validation split, and the counts of the real data."""
 
+import hashlib
+from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from classifier.preparation.splits import (
     check_labels,
     class_sizes,
     find_duplicates,
+    group_numbers,
     hold_out,
 )
 from classifier.sources import LabelledImages, fashion_mnist
@@ -88,10 +92,12 @@ def test_split_never_takes_all_training_images_of_a_class() -> None:
 
 def duplicates(**splits: list[tuple[str, int]]) -> Duplicates:
     """Of images given as pixels and label, by split."""
-    digests = {split: [pixels.encode() for pixels, _ in images] for split, images in splits.items()}
-    labels = {split: np.array([label for _, label in images]) for split, images in splits.items()}
-    names = {split: [f"{split}/{index}" for index in range(len(images))] for split, images in splits.items()}
-    return find_duplicates(digests, labels, names, ["hat", "bag", "coat", "shoe"])
+    digests = np.array([pixels.encode() for images in splits.values() for pixels, _ in images]).astype("V1")
+    labels = np.array([label for images in splits.values() for _, label in images])
+    names = [f"{split}/{index}" for split, images in splits.items() for index in range(len(images))]
+    ends = np.cumsum([0, *map(len, splits.values())])
+    rows = {split: np.arange(start, end) for split, (start, end) in zip(splits, pairwise(ends), strict=True)}
+    return find_duplicates(digests, rows, labels, names, ["hat", "bag", "coat", "shoe"])
 
 
 def test_duplicates_are_counted_in_pairs() -> None:
@@ -144,9 +150,21 @@ def test_class_without_images_is_named() -> None:
 # The splits
 
 
+def assign(
+    labels: dict[str, np.ndarray], val_size: int | float, test_size: int | float, seed: int = 42, **more: Any
+) -> dict[str, np.ndarray]:
+    """The rows of the splits, where those of the source follow each other."""
+    ends = np.cumsum([0, *map(len, labels.values())])
+    rows = {split: np.arange(start, end) for split, (start, end) in zip(labels, pairwise(ends), strict=True)}
+    everything = np.concatenate(list(labels.values()))
+    return assign_splits(rows, everything, NAMES, val_size=val_size, test_size=test_size, seed=seed, **more)
+
+
 def sizes(val_size: int | float, test_size: int | float, **labels: np.ndarray) -> dict[str, tuple[str, int]]:
-    shares = assign_splits(labels, NAMES, val_size, test_size, seed=42)
-    return {split: (share.origin, len(share.indices)) for split, share in shares.items()}
+    """Where the source has the images of each split, and how many they are."""
+    origins = np.repeat(list(labels), list(map(len, labels.values())))
+    splits = assign(labels, val_size, test_size)
+    return {split: (",".join(np.unique(origins[rows])) or "train", len(rows)) for split, rows in splits.items()}
 
 
 def test_splits_that_the_source_has_are_taken_and_the_others_cut_from_train() -> None:
@@ -163,18 +181,68 @@ def test_splits_that_the_source_has_are_taken_and_the_others_cut_from_train() ->
 
 
 def test_no_image_is_in_two_splits_and_none_is_lost() -> None:
-    shares = assign_splits({"train": BALANCED}, NAMES, 0.1, 0.2, seed=1)
-    assert sorted(np.concatenate([share.indices for share in shares.values()]).tolist()) == list(range(300))
+    splits = assign({"train": BALANCED}, 0.1, 0.2)
+    assert sorted(np.concatenate(list(splits.values())).tolist()) == list(range(300))
     for split, count in {"train": 216, "val": 24, "test": 60}.items():
-        assert np.bincount(BALANCED[shares[split].indices]).tolist() == pytest.approx([count / 10] * 10, abs=1)
+        assert np.bincount(BALANCED[splits[split]]).tolist() == pytest.approx([count / 10] * 10, abs=1)
 
 
 def test_the_test_images_do_not_depend_on_val_size() -> None:
-    shares = [
-        assign_splits({"train": BALANCED}, NAMES, val_size, 0.2, seed=1)["test"].indices for val_size in (0, 0.1, 60)
-    ]
-    assert np.array_equal(shares[0], shares[1])
-    assert np.array_equal(shares[0], shares[2])
+    tests = [assign({"train": BALANCED}, val_size, 0.2)["test"] for val_size in (0, 0.1, 60)]
+    assert np.array_equal(tests[0], tests[1])
+    assert np.array_equal(tests[0], tests[2])
+
+
+GROUPS = np.arange(300) % 60  # five images each, of several classes
+
+
+def test_a_group_is_in_one_split() -> None:
+    splits = assign({"train": BALANCED}, 0.1, 0.2, groups=GROUPS)
+    assert sorted(np.concatenate(list(splits.values())).tolist()) == list(range(300))
+    members = [set(GROUPS[rows]) for rows in splits.values()]
+    assert not any(one & other for one, other in combinations(members, 2))
+    assert [len(rows) for rows in splits.values()] == pytest.approx([216, 24, 60], abs=6)
+    assert np.bincount(BALANCED[splits["test"]]).tolist() == pytest.approx([6] * 10, abs=3)
+    again = assign({"train": BALANCED}, 0.1, 0.2, groups=GROUPS)
+    assert all(np.array_equal(splits[split], again[split]) for split in splits)
+
+
+def test_a_group_that_the_data_has_in_two_splits_is_refused() -> None:
+    groups = np.concatenate([GROUPS, [7] * 10])
+    with pytest.raises(
+        PipelineError, match=r"group: 1 groups are in both (train|val) and test, as the data has its own"
+    ):
+        assign({"train": BALANCED, "test": np.arange(10)}, 0.1, 0.2, groups=groups)
+
+
+def test_fewer_groups_than_parts_are_refused() -> None:
+    with pytest.raises(PipelineError, match="4 groups cannot be divided into 5 parts"):
+        assign({"train": BALANCED}, 0.1, 0.2, groups=GROUPS % 4)
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS])
+def test_the_folds_share_the_training_images_and_leave_the_test_alone(groups: np.ndarray | None) -> None:
+    folds = [assign({"train": BALANCED}, 0.1, 0.2, groups=groups, folds=5, fold=fold) for fold in range(5)]
+    assert all(np.array_equal(splits["test"], folds[0]["test"]) for splits in folds)
+    held_out = np.concatenate([splits["val"] for splits in folds])
+    assert len(held_out) == len(set(held_out.tolist())) == 300 - len(folds[0]["test"])
+    for splits in folds:
+        assert sorted(np.concatenate(list(splits.values())).tolist()) == list(range(300))
+        assert np.bincount(BALANCED[splits["val"]], minlength=10).tolist() == pytest.approx([5] * 10, abs=4)
+
+
+def test_folds_take_validation_images_of_the_source_for_training_too() -> None:
+    splits = assign({"train": BALANCED, "val": np.arange(10), "test": np.arange(10)}, 0.1, 0.2, folds=2, fold=1)
+    assert sorted(np.concatenate([splits["train"], splits["val"]]).tolist()) == list(range(310))
+    assert splits["test"].tolist() == list(range(310, 320))
+
+
+def test_groups_are_found_in_names() -> None:
+    names = ["a/p1_1.jpg", "a/p2_1.jpg", "b/p1_2.jpg"]
+    for pattern in (r"p\d+", r"/(p\d+)_", r"(?P<other>[ab])/(?P<group>p\d+)"):
+        assert group_numbers(names, pattern).tolist() == [0, 1, 0]
+    with pytest.raises(PipelineError, match=r"group: p\(1\) is not in 1 of 3 names: a/p2_1\.jpg"):
+        group_numbers(names, "p(1)")
 
 
 def test_of_a_count_at_most_a_fifth_is_taken_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,9 +273,11 @@ def test_counts_of_fashion_mnist(fashion_mnist_dir: Path) -> None:
     held_out = hold_out(train.labels, NAMES, 5000, seed=42, key="val_size")
     assert np.bincount(train.labels[held_out]).tolist() == [500] * 10
     assert np.bincount(train.labels[~held_out]).tolist() == [5500] * 10
-    digests = {split: [image.tobytes() for image in np.asarray(data.images)] for split, data in splits.items()}
-    labels = {split: data.labels for split, data in splits.items()}
-    assert find_duplicates(digests, labels, dict.fromkeys(splits, [""] * 60_000), NAMES) == (0, 0, [], [])
+    images = [image.tobytes() for data in splits.values() for image in np.asarray(data.images)]
+    digests = np.array([hashlib.sha256(image).digest() for image in images]).astype("V32")
+    rows = {"train": np.arange(60_000), "test": np.arange(60_000, 70_000)}
+    labels = np.concatenate([train.labels, test.labels])
+    assert find_duplicates(digests, rows, labels, [""] * 70_000, NAMES) == (0, 0, [], [])
 
 
 @pytest.mark.parametrize(

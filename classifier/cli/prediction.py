@@ -115,7 +115,7 @@ def predict(
                 try:
                     content = image.place.read(image.member)
                     with _silent_libraries():
-                        pixels.append(decode_image(content, (size[0], size[1]), channels))
+                        pixels.append(decode_image(content, size, channels, **model.decoding))
                     names.append(image.name)
                 except PipelineError as error:
                     complain(printable(str(error)))

@@ -34,7 +34,7 @@ def sample_batches(params: Params, names: list[str]) -> Batches:
     """Return the batches of the train stage, with labels instead of one-hot targets."""
     md5s = locked_md5s(paths.LOCK)
     annotations, images = verified(paths.ANNOTATIONS, md5s), verified(paths.IMAGES, md5s)
-    (train_set,) = load_splits(["train"], annotations, images, len(names))
+    (train_set,) = load_splits(["train"], annotations, images, len(names), params.image_sides)
     params = params.model_copy(update={"target_transform": None})
     return training_batches(train_set, names, params, torch.device("cpu"))
 

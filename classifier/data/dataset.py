@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from classifier.data.arrays import ImageArrays, array_files
-from classifier.data.decoding import decode_image
+from classifier.data.decoding import decode_image, resize_pixels
 from classifier.data.transforms import accept_tensors, to_float
 from classifier.pipeline.annotations import faulty_rows, read_annotations
 from classifier.pipeline.errors import PipelineError
@@ -29,6 +29,7 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
     transform: called with each image, a uint8 tensor (C, H, W); torchvision's ToTensor works too.
     target_transform: called with each label, an int; `targets` calls it with all labels, (N,) int64.
     classes: the number of classes, if labels beyond them are to be refused; mixup and cutmix need it.
+    size: (H, W) that image arrays are scaled to, if they are stored larger.
     `decode_image` says what becomes of an image file, `ImageFiles.read` which files are read.
     Raises PipelineError, naming file and rows, if the annotations cannot be used; and so do its methods for images.
     """
@@ -41,7 +42,9 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         target_transform: Callable[[Any], Any] | None = None,
         *,
         classes: int | None = None,
+        size: Sequence[int] | None = None,
     ) -> None:
+        self.size = tuple(size) if size else None
         self.annotations = Path(annotations_file)
         self.images = img_dir if isinstance(img_dir, ImageArrays) else _open_images(Path(img_dir))
         count = self.images.count if isinstance(self.images, ImageArrays) else None
@@ -81,10 +84,12 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         Raises PipelineError that lists all rows whose image file cannot be used, or has another shape.
         """
         shape = self.image_shape()
+        if isinstance(self.images, ImageArrays) and not self.is_scaled:
+            return self.read_stored(indices, out)
         images = torch.empty((len(indices), *shape), dtype=torch.uint8) if out is None else out
         if isinstance(self.images, ImageArrays):
-            if self.array_rows is not None:  # it is None where there are no images
-                self.images.read(self.array_rows[np.asarray(indices, np.int64)], images.numpy())
+            for place, image in enumerate(self.read_stored(indices).numpy()):
+                images[place] = torch.from_numpy(resize_pixels(image, shape[1:]))
             return images
         faults = []
         for place, index in enumerate(indices):
@@ -101,6 +106,25 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         if faults:
             raise faulty_rows(self.annotations, faults)
         return images
+
+    @property
+    def stored_size(self) -> tuple[int, int] | None:
+        """(H, W) that image arrays are stored in; None for image files."""
+        return self.images.image_shape[1:] if isinstance(self.images, ImageArrays) else None
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether images are stored in another size."""
+        return None not in (self.size, self.stored_size) and self.size != self.stored_size
+
+    def read_stored(self, indices: Sequence[int] | np.ndarray, out: Tensor | None = None) -> Tensor:
+        """Return some images of image arrays in the size that they are stored in, as uint8 (n, C, H, W)."""
+        assert isinstance(self.images, ImageArrays)  # noqa: S101
+        if out is None:
+            out = torch.empty((len(indices), *self.images.image_shape), dtype=torch.uint8)
+        if self.array_rows is not None:  # it is None where there are no images
+            self.images.read(self.array_rows[np.asarray(indices, np.int64)], out.numpy())
+        return out
 
     def _decode_file(self, index: int) -> Tensor:
         """Return the image of one file. Raises PipelineError, naming the file alone, if it cannot be used."""
@@ -144,7 +168,9 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the first usable image, which all must share. Raises PipelineError if there is none."""
         if isinstance(self.images, ImageArrays):
-            return self.images.image_shape
+            channels, height, width = self.images.image_shape
+            height, width = self.size or (height, width)
+            return channels, height, width
         faults = []
         for index, row in enumerate(self.table_rows):
             try:
@@ -158,13 +184,16 @@ class CustomImageDataset(Dataset[tuple[Any, Any]]):
         raise PipelineError(f"{self.annotations}: names no image")
 
 
-def load_splits(splits: Sequence[str], annotations: Path, images: Path, classes: int) -> list[CustomImageDataset]:
+def load_splits(
+    splits: Sequence[str], annotations: Path, images: Path, classes: int, size: Sequence[int] | None
+) -> list[CustomImageDataset]:
     """Load some of train, val and test, as the annotate stage writes them.
 
-    annotations: the folder of <split>.csv. images: the folder of image arrays, which all splits share.
+    annotations: the folder of <split>.csv. images: the folder of image arrays, which all splits share. size: (H, W)
+    that the network takes, if the images are stored larger.
     """
     arrays = ImageArrays(images)
-    return [CustomImageDataset(annotations / f"{split}.csv", arrays, classes=classes) for split in splits]
+    return [CustomImageDataset(annotations / f"{split}.csv", arrays, classes=classes, size=size) for split in splits]
 
 
 def _open_images(path: Path) -> ImageFiles | ImageArrays:

@@ -2,24 +2,28 @@
 
 Images are read by index from the mapped arrays that `annotate` wrote. An accelerator with room for all of them gets a
 copy once; otherwise each batch is copied while the one before is computed. Images above the memory limit may have to
-come from the disk: a thread reads them some batches ahead. Order, batches and numbers are the same in each case.
+come from the disk, and images may be stored larger than the network takes them: a thread reads and scales them some
+batches ahead. Augmentations of PER_IMAGE run in worker processes. Order, batches and numbers are the same in each case.
 """
 
 import math
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from classifier.compute.device import has_room, to_device
 from classifier.compute.distributed import ALONE, Group
 from classifier.data.dataset import CustomImageDataset
-from classifier.data.transforms import MIXING, augment, mix, one_hot, to_float
+from classifier.data.decoding import padding_colour
+from classifier.data.transforms import MIXING, PER_IMAGE, augment, mix, one_hot, per_image_transform, to_float
 from classifier.pipeline.errors import PipelineError
 
 if TYPE_CHECKING:  # benchmarks.accelerator runs where pydantic is not installed
@@ -62,6 +66,8 @@ def training_batches(
         shuffle=params.shuffle,
         weights=class_weights[dataset.labels] if class_weights is not None and params.balance == "sampler" else None,
         augmentations=params.augment,
+        crop_scale=params.crop_scale,
+        background=params.background_rgb,
     )
 
 
@@ -92,6 +98,7 @@ class Batches:
 
     `dataset.transform` is not used here: pixels are scaled, and augmented if asked, a batch at a time.
     weights: of the images, (N,) float64, as `epoch_order` takes them: an epoch is then N images drawn by them.
+    crop_scale, background: as `per_image_transform` takes them; background is (red, green, blue).
     group: the processes that share the work: of each batch there is this one's part, `group.part`.
     Raises PipelineError if there are weights, but no `shuffle`.
     """
@@ -106,6 +113,8 @@ class Batches:
         shuffle: bool = False,
         weights: Tensor | None = None,
         augmentations: Sequence[str] = (),
+        crop_scale: float = 1.0,
+        background: Sequence[int] = (255, 255, 255),
         memory_limit_gib: float,
         workers: int,
         group: Group = ALONE,
@@ -125,11 +134,16 @@ class Batches:
         self.group = group
         self.image_count = len(dataset)
         self.targets = dataset.targets().to(device)
-        self.image_shape = dataset.image_shape()
+        self.image_shape = channels, height, width = dataset.image_shape()
+        per_image = frozenset(augmentations) & frozenset(PER_IMAGE)
+        self.per_image: Callable[[Tensor], Tensor] | None = None
+        if per_image:
+            colour = padding_colour(background, channels)
+            self.per_image = per_image_transform(per_image, (height, width), crop_scale, colour)
         total_bytes = self.image_count * math.prod(self.image_shape)
         self.fits_memory = total_bytes <= memory_limit_gib * 2**30
         self.on_device: Tensor | None = None
-        if device.type != "cpu" and self.fits_memory and has_room(device, total_bytes):
+        if device.type != "cpu" and self.per_image is None and self.fits_memory and has_room(device, total_bytes):
             self.on_device = dataset.read(range(self.image_count)).to(device)
 
     def __len__(self) -> int:
@@ -147,7 +161,7 @@ class Batches:
         """
         order = epoch_order(self.image_count, self.seed, epoch, self.shuffle, self.weights)
         indices = self._parts(to_device(order, self.device), first)
-        for number, (index, pixels) in enumerate(zip(indices, self._pixels(order, first), strict=True), first):
+        for number, (index, pixels) in enumerate(zip(indices, self._pixels(order, epoch, first), strict=True), first):
             images, targets = to_float(pixels), self.targets[index]
             if self.augmentations:
                 generator = _generator(self.seed, epoch, 1, number)
@@ -172,14 +186,18 @@ class Batches:
                 places = to_device(places, order.device)
             yield order[number * self.batch_size :][: self.batch_size][places]
 
-    def _pixels(self, order: Tensor, first: int) -> Iterator[Tensor]:
+    def _pixels(self, order: Tensor, epoch: int, first: int) -> Iterator[Tensor]:
         """uint8 pixels on the device of what `_parts` names."""
         if self.on_device is not None:
             for index in self._parts(to_device(order, self.device), first):
                 yield self.on_device.index_select(0, index)
             return
         parts = self._parts(order, first)
-        pixels = map(self._read, parts) if self.fits_memory else _read_ahead(self._read, parts)
+        if self.per_image is not None:
+            pixels = self._transformed(order, epoch, first)
+        else:
+            is_quick = self.fits_memory and not self.dataset.is_scaled
+            pixels = map(self._read, parts) if is_quick else _read_ahead(self._read, parts)
         if self.device.type == "cuda":
             yield from copied_ahead(pixels, self.device)
         else:
@@ -191,6 +209,64 @@ class Batches:
             return self.dataset.read(index.numpy())
         batch = torch.empty((len(index), *self.image_shape), dtype=torch.uint8, pin_memory=True)
         return self.dataset.read(index.numpy(), out=batch)
+
+    def _transformed(self, order: Tensor, epoch: int, first: int) -> Iterator[Tensor]:
+        """Pixels on the CPU, in page-locked memory for a CUDA device, each image changed by a draw of its own.
+
+        The draw is a function of the seed, the epoch and the image's place in the epoch.
+        """
+        self._transformed_batches.batch_sampler.batches = (  # type: ignore[union-attr]
+            [(epoch, place, index) for place, index in zip(places.tolist(), indices.tolist(), strict=True)]
+            for places, indices in zip(
+                self._parts(torch.arange(self.image_count), first), self._parts(order, first), strict=True
+            )
+        )
+        yield from self._transformed_batches
+
+    @cached_property
+    def _transformed_batches(self) -> "DataLoader[Tensor]":
+        """Made when the first epoch starts; its worker processes stay for the others."""
+        assert self.per_image is not None  # noqa: S101
+        return DataLoader(
+            _Transformed(self.dataset, self.per_image, self.seed),
+            batch_sampler=_Sampler(),
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            worker_init_fn=_leave_signals,
+            generator=torch.Generator(),  # or it would draw from the global one, which dropout draws from
+            pin_memory=self.device.type == "cuda",
+        )
+
+
+class _Sampler:
+    """The batches of the epoch that is next, for a DataLoader."""
+
+    batches: Iterable[list[tuple[int, int, int]]] = ()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        return iter(self.batches)
+
+
+class _Transformed(Dataset[Tensor]):
+    """The images of a dataset by (epoch, place in the epoch, index), each transformed by a draw of its own."""
+
+    def __init__(self, dataset: CustomImageDataset, transform: Callable[[Tensor], Tensor], seed: int) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Tensor:
+        epoch, place, index = key
+        # torchvision draws from the global generator; the numbers of _generator with 1 are drawn for whole batches
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(_generator(self.seed, epoch, 2, place).get_state())
+            return self.transform(self.dataset.read_stored([index])[0])
+
+
+def _leave_signals(_: int) -> None:
+    """Leave a signal to the whole process group, as Ctrl-C is, to the main process, which then ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _read_ahead(read: Callable[[Tensor], Tensor], parts: Iterable[Tensor]) -> Iterator[Tensor]:

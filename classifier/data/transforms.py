@@ -1,10 +1,11 @@
-"""Image transforms and target transforms, on whole batches.
+"""Image transforms and target transforms.
 
-Shapes: images (N, C, H, W); N may be left out where a docstring says so.
+Most work on whole batches, (N, C, H, W); N may be left out where a docstring says so. Those of PER_IMAGE work on single
+uint8 images, in worker processes.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from classifier.compute.device import to_device
+from classifier.data.decoding import resize_pixels
 
 # Padding of the random crop and the erased share of the picture, as is usual for pictures of about 32 x 32
 # pixels: He et al. 2015, arXiv:1512.03385, section 4.2; Zhong et al. 2017, arXiv:1708.04896, section 4.
@@ -27,6 +29,9 @@ COLOR_JITTER = 0.4
 # section 3.1.
 MIX_ALPHA = 1.0
 MIXING = ("mixup", "cutmix")
+PER_IMAGE = ("resized_crop", "rotate", "trivial", "randaugment")  # in the order in which they are applied
+CROP_ASPECT = (3 / 4, 4 / 3)  # of resized_crop: Szegedy et al. 2014, arXiv:1409.4842, section 6
+ROTATION = 15  # degrees, at most
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue in grey: ITU-R BT.601, rounded as in torchvision
 
 
@@ -72,10 +77,10 @@ def augment(
     part: that they are only some of a batch of so many images, those at these places: each gets the draw that it gets
     in the whole batch.
 
-    crop: shifted by up to CROP_PADDING pixels each way, black beyond the edge; flip: left to right, with
-    probability 1/2; color: brightness, contrast and, of images with three channels, saturation times 1 ± COLOR_JITTER
-    at most; erase: a rectangle of noise. They are applied in this order whatever the order of `names`, in which those
-    of `mix` are passed over.
+    crop: shifted by up to CROP_PADDING pixels each way, black beyond the edge; flip: left to right, and vflip: top to
+    bottom, each with probability 1/2; color: brightness, contrast and, of images with three channels, saturation times
+    1 ± COLOR_JITTER at most; erase: a rectangle of noise. They are applied in this order whatever the order of `names`;
+    the names of PER_IMAGE and MIXING are ignored.
     """
     count, places = part or (len(images), slice(None))
     if "crop" in names:
@@ -83,6 +88,9 @@ def augment(
     if "flip" in names:
         flipped = to_device((torch.rand(count, generator=generator) < 0.5)[places], images.device)
         images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+    if "vflip" in names:
+        flipped = to_device((torch.rand(count, generator=generator) < 0.5)[places], images.device)
+        images = torch.where(flipped[:, None, None, None], images.flip(2), images)
     if "color" in names:
         operations = [adjust_brightness, adjust_contrast] + ([adjust_saturation] if images.shape[1] == 3 else [])
         factors = 1 + COLOR_JITTER * (2 * torch.rand((len(operations), count), generator=generator) - 1)
@@ -93,6 +101,36 @@ def augment(
         start = torch.randint(NOISE_NUMBERS, (count,), generator=generator)[places]
         images = _erase(images, draws, _noise(images, start))
     return images
+
+
+@lru_cache(maxsize=4)
+def per_image_transform(
+    names: frozenset[str], size: tuple[int, int], crop_scale: float, background: tuple[int, ...]
+) -> Callable[[Tensor], Tensor]:
+    """Return the transform of one uint8 image (C, H, W) to (C, *size), which draws from torch's global generator.
+
+    names: of PER_IMAGE. resized_crop: a part of `crop_scale` to all of the area, scaled to `size`; without it, the
+    whole image is scaled. rotate: by up to ROTATION degrees, on the background. trivial: TrivialAugmentWide (Mueller
+    and Hutter 2021, arXiv:2103.10158). randaugment: RandAugment (Cubuk et al. 2019, arXiv:1909.13719), two operations
+    of magnitude 9. background: (C,) of the image's channels.
+    """
+    from torchvision.transforms import v2  # two seconds of import
+
+    bilinear, fill = v2.InterpolationMode.BILINEAR, list(background)
+    steps: dict[str, Callable[[Tensor], Tensor]] = {
+        "resized_crop": v2.RandomResizedCrop(size, (crop_scale, 1.0), CROP_ASPECT, bilinear, antialias=True),
+        "rotate": v2.RandomRotation(ROTATION, bilinear, fill=fill),
+        "trivial": v2.TrivialAugmentWide(interpolation=bilinear, fill=fill),
+        "randaugment": v2.RandAugment(interpolation=bilinear, fill=fill),
+    }
+    chosen = [step for name, step in steps.items() if name in names]
+    resize = [] if "resized_crop" in names else [partial(_resized, size=size)]
+    composed: Callable[[Tensor], Tensor] = v2.Compose([*resize, *chosen])
+    return composed
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.from_numpy(resize_pixels(image.numpy(), size))
 
 
 def mix(

@@ -14,6 +14,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "safetensors
 def manifest(
     models: list[Path],
     image_shape: tuple[int, ...],
+    decoding: Mapping[str, Any],
     names: list[str],
     md5s: Mapping[Path, str | None],
     parameters: Mapping[str, Any],
@@ -21,11 +22,13 @@ def manifest(
 ) -> dict[str, Any]:
     """Return the content of the manifest; rebuilding the same model gives the same content.
 
-    image_shape: (C, H, W). names: of the classes. md5s: of the data and the weights. parameters: all that decide
-    results. metrics: of training and test.
+    image_shape: (C, H, W). decoding: keyword arguments of `decode_image` that prepare an image file as the training
+    images were. names: of the classes. md5s: of the data and the weights. parameters: all that decide results.
+    metrics: of training and test.
     """
     return {
         "input": {"name": "pixels", "shape": ["batch", *image_shape], "dtype": "float32", "range": [0, 1]},
+        "decoding": dict(decoding),
         "output": {"name": "logits", "shape": ["batch", len(names)], "dtype": "float32"},
         "classes": names,
         "files": {

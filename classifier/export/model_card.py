@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from classifier.data.decoding import padding_colour
 from classifier.evaluation.metrics import METRICS
 from classifier.pipeline.errors import masked
 from classifier.pipeline.paths import repository_root
@@ -47,6 +48,8 @@ def model_card(manifest: dict[str, Any], scores: pd.DataFrame, labels: dict[str,
         metrics_of_test=[(metric, test[key]) for key, metric in METRICS.items() if key in test],
         channels=manifest["input"]["shape"][1],
         size=manifest["input"]["shape"][2:],
+        background="#{:02x}{:02x}{:02x}".format(*manifest["decoding"]["background"]),
+        padding=padding_colour(manifest["decoding"]["background"], manifest["input"]["shape"][1]),
         counts={split: len(of_split) for split, of_split in labels.items()},
         scores=scores.assign(train=in_training).to_dict("records"),
         weakest=tested.sort_values("recall", kind="stable").head(WEAKEST_SHOWN).to_dict("records"),

@@ -15,7 +15,29 @@ from classifier.pipeline.errors import PipelineError
 from classifier.pipeline.outputs import hash_bytes
 
 IMAGE_SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".heic",
+        ".heif",
+        ".hif",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".jpx",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
 )
 # What systems and archivers put beside a user's files; so are names that begin with a dot
 CLUTTER = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini"))

@@ -55,6 +55,49 @@ def _without_password(text: str) -> str:
 Text = Annotated[str, Field(min_length=1), AfterValidator(_without_password)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+Sides = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
+SIDES = "a whole number of pixels from 1 to 4096, or [height, width], or empty"
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"a regular expression: {error}") from None
+    return text
+
+
+def _folds(folds: int) -> int:
+    if folds != 0 and not 2 <= folds <= 100:
+        raise ValueError("0, or a number of folds from 2 to 100")
+    return folds
+
+
+def _below_folds(fold: int, info: ValidationInfo) -> int:
+    folds = info.data.get("folds", 0)
+    if not 0 <= fold < max(folds, 1):
+        raise ValueError(f"a fold from 0 to {folds - 1}" if folds else "0, as folds is 0")
+    return fold
+
+
+def _of_the_shape_of_image_size(stored_size: Any, info: ValidationInfo) -> Any:
+    if stored_size is None:
+        return None
+    if info.data.get("image_size") is None:
+        raise ValueError("possible without image_size; set both")
+    stored, used = _sides(stored_size), _sides(info.data["image_size"])
+    if stored[0] * used[1] != stored[1] * used[0]:
+        raise ValueError(f"of the shape of image_size, {used[0]} x {used[1]} (height x width)")
+    if stored[0] < used[0]:
+        raise ValueError(f"as large as image_size, {used[0]} x {used[1]} (height x width), or larger")
+    return stored_size
+
+
+def _sides(size: int | list[int]) -> tuple[int, int]:
+    """Height and width."""
+    height, width = [size] * 2 if isinstance(size, int) else size
+    return height, width
 
 
 class Params(BaseModel):
@@ -80,10 +123,16 @@ class Params(BaseModel):
         description="a count of images (0 or more), or a fraction below 1"
     )
     split_seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
-    image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        description="a whole number of pixels from 1 to 4096, or empty"
-    )
+    group: Annotated[Text, AfterValidator(_pattern)] | None = Field(description="a regular expression, or empty")
+    folds: Annotated[int, AfterValidator(_folds)] = Field(description="0, or a number of folds from 2 to 100")
+    fold: Annotated[int, AfterValidator(_below_folds)] = Field(description="a fold: 0 or more, and below folds")
+    image_size: Sides | None = Field(description=SIDES)
+    stored_size: Annotated[Sides | None, AfterValidator(_of_the_shape_of_image_size)] = Field(description=SIDES)
     channels: Literal[1, 3] | None = Field(description="1, 3, or empty")
+    fit: Literal["pad", "crop", "stretch"] = Field(description="one of pad, crop, stretch")
+    background: str = Field(pattern=r"^(white|black|#[0-9a-fA-F]{6})$", description="white, black, or #rrggbb")
+    intensity: Literal["full", "image"] = Field(description="one of full, image")
+    on_bad_image: Literal["stop", "skip"] = Field(description="one of stop, skip")
 
     network: Annotated[str, _one_of_modules("networks")] = Field(description="a module in classifier/networks")
     weights: Text | None = Field(description="a weights file, a name of torchvision's weights, or empty")
@@ -102,9 +151,25 @@ class Params(BaseModel):
     )
     label_smoothing: Fraction = Field(description="a number from 0 to below 1")
     target_transform: Literal["one_hot"] | None = Field(description="one_hot, or empty")
-    augment: list[Literal["crop", "flip", "erase", "color", "mixup", "cutmix"]] = Field(
-        description="a list of any of crop, flip, erase, color, mixup, cutmix"
+    augment: list[
+        Literal[
+            "crop",
+            "flip",
+            "vflip",
+            "erase",
+            "color",
+            "mixup",
+            "cutmix",
+            "resized_crop",
+            "rotate",
+            "trivial",
+            "randaugment",
+        ]
+    ] = Field(
+        description="a list of any of crop, flip, vflip, erase, color, mixup, cutmix, resized_crop, rotate, trivial, "
+        "randaugment"
     )
+    crop_scale: float = Field(gt=0, le=1, description="a number above 0, at most 1")
     balance: Annotated[Literal["none", "sampler", "loss"], AfterValidator(_possible_with_shuffle)] = Field(
         description="one of none, sampler, loss"
     )
@@ -127,6 +192,23 @@ class Params(BaseModel):
     memory_limit_gib: float = Field(gt=0, description="a number above 0")
     experiment: Text = Field(description="a name, or empty")
     registered_model: str = Field(pattern=r"^[^/:'\"`]+$", description="a name without / and : and quotes, or empty")
+
+    @property
+    def image_sides(self) -> tuple[int, int] | None:
+        """Height and width that the network takes, if given."""
+        return None if self.image_size is None else _sides(self.image_size)
+
+    @property
+    def stored_sides(self) -> tuple[int, int] | None:
+        """Height and width that images are stored in, if given."""
+        return self.image_sides if self.stored_size is None else _sides(self.stored_size)
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """Red, green and blue of the background, from 0 to 255."""
+        digits = {"white": "#ffffff", "black": "#000000"}.get(self.background, self.background)
+        red, green, blue = bytes.fromhex(digits[1:])
+        return red, green, blue
 
     @model_validator(mode="before")
     @classmethod

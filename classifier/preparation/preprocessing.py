@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -33,6 +34,7 @@ TASKS_OF_WORKER = 4  # that are queued at a time
 # Files from which on processes are worth their start, of about half a second: reading many small files takes more of
 # Python's time, which threads cannot share, than of the decoders'
 FILES_FOR_PROCESSES = 2000
+LARGEST_REJECTED = 0.05  # of the images, that on_bad_image: skip leaves out
 
 T = TypeVar("T")
 
@@ -45,11 +47,23 @@ class Chunk(NamedTuple):
     first_row: int
 
 
+class Recipe(NamedTuple):
+    """What all images are brought to: shape (C, H, W); the others as `decode_image` takes them."""
+
+    shape: tuple[int, int, int]
+    fit: str
+    background: tuple[int, int, int]
+    intensity: str
+
+
 class Made(NamedTuple):
-    """What a task returns of a chunk. sha256: of each image's pixels, (n,) V32; faults: the unusable images."""
+    """What a task returns of its images. sha256: of each one's pixels, (n,) V32.
+
+    faults: why images are unusable, by their rows in the image arrays.
+    """
 
     sha256: np.ndarray
-    faults: list[str]
+    faults: dict[int, str]
 
 
 def image_names(split: str, data: LabelledImages) -> Sequence[str]:
@@ -75,62 +89,57 @@ def workers(splits: Mapping[str, LabelledImages]) -> Iterator[Executor]:
 
 
 def common_shape(
-    pool: Executor, splits: Mapping[str, LabelledImages], image_size: int | None, channels: int | None
+    pool: Executor,
+    splits: Mapping[str, LabelledImages],
+    image_size: tuple[int, int] | None,
+    channels: int | None,
+    intensity: str = "full",
 ) -> tuple[int, int, int]:
     """The shape (C, H, W) that all images are brought to.
 
-    image_size: the side of a square, or None for the images' own size, if all share one of at most AUTO_SIZE each
-    way, and AUTO_SIZE if not. channels: 1 or 3, or None for grey if all images are grey, and colour if not.
-    Raises PipelineError that lists the unusable images, if it has to look at them.
+    image_size: (H, W), or None for the images' own size, if all share one of at most AUTO_SIZE each way, and AUTO_SIZE
+    if not. channels: 1 or 3, or None for grey if all images are grey, and colour if not. Unusable images, which have
+    neither size nor channels, are left to `write_images`.
     """
     if image_size and channels:
-        return channels, image_size, image_size
+        return channels, *image_size
     headers: Counter[Header] = Counter()
-    faults = 0
-    for counted, faults_of_chunk in _each_chunk(pool, _headers, splits, "sizes of {} images"):
+    for counted in _each_chunk(pool, partial(_headers, intensity=intensity), splits, "sizes of {} images"):
         headers.update(counted)
-        faults += faults_of_chunk
-    size = (image_size or AUTO_SIZE,) * 2
-    if faults:  # decoding finds more: all are listed at once
-        _check(_decoded(pool, splits, (3, *size), None).faults)
     sizes = {(header.height, header.width) for header in headers}
+    size = image_size or (AUTO_SIZE, AUTO_SIZE)
     if not image_size and len(sizes) == 1 and max(next(iter(sizes))) <= AUTO_SIZE:
-        ((height, width),) = sizes
-        size = height, width
-    return channels or max(header.channels for header in headers), *size
+        (size,) = sizes
+    return channels or max((header.channels for header in headers), default=3), *size
 
 
 def write_images(
-    pool: Executor, splits: Mapping[str, LabelledImages], shape: tuple[int, int, int], folder: Path
-) -> np.ndarray:
-    """Write all images in a shape (C, H, W) to arrays in `folder`, split after split, with a progress bar.
+    pool: Executor, splits: Mapping[str, LabelledImages], recipe: Recipe, folder: Path, largest_share: float = 0.0
+) -> Made:
+    """Write all images to arrays in `folder`, split after split, with a progress bar.
 
-    Returns the SHA-256 of the pixels of each image, by row: (N,) V32. Raises PipelineError that lists the unusable
-    images, after all others.
+    The rows of unusable images are black. Raises PipelineError that lists them, after all others, if they are more than
+    `largest_share` of the images.
     """
-    made = _decoded(pool, splits, shape, ArrayFiles(folder, _count(splits), shape))
-    _check(made.faults)
-    return made.sha256
+    files = ArrayFiles(folder, _count(splits), recipe.shape)
+    digests: list[np.ndarray] = []
+    faults: dict[int, str] = {}
+    for made in _each_chunk(pool, partial(_decode, recipe=recipe, files=files), splits, "{} images"):
+        digests.append(made.sha256)
+        faults |= made.faults
+    if len(faults) > largest_share * _count(splits):
+        _refuse(splits, faults, largest_share)
+    return Made(np.concatenate(digests), faults)
 
 
-def first_rows(splits: Mapping[str, LabelledImages]) -> dict[str, int]:
-    """The row of the first image of each split in the image arrays."""
-    starts = np.cumsum([0, *(len(data.labels) for data in splits.values())]).tolist()
-    return dict(zip(splits, starts, strict=False))
+def rows_of(splits: Mapping[str, LabelledImages]) -> dict[str, np.ndarray]:
+    """The rows of the images of each split in the image arrays, (n,) int64: split after split."""
+    ends = np.cumsum([0, *(len(data.labels) for data in splits.values())]).tolist()
+    return {split: np.arange(start, end) for split, (start, end) in zip(splits, pairwise(ends), strict=True)}
 
 
 def _count(splits: Mapping[str, LabelledImages]) -> int:
     return sum(len(data.labels) for data in splits.values())
-
-
-def _decoded(
-    pool: Executor, splits: Mapping[str, LabelledImages], shape: tuple[int, int, int], files: ArrayFiles | None
-) -> Made:
-    digests, faults = [], []
-    for made in _each_chunk(pool, partial(_decode, shape=shape, files=files), splits, "{} images"):
-        digests.append(made.sha256)
-        faults += made.faults
-    return Made(np.concatenate(digests), faults)
 
 
 def _each_chunk(
@@ -138,7 +147,7 @@ def _each_chunk(
 ) -> Iterator[T]:
     """What `task` returns of each chunk of the images, in order, with a progress bar for each split."""
     cores = usable_cores()
-    starts = first_rows(splits)
+    rows = rows_of(splits)
     for split, data in splits.items():
         count, names = len(data.labels), image_names(split, data)
         size = max(1, min(CHUNK, count // (TASKS_OF_WORKER * cores)))
@@ -146,7 +155,7 @@ def _each_chunk(
         with progress(desc.format(split), "image", count) as bar:
             for start in range(0, count, size):
                 some = slice(start, min(start + size, count))
-                chunk = Chunk(data.images[some], names[some], starts[split] + start)
+                chunk = Chunk(data.images[some], names[some], int(rows[split][start]))
                 waiting.append((len(chunk.names), pool.submit(task, chunk)))
                 if len(waiting) > TASKS_OF_WORKER * cores:
                     yield _finished(*waiting.popleft(), bar)
@@ -160,49 +169,45 @@ def _finished(count: int, future: Future[T], bar: Any) -> T:
     return result
 
 
-def _headers(chunk: Chunk) -> tuple[Counter[Header], int]:
-    """What images a chunk has, and how many of them are unusable."""
+def _headers(chunk: Chunk, intensity: str) -> Counter[Header]:
+    """What images a chunk has, but for the unusable ones."""
     headers: Counter[Header] = Counter()
-    faults = 0
     for index in range(len(chunk.names)):
-        try:
-            headers[_header(chunk.images[index])] += 1
-        except (PipelineError, ValueError):
-            faults += 1
-    return headers, faults
+        with suppress(PipelineError, ValueError):
+            headers[_header(chunk.images[index], intensity)] += 1
+    return headers
 
 
-def _decode(chunk: Chunk, shape: tuple[int, int, int], files: ArrayFiles | None) -> Made:
-    """Bring the images of a chunk to a shape, and write them to their rows of `files`, if given."""
+def _decode(chunk: Chunk, recipe: Recipe, files: ArrayFiles) -> Made:
+    """Prepare the images of a chunk, and write them to their rows."""
     count = len(chunk.names)
-    pixels = np.zeros((count, *shape), np.uint8)
+    pixels = np.zeros((count, *recipe.shape), np.uint8)
     digests = np.zeros(count, "V32")
-    faults = []
+    faults = {}
     for index in range(count):
         try:
-            pixels[index] = _pixels(chunk.images[index], shape)
+            pixels[index] = _pixels(chunk.images[index], recipe)
         except (PipelineError, ValueError) as error:
-            faults.append(f"{chunk.names[index]}: {error}")
+            faults[chunk.first_row + index] = str(error)
         digests[index] = hashlib.sha256(pixels[index]).digest()
-    if files:
-        files.write(chunk.first_row, pixels)
+    files.write(chunk.first_row, pixels)
     return Made(digests, faults)
 
 
-def _pixels(image: np.ndarray | bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    channels, *size = shape
+def _pixels(image: np.ndarray | bytes, recipe: Recipe) -> np.ndarray:
+    (channels, *size), fit, background, intensity = recipe
     if isinstance(image, bytes):
-        return decode_image(image, (size[0], size[1]), channels)
-    header = _header(image)
+        return decode_image(image, size, channels, fit=fit, background=background, intensity=intensity)
+    header = _header(image, intensity)
     if header == (*size, channels):
         return image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
-    return fit_pixels(image, (size[0], size[1]), channels)
+    return fit_pixels(image, size, channels, fit, background)
 
 
-def _header(image: np.ndarray | bytes) -> Header:
+def _header(image: np.ndarray | bytes, intensity: str) -> Header:
     """Raises ValueError for an array that is no image."""
     if isinstance(image, bytes):
-        return read_header(image)
+        return read_header(image, intensity)
     if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape or image.dtype != np.uint8:
         raise ValueError(f"{image.dtype} of shape {image.shape}, not uint8 (height, width) or (height, width, 3)")
     return Header(image.shape[0], image.shape[1], 1 if image.ndim == 2 else 3)
@@ -221,15 +226,19 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _check(faults: list[str]) -> None:
-    """Raise PipelineError if there are faults; where they are many, all of them are in a file too."""
-    if faults:
-        which = ""
-        if len(faults) > LISTED_FAULTS:
-            which = f", the first {LISTED_FAULTS}"
-            path = repository_root() / UNUSABLE
-            with suppress(OSError), atomic(path) as temporary:
-                temporary.write_text("".join(f"{printable(fault)}\n" for fault in faults), encoding="utf-8")
-                which = f", all of which are listed in {path}; the first {LISTED_FAULTS}"
-        listed = "".join(f"\n  {fault}" for fault in faults[:LISTED_FAULTS])
-        raise PipelineError(f"{len(faults)} images cannot be used{which}:{listed}\nFix or remove them.")
+def _refuse(splits: Mapping[str, LabelledImages], faults: Mapping[int, str], largest_share: float) -> NoReturn:
+    """Raise PipelineError that lists the first unusable images; where there are many, a file lists them all."""
+    names = Names(chain.from_iterable(image_names(split, data) for split, data in splits.items()))
+    listed = [printable(f"{names[row]}: {reason}") for row, reason in sorted(faults.items())]
+    which = ""
+    if len(listed) > LISTED_FAULTS:
+        which = f", the first {LISTED_FAULTS}"
+        path = repository_root() / UNUSABLE
+        with suppress(OSError), atomic(path) as temporary:
+            temporary.write_text("\n".join([*listed, ""]), encoding="utf-8")
+            which = f", all of which are listed in {path}; the first {LISTED_FAULTS}"
+    shown = "".join(f"\n  {line}" for line in listed[:LISTED_FAULTS])
+    way_on = "Fix or remove them, or set on_bad_image: skip"
+    if largest_share:
+        way_on = f"on_bad_image: skip leaves out {largest_share:.0%} of the images at most. Fix or remove them"
+    raise PipelineError(f"{len(listed)} images cannot be used{which}:{shown}\n{way_on}.")

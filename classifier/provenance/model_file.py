@@ -36,19 +36,24 @@ class Model(NamedTuple):
     """An opened model file.
 
     logits: maps pixels (N, C, H, W) float32 in [0, 1] to logits (N, classes). classes: names by label.
-    image_shape: (C, H, W).
+    image_shape: (C, H, W). decoding: arguments of `decode_image` that bring an image file to that shape.
     """
 
     logits: Callable[[np.ndarray], np.ndarray]
     classes: list[str]
     image_shape: tuple[int, int, int]
+    decoding: dict[str, Any] = {}  # noqa: RUF012, never changed
 
 
 class Manifest(NamedTuple):
-    """The content of a manifest. classes: names by label. image_shape: (C, H, W). hashes: SHA-256 by file name."""
+    """The content of a manifest.
+
+    classes: names by label. image_shape: (C, H, W). decoding: arguments of `decode_image`. hashes: SHA-256 by file.
+    """
 
     classes: list[str]
     image_shape: tuple[int, int, int]
+    decoding: dict[str, Any]
     hashes: dict[str, str]
 
 
@@ -98,7 +103,7 @@ def open_model_file(path: Path, *, may_be_missing: bool = False, trust: bool = F
             f"{path}: returns logits {output.shape} for one image, but {source} has {len(manifest.classes)} classes; "
             "copy both files from the same export"
         )
-    return Model(logits, manifest.classes, manifest.image_shape)
+    return Model(logits, manifest.classes, manifest.image_shape, manifest.decoding)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -110,12 +115,13 @@ def read_manifest(path: Path) -> Manifest:
         classes, shape, files = content["classes"], content["input"]["shape"], content["files"]
         channels, height, width = shape[1:]
         hashes = {name: file["sha256"] for name, file in files.items()}
-        fault = _fault_in_manifest(classes, (channels, height, width), hashes)
+        decoding = content.get("decoding", {"fit": "crop"})  # which all images were before it was recorded
+        fault = _fault_in_manifest(classes, (channels, height, width), hashes) or _fault_in_decoding(decoding)
     except (KeyError, TypeError, ValueError, AttributeError):
         fault = "it lacks the classes, the image shape or the files"
     if fault:
         raise PipelineError(f"{path}: not a manifest that export wrote: {fault}; use the one beside the exported file")
-    return Manifest(classes, (channels, height, width), hashes)
+    return Manifest(classes, (channels, height, width), decoding, hashes)
 
 
 def _fault_in_manifest(classes: Any, shape: tuple[Any, ...], hashes: dict[Any, Any]) -> str:
@@ -128,6 +134,20 @@ def _fault_in_manifest(classes: Any, shape: tuple[Any, ...], hashes: dict[Any, A
     if not all(isinstance(sha256, str) for sha256 in hashes.values()):
         return "a SHA-256 is not a string"
     return ""
+
+
+def _fault_in_decoding(decoding: dict[str, Any]) -> str:
+    background, stored = decoding.get("background", [0, 0, 0]), decoding.get("stored_size") or [1, 1]
+    is_right = (
+        decoding.keys() <= {"fit", "background", "intensity", "stored_size"}
+        and decoding.get("fit", "pad") in ("pad", "crop", "stretch")
+        and decoding.get("intensity", "full") in ("full", "image")
+        and len(background) == 3
+        and all(type(value) is int and 0 <= value <= 255 for value in background)
+        and len(stored) == 2
+        and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in stored)
+    )
+    return "" if is_right else "its decoding is not that of a version of this pipeline"
 
 
 def _open(path: Path) -> Callable[[np.ndarray], np.ndarray]:

@@ -57,6 +57,7 @@ class ImageClassifier(PythonModel):  # type: ignore[misc]
         manifest = json.loads(Path(context.artifacts["manifest"]).read_text(encoding="utf-8"))
         self.class_names: list[str] = manifest["classes"]
         self.image_shape = tuple(manifest["input"]["shape"][1:])  # (C, H, W)
+        self.decoding: dict[str, Any] = manifest["decoding"]
         self.session = onnxruntime.InferenceSession(context.artifacts["model"], providers=["CPUExecutionProvider"])
         # Not added to sys.modules, so that two versions can be loaded in one process
         spec = spec_from_file_location("image_classifier_decoding", context.artifacts["decoding"])
@@ -102,7 +103,7 @@ class ImageClassifier(PythonModel):  # type: ignore[misc]
             pixels = []
             for number, source in enumerate(sources[start : start + BATCH], start + 1):
                 try:
-                    pixels.append(self.decode_image(_content(source), tuple(size), channels))
+                    pixels.append(self.decode_image(_content(source), size, channels, **self.decoding))
                 except (ValueError, OSError) as error:
                     name = source if isinstance(source, Path) else f"image {number}"
                     faults.append(f"{name}: not a usable image: {error}")

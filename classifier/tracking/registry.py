@@ -61,7 +61,7 @@ def register(run_id: str, registered_model: str, onnx: Path, manifest: Path, exp
     client = MlflowClient()
     if client.search_model_versions(f"name = '{registered_model}' and tags.`{EXPORT_TAG}` = '{export}'"):
         return
-    packages = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
+    packages = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow", "pi-heif")
     with mlflow.start_run(run_id) as run:
         for partial in client.search_logged_models([run.info.experiment_id], f"tags.`{EXPORT_TAG}` = '{export}'"):
             client.delete_logged_model(partial.model_id)  # the process that logged it was killed before registering it
