@@ -81,7 +81,7 @@ def test_what_is_wrong_with_an_argument_is_told_and_the_others_are_searched(phot
     found = find_images(["missing", "empty", "bad.zip", "photos/b.png"], folder, faults.append)
     assert [image.name for image in found] == ["photos/b.png"]
     assert faults[0] == "missing: no such file or folder"
-    assert faults[1].startswith("empty: no image in it; images end in .bmp, ")
+    assert faults[1].startswith("empty: no image in it; images end in .avif, ")
     assert faults[2].endswith("bad.zip: not readable as a zip: File is not a zip file")
 
 
@@ -105,7 +105,7 @@ def test_images_that_cannot_be_used_are_told_and_the_others_answered(photos: Pat
     faults: list[str] = []
     answers = list(predict(MODEL, find_images(["photos"], photos.parent, refuse), faults.append, True))
     assert [answer.file for answer in answers] == ["photos/a/2.JPG"]
-    assert faults[0].startswith("photos/a/10.png is not a usable image: it is none of BMP")
+    assert faults[0].startswith("photos/a/10.png is not a usable image: it is none of AVIF")
     assert faults[1].startswith("photos/b.png is not a usable image: ")
     assert faults[2].endswith("is not readable: it is not a regular file")
     assert len(faults) == 3
@@ -121,7 +121,7 @@ def test_images_are_brought_to_the_size_and_the_channels_of_the_model(tmp_path: 
             assert (pixels.shape, pixels.dtype.name) == ((2, *shape), "float32")
             return brightness(pixels)
 
-        white, black = predict(Model(logits, CLASSES, shape), found, refuse, True)
+        white, black = predict(Model(logits, CLASSES, shape, {"fit": "crop"}), found, refuse, True)
         assert white.probabilities == pytest.approx(softmax([-0.5, 0.5]))
         assert black.probabilities == pytest.approx(softmax([0.5, -0.5]))
 
@@ -343,7 +343,7 @@ def test_the_command_says_what_it_could_not_answer_and_exits_with_1(photos: Path
     ]  # fmt: skip
     assert done.stderr.splitlines() == [
         "x.png: no such file or folder",
-        "photos/bad.png is not a usable image: it is none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP, or cut off",
+        "photos/bad.png is not a usable image: it is none of AVIF, GIF, JPEG, PNG, PPM, TIFF, WEBP, or cut off",
         "2 not classified, for the reasons above; all other images were",
     ]
     done = command("predict", "x.png", folder=tmp_path)

@@ -24,7 +24,7 @@ from classifier.pipeline.outputs import hash_bytes
 
 pytestmark = pytest.mark.slow
 
-WATCHED = ("data/images", "models/model_weights.pth", "metrics/train.json", "metrics/test.json")
+WATCHED = ("data/images/images-00000.npy", "models/model_weights.pth", "metrics/train.json", "metrics/test.json")
 BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")  # as DVC says it
 
 
@@ -110,7 +110,7 @@ def test_a_second_repro_beside_one_that_trains_anew(reference: Project, experime
     expected = experiments.copy(tmp_path / "expected")
     expected.dvc("exp", "apply", "one")
     after = expected.outputs()
-    assert [path for path in WATCHED if after[path] == before[path]] == ["data/images"]
+    assert [path for path in WATCHED if after[path] == before[path]] == ["data/images/images-00000.npy"]
     with watched(project.root, {path: {before[path], after[path]} for path in WATCHED}):
         first = start(project, "dvc", "repro")
         wait_for(lambda: not (project.root / "models/model_weights.pth").exists())
@@ -182,7 +182,7 @@ def test_an_annotate_that_is_killed_again_and_again_leaves_whole_files(annotatin
         run_annotate(annotating)
         seconds = time.monotonic() - begin
         for path, md5 in annotating.outputs().items():
-            if path.startswith(("data/images", "data/annotations/")):
+            if path.startswith(("data/images/", "data/annotations/")):
                 whole.setdefault(path, set()).add(md5)
     assert len(whole["data/annotations/train.csv"]) == 2
 
