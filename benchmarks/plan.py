@@ -28,7 +28,8 @@ from classifier.networks import build_network
 from classifier.pipeline.annotations import write_csv
 from classifier.pipeline.errors import run_main
 from classifier.pipeline.outputs import hash_file
-from classifier.preparation.preprocessing import Recipe, workers, write_images
+from classifier.preparation.preprocessing import Recipe, write_images
+from classifier.preparation.workers import start_workers
 from classifier.sources import LabelledImages
 
 CLASSES = 10
@@ -112,7 +113,7 @@ def measure(kind: Kind, sample: int) -> Cost:
         splits = {"train": LabelledImages(originals, labels)}
         (folder / "images").mkdir()
         started = time.process_time()  # of all threads
-        with workers(splits) as pool:
+        with start_workers(sample) as pool:
             write_images(pool, splits, Recipe(kind.shape, "pad", (255, 255, 255), "full"), folder / "images")
         annotate = time.process_time() - started
         write_csv(folder / "train.csv", {"file": range(sample), "label": labels, "row": range(sample)})

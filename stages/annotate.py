@@ -19,9 +19,9 @@ from classifier.preparation.preprocessing import (
     LARGEST_REJECTED,
     Recipe,
     common_shape,
+    count_files,
     image_names,
     rows_of,
-    workers,
     write_images,
 )
 from classifier.preparation.splits import (
@@ -32,6 +32,7 @@ from classifier.preparation.splits import (
     find_duplicates,
     group_numbers,
 )
+from classifier.preparation.workers import start_workers
 from classifier.sources import LabelledImages, load_source
 
 
@@ -57,7 +58,7 @@ def main() -> None:
         return splits
 
     splits = split_rows([])  # before the images are decoded: impossible sizes are reported at once
-    with workers(data) as pool:
+    with start_workers(count_files(data), params.cluster) as pool:
         shape = common_shape(pool, data, params.stored_sides, params.channels, params.intensity)
         recipe = Recipe(shape, params.fit, params.background_rgb, params.intensity)
         with atomic(IMAGES) as folder:

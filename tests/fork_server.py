@@ -73,7 +73,7 @@ def names_of_packages() -> list[str]:
 
 def import_packages(names: list[str]) -> None:
     """Import what stages, senders and DVC import."""
-    # What classifier/tracking/store.py and stages/__main__.py set before their imports
+    # What classifier/tracking/store.py and stages/runner.py set before their imports
     os.environ |= {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from classifier.pipeline import annotations
 from classifier.pipeline.annotations import (
     Annotations,
     Names,
@@ -298,3 +299,64 @@ def test_what_a_spreadsheet_would_take_for_a_formula_is_quoted(text: str) -> Non
 @pytest.mark.parametrize("text", ["", "x=1", "-1", "+1.5e3", "-inf", "T-shirt/top", "é"])
 def test_other_cells_stay_as_they_are(text: str) -> None:
     assert csv_cell(text) == text
+
+
+# Tables of annotate, which are read faster
+
+
+PLAIN = "file,label,row\n" + "".join(f"train/{index:05d}.png,{index % 10},{index}\n" for index in range(300))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", ""),
+        ("train/00007.png", "a b/é-ü.png"),
+        ("train/00007.png", "./train/7.png"),
+        ("train/00007.png", "train//7.png"),
+        ("train/00007.png", '"a,b.png"'),
+        ("train/00007.png", "train/00008.png"),
+        ("train/00007.png", "../7.png"),
+        ("train/00007.png", "/7.png"),
+        ("train/00007.png", "train/.."),
+        ("train/00007.png", "a\x1b[2J"),
+        ("train/00007.png", "x" * 1001),
+        ("train/00007.png", ""),
+        ("00007.png,7,7", "00007.png,10,7"),
+        ("00007.png,7,7", "00007.png,-7,7"),
+        ("00007.png,7,7", "00007.png, 7,7"),
+        ("00007.png,7,7", "00007.png,7,300"),
+        ("00007.png,7,7", "00007.png,7,x"),
+        ("00007.png,7,7", "00007.png,7"),
+        ("00007.png,7,7", "00007.png,7,7,7"),
+        ("00007.png,7,7", "00007.png,7,99999999999999999999"),
+        ("00007.png,7,7\n", "00007.png,7,7\r\n"),
+        ("00007.png,7,7\n", "00007.png,7,7\n\n"),
+        ("train/00299.png,9,299\n", "train/00299.png,9,299"),
+        ("file,label,row\n", ""),
+        (PLAIN, "file,label,row\n"),
+    ],
+)
+def test_the_quick_way_to_read_a_table_finds_what_the_thorough_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    (tmp_path / "train.csv").write_text(PLAIN.replace(old, new, 1), newline="")
+
+    def outcome() -> object:
+        try:
+            found = read_annotations(tmp_path / "train.csv", classes=10, images=300)
+        except PipelineError as error:
+            return str(error)
+        assert found.array_rows is not None
+        return [*found.files], found.labels.tolist(), [*found.table_rows], found.array_rows.tolist()
+
+    quick = outcome()
+    monkeypatch.setattr(annotations, "_read_plain", lambda *_: None)
+    assert quick == outcome()
+
+
+def test_a_table_of_annotate_is_read_the_quick_way(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(PLAIN)
+    found = annotations._read_plain(tmp_path / "train.csv", 10, 300)
+    assert found is not None
+    assert len(found.files) == 300

@@ -1,5 +1,7 @@
 """The dataset class as the tutorial uses it, faults of its images, and batches in their order."""
 
+import gc
+import multiprocessing
 import re
 import sys
 import threading
@@ -20,6 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from classifier.data.dataset import CustomImageDataset
+from classifier.data.decoding import resize_pixels
 from classifier.data.loader import Batches, _generator, epoch_order
 from classifier.data.transforms import augment, one_hot, to_float
 from classifier.pipeline.errors import PipelineError
@@ -353,6 +356,93 @@ def test_one_hot_targets(small: Path) -> None:
     for _, targets in epoch_of(dataset):
         assert targets.shape[1] == 10
         assert torch.equal(targets.sum(1), torch.ones(len(targets)))
+
+
+# Single images
+
+
+PER_IMAGE_NAMES = ["resized_crop", "rotate", "trivial", "randaugment"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 30 colour images of 24 x 32 as arrays, and labels.csv."""
+    folder = tmp_path_factory.mktemp("photos")
+    pixels = np.random.default_rng(1).integers(0, 256, (30, 3, 24, 32), np.uint8)
+    write_arrays(folder / "arrays", pixels)
+    write_annotations(folder / "labels.csv", np.arange(30) % 3)
+    return folder
+
+
+def of_photos(photos: Path, size: tuple[int, int] | None = (18, 24)) -> CustomImageDataset:
+    return CustomImageDataset(photos / "labels.csv", photos / "arrays", classes=3, size=size)
+
+
+def augmented(
+    photos: Path, names: list[str], epoch: int = 0, first: int = 0, **options: Any
+) -> list[tuple[Tensor, Tensor]]:
+    options = {"seed": 4, "shuffle": True, "workers": 0, "crop_scale": 0.3, "memory_limit_gib": IN_MEMORY} | options
+    return list(Batches(of_photos(photos), 8, CPU, augmentations=names, **options).epoch(epoch, first))
+
+
+@pytest.mark.parametrize(
+    "names", [[name] for name in PER_IMAGE_NAMES] + [[*PER_IMAGE_NAMES, "flip", "mixup"]], ids="+".join
+)
+def test_single_images_are_augmented_alike_by_any_number_of_workers(photos: Path, names: list[str]) -> None:
+    before = torch.get_rng_state()
+    alone = augmented(photos, names, epoch=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [tuple(pixels.shape[1:]) for pixels, _ in alone] == [(3, 18, 24)] * 4
+    assert same(alone, augmented(photos, names, epoch=2, workers=2))
+    assert same(alone[1:], augmented(photos, names, epoch=2, first=1))  # a resumed training
+    for other in (augmented(photos, names, epoch=3), augmented(photos, names, epoch=2, seed=5)):
+        assert not any(torch.equal(pixels, others) for (pixels, _), (others, _) in zip(alone, other, strict=True))
+
+
+def test_workers_stay_for_the_next_epochs_and_end_with_the_batches(photos: Path) -> None:
+    batches = Batches(of_photos(photos), 8, CPU, augmentations=["rotate"], workers=2, memory_limit_gib=IN_MEMORY)
+    first, *_ = batches.epoch(0)
+    workers = {child.pid for child in multiprocessing.active_children()}
+    assert len(workers) >= 2
+    again, *_ = batches.epoch(0)
+    assert workers == {child.pid for child in multiprocessing.active_children()}
+    assert torch.equal(first[0], again[0])
+    del batches
+    gc.collect()
+    assert not workers & {child.pid for child in multiprocessing.active_children()}
+
+
+def test_a_random_crop_is_a_part_of_the_image_as_it_is_stored(photos: Path) -> None:
+    """Of all of it, where the scale is 1 and the shape of the crop that of the image."""
+    ((pixels, _), *_) = augmented(photos, ["resized_crop"], crop_scale=1.0, shuffle=False)
+    stored = of_photos(photos).read_stored(range(8))
+    nearly_whole = v2.functional.resize(stored, [18, 24], antialias=True)
+    assert ((pixels * 255 - nearly_whole).abs().mean(dim=(1, 2, 3)) < 45).sum() >= 2  # random noise differs by 85
+    small = augmented(photos, ["resized_crop"], crop_scale=0.05, shuffle=False)[0][0]
+    assert not torch.equal(small, pixels)
+
+
+def test_rotated_images_have_the_background_in_their_corners(tmp_path: Path) -> None:
+    write_arrays(tmp_path / "arrays", np.full((20, 3, 32, 32), 200, np.uint8))
+    dataset = CustomImageDataset(write_annotations(tmp_path / "labels.csv", [0] * 20), tmp_path / "arrays")
+    options: dict[str, Any] = {"augmentations": ["rotate"], "workers": 0, "memory_limit_gib": IN_MEMORY}
+    ((pixels, _),) = Batches(dataset, 20, CPU, background=(10, 20, 30), **options).epoch()
+    corners = (pixels[:, :, 0, 0] * 255).round().int().tolist()
+    assert [10, 20, 30] in corners
+    assert (pixels[:, :, 16, 16] * 255 == 200).all()
+
+
+def test_images_that_are_stored_larger_are_scaled_for_everyone(photos: Path) -> None:
+    dataset, stored = of_photos(photos), of_photos(photos, None)
+    assert (dataset.image_shape(), stored.image_shape()) == ((3, 18, 24), (3, 24, 32))
+    expected = torch.stack(
+        [torch.from_numpy(resize_pixels(image.numpy(), (18, 24))) for image in stored.read(range(30))]
+    )
+    assert torch.equal(dataset.read(range(30)), expected)
+    assert torch.equal(dataset.decode(7), expected[7])
+    batches = list(Batches(dataset, 8, CPU, workers=2, memory_limit_gib=IN_MEMORY).epoch())
+    assert torch.equal(torch.cat([pixels for pixels, _ in batches]), to_float(expected))
+    assert dataset.md5() != stored.md5()
 
 
 # The order of an epoch

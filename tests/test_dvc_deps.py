@@ -12,7 +12,7 @@ from imports import ROOT, imported_names, project_file, project_files_behind
 
 from classifier.pipeline import paths
 from classifier.pipeline.params import UNTRACKED, Params, modules_in
-from stages import __main__
+from stages import runner
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 NETWORKS = "classifier/networks"
@@ -151,7 +151,7 @@ def given_params(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize("stage", ["download", "annotate", "train", "evaluate"])
 def test_the_params_of_a_stage_are_those_it_reads(stage: str) -> None:
     # val_size and the like reach a later stage through the files of an earlier one
-    read = parameters_read(stage) | ({"launcher"} if stage == "train" else set())  # by stages/__main__.py
+    read = parameters_read(stage) | ({"launcher"} if stage == "train" else set())  # by stages/runner.py
     assert set(STAGES[stage]["params"]) == read - UNTRACKED
 
 
@@ -163,8 +163,8 @@ def test_no_parameter_is_part_of_a_command() -> None:
 
 
 def test_python_m_stages_runs_the_stages_of_dvc_yaml() -> None:
-    modules = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "__main__"}
-    assert tuple(STAGES) == __main__.STAGES
+    modules = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "__main__", "runner"}
+    assert tuple(STAGES) == runner.STAGES
     assert set(STAGES) == modules
 
 

@@ -84,6 +84,7 @@ valid_params = st.fixed_dictionaries(
         "intensity": st.sampled_from(["full", "image"]),
         "on_bad_image": st.sampled_from(["stop", "skip"]),
         "crop_scale": st.floats(0.01, 1),
+        "cluster": st.none() | st.just("tcp://head:8786"),
         "channels": st.sampled_from([None, 1, 3]),
         "network": st.sampled_from(modules_in("networks")),
         "weights": st.none() | printable,

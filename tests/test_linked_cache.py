@@ -55,9 +55,8 @@ def link_of(path: Path) -> str:
 
 
 def remove_outputs(project: Project) -> None:
-    for name in ("data/raw", "data/annotations", "models", "metrics"):
+    for name in ("data/raw", "data/images", "data/annotations", "models", "metrics"):
         shutil.rmtree(project.root / name)
-    (project.root / "data/images").unlink()
 
 
 def results(project: Project) -> dict[str, str]:

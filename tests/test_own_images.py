@@ -1,5 +1,6 @@
 """Your own images through the whole pipeline: real dvc, and digits as image files in the layouts that users have."""
 
+import io
 import json
 import shutil
 import sqlite3
@@ -8,9 +9,11 @@ import zipfile
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from digits import LAYOUTS, write_digits
+from PIL import Image
 from project import Project
 
 from classifier.pipeline.outputs import hash_file
@@ -58,7 +61,7 @@ def made(project: Project) -> dict[str, str]:
 
 def learnt(project: Project) -> dict[str, str]:
     """The md5s of what was made of the images, but for what has the names of files, or of data_path."""
-    prefixes = ("data/images", "data/annotations", "models/model_weights", "metrics/")
+    prefixes = ("data/images", "models/model_weights", "metrics/")
     named = ("metrics/predictions.csv", *(f"metrics/plots/{name}.png" for name in ("samples", "mistakes", "saliency")))
     return {path: md5 for path, md5 in project.outputs().items() if path.startswith(prefixes) and path not in named}
 
@@ -100,8 +103,14 @@ def test_mlflow_has_the_name_of_the_data(digits: Project) -> None:
     assert names - {"Default"} == models == {"digits-folder"}
 
 
-def test_the_layouts_of_the_same_images_give_the_same_annotations_and_weights(project: Project) -> None:
-    expected = learnt(project)
+def annotations(project: Project) -> list[list[list[int]]]:
+    """Label and row of each image, by split."""
+    tables = (pd.read_csv(project.root / f"data/annotations/{split}.csv") for split in ("train", "val", "test"))
+    return [table[["label", "row"]].to_numpy().tolist() for table in tables]
+
+
+def test_the_layouts_of_the_same_images_give_the_same_splits_and_weights(project: Project) -> None:
+    expected, splits = learnt(project), annotations(project)
     assert "models/model_weights.pth" in expected
     for layout in ("table", "zip"):
         path = f"data/own/digits-{layout}{'.zip' if layout == 'zip' else ''}"
@@ -110,8 +119,9 @@ def test_the_layouts_of_the_same_images_give_the_same_annotations_and_weights(pr
         shutil.rmtree(project.root / ".dvc/cache/runs")
         done = project.dvc("repro", "--force", "annotate")
         assert project.stages_run(done.stdout) == ["check", "download", "annotate"]
-        assert project.stages_run(project.dvc("repro", "evaluate").stdout) == ["evaluate"]  # of other files' names
+        assert project.stages_run(project.dvc("repro", "evaluate").stdout) == ["train", "evaluate"]  # of other names
         assert learnt(project) == expected
+        assert annotations(project) == splits
         assert {Path(file) for file in predictions(project).file} <= original_names(project, path)
 
 
@@ -142,6 +152,70 @@ def test_another_size_makes_the_images_anew_and_downloads_nothing(project: Proje
     done = project.dvc("repro", "train")
     assert project.stages_run(done.stdout) == ["check", "annotate", "train"]
     assert "each 1 x 12 x 12" in done.stdout
+
+
+def write_photos(folder: Path) -> None:
+    """Photos as people have them, of 12 patients: red ones in `hat`, blue ones in `bag`; and a broken one."""
+    generator = np.random.default_rng(0)
+    for number in range(120):
+        patient, label = number % 12, number // 12 % 2
+        height, width = [(30, 90), (80, 40), (50, 50)][number % 3]
+        pixels = generator.integers(0, 120, (height, width, 3), dtype=np.uint8)
+        pixels[..., (0, 2)[label]] += 120
+        photo = Image.fromarray(pixels)
+        path = folder / ("hat", "bag")[label] / f"p{patient:02}_{number:03}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number % 5 == 0:
+            photo.putalpha(Image.fromarray(generator.integers(100, 256, (height, width), dtype=np.uint8)))
+            photo.save(path.with_suffix(".png"))
+        elif number % 5 == 1:
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            photo.save(path, quality=95, exif=exif)
+        elif number % 5 == 2:
+            photo.save(path.with_suffix(".avif"), quality=95)
+        else:
+            photo.save(path.with_suffix(".webp"), quality=95)
+    (folder / "hat/p03_broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
+
+
+def test_photos_of_many_kinds_are_split_by_group_augmented_and_predicted_as_evaluated(tmp_path: Path) -> None:
+    project = Project.create(tmp_path / "project")
+    write_photos(project.root / "data/own/photos")
+    project.set_params(
+        source="folder", data_path="data/own/photos", threads="1", export_formats="[onnx]", network="cnn", epochs="3",
+        batch_size="16", optimizer="adamw", lr="0.003", image_size="[24, 32]", stored_size="[36, 48]",
+        augment="[resized_crop, flip, trivial, rotate]", on_bad_image="skip", val_size="0.2",
+        background='"#102030"',
+    )  # fmt: skip
+    project.commit()
+    done = project.dvc("exp", "run", "-S", r'group="p\d+"')
+    assert "each 3 x 36 x 48 (channels x height x width)" in done.stdout
+    assert "unusable images, left out and listed in metrics/rejected.csv: 1\n" in done.stdout
+    rejected = pd.read_csv(project.root / "metrics/rejected.csv")
+    assert rejected.file.tolist() == ["hat/p03_broken.jpg"]
+
+    splits = {name: pd.read_csv(project.root / f"data/annotations/{name}.csv") for name in ("train", "val", "test")}
+    patients = [set(table.file.str.extract(r"(p\d+)")[0]) for table in splits.values()]
+    assert sum(map(len, splits.values())) == 120
+    assert [len(group) for group in patients] == pytest.approx([8, 2, 2], abs=1)
+    assert len(set.union(*patients)) == 12
+
+    scores = json.loads((project.root / "metrics/test.json").read_text())
+    assert scores["accuracy"] >= 0.9
+    evaluated = predictions(project).set_index("file")
+    test_files = splits["test"].file.tolist()
+    command = (sys.executable, "-m", "classifier", "predict", *(f"data/own/photos/{name}" for name in test_files))
+    answers = pd.read_csv(io.StringIO(project.run(*command).stdout))
+    assert answers["class"].tolist() == evaluated.loc[test_files].predicted.tolist()
+    for name in ("P(hat)", "P(bag)"):
+        np.testing.assert_allclose(answers[name], evaluated.loc[test_files][name], rtol=0, atol=2e-6)
+
+    before = made(project)
+    project.set_params(workers="0", memory_limit_gib="0.00001")  # which change no result
+    shutil.rmtree(project.root / ".dvc/cache/runs")
+    project.dvc("repro", "--force", "train")
+    assert made(project)["models/model_weights.pth"] == before["models/model_weights.pth"]
 
 
 def test_originals_are_in_the_cache_once_also_if_dvc_has_them_already(project: Project) -> None:

@@ -22,7 +22,7 @@ ELSEWHERE = {
     "make test": "it is what runs this",
     ". .venv/bin/activate": "the tests run in an environment",
     "make ui": "test_ui.py::test_the_run_list_shows_the_sweep_with_its_parameters_and_results",
-    "make seeds": "test_seeds.py::test_two_seeds_are_run_kept_and_summed_up",
+    "make seeds": "test_repetitions.py::test_two_seeds_are_run_kept_and_summed_up",
     "make report": "test_report.py::test_it_is_compared_with_the_commit_or_experiment_that_is_named",
     # docs/experiments.md
     "dvc exp run --name lr-0.01": "test_experiments.py::test_the_artifacts_of_a_run_open",
@@ -52,6 +52,8 @@ ELSEWHERE = {
     "python digits.py": "test_docs.py::test_the_commands_of_own_images_do_what_the_page_says",
     "dvc exp run -S source=folder -S data_path=data/own/digits": "test_docs.py::test_the_commands_of_own_images_do_what_the_page_says",
     "dvc exp run -S source=folder -S data_path=photos.zip": "test_the_commands_of_the_readme_run_one_after_the_other",
+    "dvc exp run -S source=folder -S data_path=photos -S 'group": "test_own_images.py::test_photos_of_many_kinds_are_split_by_group_augmented_and_predicted_as_evaluated",
+    "classifier folds": "test_repetitions.py::test_folds_share_the_training_images_and_leave_the_test_out",
     "classifier samples": "test_docs.py::test_the_commands_of_own_images_do_what_the_page_says",
     "classifier predict": "test_docs.py::test_the_commands_of_own_images_do_what_the_page_says",
     # docs/serving.md
@@ -100,6 +102,9 @@ ELSEWHERE = {
     "dvc exp pull": "test_team.py::test_a_sweep_on_two_machines_is_one_table",
     "dvc exp apply": "test_team.py::test_two_members_share_runs_models_and_data_and_a_lost_clone_loses_nothing",
     # docs/scale.md
+    "dask": "test_preprocessing.py::test_a_cluster_writes_the_same_bytes_as_this_machine",
+    "PYTHONPATH=/shared/project dask": "test_preprocessing.py::test_a_cluster_writes_the_same_bytes_as_this_machine",
+    "dvc exp run -S source=folder -S data_path=/shared": "test_preprocessing.py::test_a_cluster_writes_the_same_bytes_as_this_machine",
     "python -m benchmarks": "test_benchmarks.py runs parts of them; all of them take hours",
 }  # fmt: skip
 

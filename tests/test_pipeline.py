@@ -53,7 +53,7 @@ def test_it_writes_the_files_of_the_contract(reproduced: Project) -> None:
     ]
     rows = {split: pd.read_csv(root / f"data/annotations/{split}.csv") for split in ("train", "val", "test")}
     assert {split: len(table) for split, table in rows.items()} == {"train": 160, "val": 40, "test": 80}
-    assert all(list(table.columns) == ["file", "label"] for table in rows.values())
+    assert all(list(table.columns) == ["file", "label", "row"] for table in rows.values())
     assert list(pd.read_csv(root / "data/annotations/classes.csv").columns) == ["label", "name"]
 
     epochs = pd.read_csv(root / "metrics/epochs.csv")

@@ -1,20 +1,29 @@
 """From the images of a source to image arrays: one shape, the same pixels, and all unusable images listed."""
 
+import contextlib
 import hashlib
 import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from distributed import Client
+from imports import ROOT
 from pictures import write_zip
 from PIL import Image
+from tracker import wait_for
 
 from classifier.data.arrays import ImageArrays
 from classifier.data.decoding import decode_image
 from classifier.pipeline.errors import PipelineError
-from classifier.preparation import preprocessing
-from classifier.preparation.preprocessing import Recipe, image_names, rows_of, workers, write_images
+from classifier.preparation import preprocessing, workers
+from classifier.preparation.preprocessing import Recipe, image_names, rows_of, write_images
 from classifier.sources import LabelledImages
 from classifier.sources.folder import fetch, read
 
@@ -33,14 +42,14 @@ def images(*contents: Any) -> LabelledImages:
 
 
 def common_shape(splits: dict[str, LabelledImages], image_size: int | None, channels: int | None) -> Any:
-    with workers(splits) as pool:
+    with workers.start_workers(preprocessing.count_files(splits)) as pool:
         return preprocessing.common_shape(pool, splits, (image_size, image_size) if image_size else None, channels)
 
 
 def written(folder: Path, splits: dict[str, LabelledImages], shape: tuple[int, int, int]) -> tuple[Any, Any]:
     """The pixels (N, C, H, W) of the arrays, and the SHA-256 of each image."""
     folder.mkdir()
-    with workers(splits) as pool:
+    with workers.start_workers(preprocessing.count_files(splits)) as pool:
         digests, faults = write_images(pool, splits, Recipe(shape, "crop", (255, 255, 255), "full"), folder)
     assert faults == {}
     arrays = ImageArrays(folder)
@@ -106,17 +115,78 @@ def test_processes_write_the_same_bytes_as_threads(tmp_path: Path, monkeypatch: 
     fetch(tmp_path / "raw", tmp_path / "images.zip")
     splits = read(tmp_path / "raw")
     threads, _ = written(tmp_path / "threads", splits, (3, 8, 8))
-    monkeypatch.setattr(preprocessing, "FILES_FOR_PROCESSES", 10)
-    monkeypatch.setattr(preprocessing, "usable_cores", lambda: 2)
+    monkeypatch.setattr(workers, "FILES_FOR_PROCESSES", 10)
+    monkeypatch.setattr(workers, "usable_cores", lambda: 2)
     processes, digests = written(tmp_path / "processes", splits, (3, 8, 8))
     assert np.array_equal(threads, processes)
     assert len(np.unique(digests)) == 50
     assert processes[0].tolist() == decode_image(contents[0][1], (8, 8), 3, fit="crop").tolist()
 
 
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """The address of a Dask cluster of two processes, which work in another folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    python = sys.executable
+    with contextlib.ExitStack() as stack:
+        scheduler = subprocess.Popen(
+            [python, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--host", "127.0.0.1", "--no-dashboard",
+             "--scheduler-file", tmp_path / "scheduler.json"],
+            cwd=tmp_path, stderr=subprocess.DEVNULL, env=environment,
+        )  # fmt: skip
+        stack.callback(scheduler.wait)
+        stack.callback(scheduler.terminate)
+        wait_for(lambda: (tmp_path / "scheduler.json").exists())
+        workers = subprocess.Popen(
+            [python, "-m", "distributed.cli.dask_worker", "--scheduler-file", tmp_path / "scheduler.json", "--nworkers",
+             "2", "--nthreads", "1", "--no-dashboard"],
+            cwd=tmp_path, stderr=subprocess.DEVNULL, env=environment,
+        )  # fmt: skip
+        stack.callback(workers.wait)
+        stack.callback(workers.terminate)
+        address = json.loads((tmp_path / "scheduler.json").read_text())["address"]
+        with Client(address, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=60)
+        yield address
+
+
+@pytest.mark.slow
+def test_a_cluster_writes_the_same_bytes_as_this_machine(tmp_path: Path, cluster: str) -> None:
+    contents = [(f"{index % 2}/{index}.png", encoded(9, 12)) for index in range(300)]
+    write_zip(tmp_path / "images.zip", contents)
+    fetch(tmp_path / "raw", tmp_path / "images.zip")
+    splits = read(tmp_path / "raw")
+    here, _ = written(tmp_path / "here", splits, (3, 8, 8))
+    (tmp_path / "there").mkdir()
+    with workers.start_workers(300, cluster) as pool:
+        assert pool.workers == 2
+        recipe = Recipe((3, 8, 8), "crop", (255, 255, 255), "full")
+        assert preprocessing.common_shape(pool, splits, None, None) == (3, 9, 12)
+        made = write_images(pool, splits, recipe, tmp_path / "there")
+        assert made.faults == {}
+        broken = {"train": images(GREY, b"?", GREY, b"?")}
+        (tmp_path / "broken").mkdir()
+        with pytest.raises(PipelineError, match=r"2 images cannot be used:\n  train/00001.*\n  train/00003"):
+            write_images(pool, broken, recipe, tmp_path / "broken")
+    for name in ("here", "there"):
+        assert (tmp_path / name / "images-00000.npy").stat().st_size == 128 + here.size
+    assert (tmp_path / "here/images-00000.npy").read_bytes() == (tmp_path / "there/images-00000.npy").read_bytes()
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "CLUSTER_SECONDS", 0.5)
+    for address in ("tcp://127.0.0.1:9", "nonsense://x"):
+        with (
+            pytest.raises(PipelineError, match=rf"cluster: {address}: no Dask scheduler answers there: .*") as caught,
+            workers.start_workers(10, address),
+        ):
+            pass
+        assert "\n" not in str(caught.value)
+
+
 def test_unusable_images_are_listed_by_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocessing, "FILES_FOR_PROCESSES", 1)
-    monkeypatch.setattr(preprocessing, "usable_cores", lambda: 2)
+    monkeypatch.setattr(workers, "FILES_FOR_PROCESSES", 1)
+    monkeypatch.setattr(workers, "usable_cores", lambda: 2)
     with pytest.raises(PipelineError, match=r"2 images cannot be used:\n  train/00001.*\n  train/00003"):
         written(tmp_path / "images", {"train": images(GREY, b"?", GREY, b"?")}, (1, 8, 8))
 
@@ -180,7 +250,7 @@ def test_few_unusable_images_may_be_left_out(tmp_path: Path) -> None:
     for share, complaint in [(0.05, ""), (0.04, "on_bad_image: skip leaves out 4% of the images at most. Fix or")]:
         folder = tmp_path / str(share)
         folder.mkdir()
-        with workers(splits) as pool:
+        with workers.start_workers(preprocessing.count_files(splits)) as pool:
             if complaint:
                 with pytest.raises(PipelineError, match=complaint):
                     write_images(pool, splits, recipe, folder, share)

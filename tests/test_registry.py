@@ -52,7 +52,12 @@ def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with an exported network and its manifest."""
     folder = tmp_path_factory.mktemp("export")
     write(Brightness(), torch.rand(2, 1, 4, 6), folder / "model.onnx")
-    manifest = {"classes": CLASSES, "input": {"shape": ["batch", 1, 4, 6]}, "files": {"model.onnx": {"sha256": "12ab"}}}
+    manifest = {
+        "classes": CLASSES,
+        "input": {"shape": ["batch", 1, 4, 6]},
+        "decoding": {"fit": "crop", "background": [255, 255, 255], "intensity": "full", "stored_size": None},
+        "files": {"model.onnx": {"sha256": "12ab"}},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -297,7 +302,7 @@ def test_the_same_images_in_any_form_get_the_same_answer(champion: Any, tmp_path
         (np.full((2, 4, 6), 2.0), "float64 pixels from 2.0 to 2.0; give integers 0..255 or floats 0..1"),
         (np.full((2, 4, 6), -1), "int64 pixels from -1 to -1"),
         (np.full((1, 4, 6), np.nan), "float64 pixels from nan to nan"),
-        ([Image.new("L", (6, 4)), Image.new("F", (6, 4))], "1 of 2 images cannot be used: image 2: .* 8 bits"),
+        ([Image.new("L", (6, 4)), Image.new("F", (6, 4))], "1 of 2 images cannot be used: image 2: .* no fixed range"),
         ([Image.new("RGBa", (6, 4))], "image 1: not a usable image: cannot write mode RGBa"),
         (["/missing.png"], r"1 of 1 images cannot be used: /missing\.png: not a usable image: .*No such file"),
         ([Path("a.png"), Image.new("L", (6, 4))], "1 of 2 images cannot be used: a.png: .*No such file"),
@@ -311,7 +316,7 @@ def test_images_it_cannot_take_are_told(champion: Any, images: object, complaint
 
 
 def pixels_of(path: Path) -> np.ndarray:
-    return decode_image(path.read_bytes(), (4, 6), 1)[None]
+    return decode_image(path.read_bytes(), (4, 6), 1, fit="crop")[None]
 
 
 @pytest.mark.parametrize("kind", ["turned", "another size", "colour", "CMYK", "alpha", "palette", "tiles", "GIF"])
@@ -345,20 +350,20 @@ def test_files_become_what_they_become_for_training(champion: Any, tmp_path: Pat
         pd.testing.assert_frame_equal(champion.predict([image]), expected)
 
 
-@pytest.mark.parametrize("kind", ["deep", "deep colour", "huge tile", "EPS", "text"])
+@pytest.mark.parametrize("kind", ["no range", "pages", "huge tile", "EPS", "text"])
 def test_files_that_are_refused_for_training_are_refused(champion: Any, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
-    if kind == "deep":
-        Image.fromarray(np.full((4, 6), 300, np.uint16)).save(path)
-    elif kind == "deep colour":
-        path.write_bytes(b"P6 6 4 65535 " + bytes(144))
+    if kind == "no range":
+        Image.fromarray(np.full((4, 6), 300, np.int32)).save(path, "TIFF")
+    elif kind == "pages":
+        Image.new("L", (6, 4)).save(path, "TIFF", save_all=True, append_images=[Image.new("L", (6, 4))])
     elif kind == "huge tile":
         path.write_bytes(tiled_tiff(tile=9600))
     elif kind == "EPS":
         Image.new("L", (6, 4)).save(path, "EPS")
     else:
         path.write_text("no image")
-    with pytest.raises(ValueError, match=r"8 bits|it is none of|more than .* pixels"):
+    with pytest.raises(ValueError, match=r"no fixed range|several pages|it is none of|more than .* pixels"):
         decode_image(path.read_bytes())
     with pytest.raises(ValueError, match=r"a\.png: not a usable image: "):
         champion.predict([str(path)])

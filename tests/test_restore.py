@@ -51,7 +51,7 @@ def commit_from_another_machine(project: Project) -> None:
     md5s = locked_md5s(project.root / "dvc.lock")
     lock = (project.root / "dvc.lock").read_text()
     for path, md5 in md5s.items():
-        if path.startswith(("models/", "metrics/")):
+        if path.startswith(("models/", "metrics/")) and path != "metrics/rejected.csv":
             other = hash_bytes(md5.encode()) + (".dir" if md5.endswith(".dir") else "")
             if path.endswith(".json"):
                 file = project.root / path

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from project import Project, small_project
 
-from classifier.cli.samples import draw_samples, first_images, sample_batches, titles
+from classifier.cli.samples import draw_samples, first_images, first_originals, sample_batches, titles
 from classifier.data.dataset import load_splits
 from classifier.data.loader import training_batches
 from classifier.pipeline.annotations import class_names
@@ -62,6 +62,18 @@ def test_they_are_the_images_and_targets_of_the_train_stage(
     assert torch.equal(targets, expected)
 
 
+def test_originals_are_those_of_the_augmented_images(annotated: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(annotated.root)
+    annotated.set_params(
+        augment="[]", balance="sampler", shuffle="true", target_transform="", seed="5", batch_size="32"
+    )  # fmt: skip
+    for size in ("32", "3"):
+        annotated.set_params(batch_size=size)
+        batches = sample_batches(load_params(), class_names(ANNOTATIONS))
+        pixels, _ = first_images(batches, rows=4, columns=8)
+        assert torch.equal(pixels, first_originals(batches, rows=4, columns=8))
+
+
 def test_a_class_without_images_is_named_before_the_training_starts(
     annotated: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +95,7 @@ def test_the_picture_is_of_known_size_and_the_same_bytes_again(
     for name in ("first.png", "second.png"):
         draw_samples(tmp_path / name)
     with Image.open(tmp_path / "first.png") as picture:
-        assert picture.size == (1280, 970)
+        assert picture.size == (1280, 8 * 194)
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
 
 

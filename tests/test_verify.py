@@ -192,7 +192,7 @@ def test_a_clean_clone_is_verified_and_stays_as_it_is(clone: Project, tmp_path: 
     done = clone.run(*command, check=False, **settings)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split(maxsplit=1)[1] for line in lines[:-1]] == [IDENTICAL] * 12
+    assert [line.split(maxsplit=1)[1] for line in lines[:-1]] == [IDENTICAL] * 13
     assert lines[-1] == "environment: the same as recorded"
     assert "Running stage 'train'" in done.stderr  # progress is visible
     assert clone.run("git", "status", "--porcelain").stdout == ""

@@ -6,7 +6,7 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,9 @@ from classifier.pipeline.params import load_params
 from classifier.pipeline.paths import WEIGHTS
 from classifier.tracking.git import git
 from classifier.tracking.journal import journals
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REPORTS = Path("reports")  # ignored by Git
 
@@ -222,13 +225,25 @@ def seeds(
     ] = 1,
 ) -> None:
     """Train with several seeds in DVC's queue; print mean and standard deviation of each metric."""
-    from classifier.cli.seeds import run_seeds
+    from classifier.cli.repetitions import run_seeds
 
-    table = run_seeds(count, settings or [], workers, REPORTS)
-    print(f"\n{count} seeds, mean ± standard deviation (lowest to highest)")
-    for metric, row in table.iterrows():
-        print(f"{metric:20} {row['mean']:.4f} ± {row['std']:.4f} ({row['min']:.4f} to {row['max']:.4f})")
-    print(f"Each seed: {REPORTS / 'seeds.csv'}; picture: {REPORTS / 'seeds.png'}")
+    _print_spread(run_seeds(count, settings or [], workers, REPORTS), count, "seed")
+
+
+@app.command()
+def folds(
+    count: Annotated[int, typer.Option("--count", "-n", min=2, max=100, help="Number of folds.")] = 5,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set-param", "-S", help="Set a parameter, such as lr=0.01; may be repeated.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Number of experiments to run at the same time.")
+    ] = 1,
+) -> None:
+    """Cross-validate in DVC's queue; print mean and standard deviation of the validation metrics."""
+    from classifier.cli.repetitions import run_folds
+
+    _print_spread(run_folds(count, settings or [], workers, REPORTS), count, "fold")
 
 
 @app.command()
@@ -288,6 +303,13 @@ def _print_lines(text: str) -> None:
     """Print text that may hold names from files, Git or MLflow, with control characters escaped."""
     for line in text.split("\n"):
         print(printable(line))
+
+
+def _print_spread(table: "pd.DataFrame", count: int, what: str) -> None:
+    print(f"\n{count} {what}s, mean ± standard deviation (lowest to highest)")
+    for metric, row in table.iterrows():
+        print(f"{metric:20} {row['mean']:.4f} ± {row['std']:.4f} ({row['min']:.4f} to {row['max']:.4f})")
+    print(f"Each {what}: {REPORTS / f'{what}s.csv'}; picture: {REPORTS / f'{what}s.png'}")
 
 
 def _send_journals() -> bool:

@@ -1,4 +1,4 @@
-"""A picture of the first training images as the network sees them, with balance and augmentation."""
+"""A picture of the first training images: as they are stored, and as the network sees them."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from classifier.data.dataset import load_splits
-from classifier.data.loader import Batches, training_batches
+from classifier.data.loader import Batches, epoch_order, training_batches
 from classifier.data.lockfile import locked_md5s, verified
 from classifier.evaluation.plots import save_grid
 from classifier.pipeline import paths
@@ -16,18 +16,34 @@ from classifier.pipeline.annotations import class_names
 from classifier.pipeline.outputs import atomic
 from classifier.pipeline.params import Params, load_params
 
-ROWS, COLUMNS = 5, 8  # one row per batch: mixup and cutmix draw one share per batch
+ROWS, COLUMNS = 4, 8  # of augmented images; one row per batch: mixup and cutmix draw one share per batch
 
 
 def draw_samples(target: Path) -> None:
     """Write a PNG of the first images of the first epoch with the current parameters, atomically.
 
-    Only the outputs of annotate are needed. Raises PipelineError if they are missing, changed or unusable.
+    If images are augmented, each row of them has the originals above it. Only the outputs of annotate are needed.
+    Raises PipelineError if they are missing, changed or unusable.
     """
     names = class_names(verified(paths.ANNOTATIONS, locked_md5s(paths.LOCK)))
-    pixels, targets = first_images(sample_batches(load_params(), names), ROWS, COLUMNS)
+    batches = sample_batches(load_params(), names)
+    pixels, targets = first_images(batches, ROWS, COLUMNS)
+    told = titles(targets, names)
+    rows = ROWS
+    if batches.augmentations:
+        originals = first_originals(batches, ROWS, COLUMNS)
+        parts = [
+            part[start : start + COLUMNS] for start in range(0, len(pixels), COLUMNS) for part in (originals, pixels)
+        ]
+        pixels = torch.cat(parts)
+        told = [
+            text
+            for start in range(0, len(told), COLUMNS)
+            for text in ["original"] * len(told[start : start + COLUMNS]) + told[start : start + COLUMNS]
+        ]
+        rows = 2 * ROWS
     with atomic(target) as path:
-        save_grid(path, pixels.numpy(), titles(targets, names), ROWS, COLUMNS)
+        save_grid(path, pixels.numpy(), told, rows, COLUMNS)
 
 
 def sample_batches(params: Params, names: list[str]) -> Batches:
@@ -48,6 +64,14 @@ def first_images(batches: Batches, rows: int, columns: int) -> tuple[Tensor, Ten
     parts = islice(batches.epoch(), -(-count // min(columns, batches.batch_size)))
     pixels, targets = (torch.cat([part[:columns] for part in of_batches]) for of_batches in zip(*parts, strict=True))
     return pixels[:count], targets[:count]
+
+
+def first_originals(batches: Batches, rows: int, columns: int) -> Tensor:
+    """Return pixels (n, C, H, W) of the images that `first_images` returns, as they are without augmentation."""
+    order = epoch_order(batches.image_count, batches.seed, 0, batches.shuffle, batches.weights)
+    size = batches.batch_size
+    parts = [order[start : start + min(columns, size)] for start in range(0, len(order), size)]
+    return batches.dataset.pixels(torch.cat(parts)[: rows * columns].tolist())
 
 
 def titles(targets: Tensor, names: Sequence[str]) -> list[str]:

@@ -78,7 +78,7 @@ class ArrayFiles:
     """
 
     def __init__(self, folder: Path, count: int, shape: tuple[int, int, int], file_bytes: int = SHARD_BYTES) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # workers of a cluster have another working directory
         self.image_bytes = math.prod(shape)
         self.images_in_file = max(1, file_bytes // self.image_bytes)
         self.header_bytes = 0

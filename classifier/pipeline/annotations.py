@@ -24,6 +24,9 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠", "'")
 CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f]")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what the codec's surrogateescape makes of such bytes
 LONGEST_NAME = 1000
+PLAIN_BYTES = 2**20  # of a table that are read at a time
+# In names of one line each: what needs quotes or a look by `name_fault`
+NOT_PLAIN = re.compile(r"""^/|(?:^|/)\.{0,2}(?:/|$)|[",\0-\x09\x0b-\x1f\x7f-\x9f]""", re.MULTILINE)
 LONGEST_SORTED = 200  # bytes; names are sorted with the memory of so many of the longest, or as Python objects
 # A name that cannot be taken as it is: with a part that is empty, `.` or `..`, or a control character, or too long
 UNUSUAL = re.compile(rf"(^|/)\.{{0,2}}(/|$)|{CONTROL.pattern}|.{{{LONGEST_NAME + 1}}}")
@@ -106,6 +109,8 @@ def read_annotations(path: Path, *, classes: int | None = None, images: int | No
     `a/b.png`. A header without rows is a table of no images. Raises PipelineError that lists the rows at fault, if
     anything else is in the file.
     """
+    if images is not None and (plain := _read_plain(path, classes, images)):
+        return plain
     # Of a million names, only those that are there twice are remembered with their rows
     again = repeated(_clean(values[0]) for _, values in read_rows(path) if len(values) in (2, 3))
     files, labels, table_rows, array_rows = Names(), array("q"), array("q"), array("q")
@@ -155,6 +160,36 @@ def read_annotations(path: Path, *, classes: int | None = None, images: int | No
         raise faulty_rows(path, faults)
     in_arrays = np.frombuffer(array_rows, np.int64) if width == 3 else None
     return Annotations(files, np.frombuffer(labels, np.int64), table_rows, in_arrays)
+
+
+def _read_plain(path: Path, classes: int | None, images: int) -> Annotations | None:
+    """Read a table of `annotate` whose names need no quotes, ten times as fast; None for any other, or a faulty one."""
+    files, labels, array_rows, hashes = Names(), array("q"), array("q"), array("q")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if file.readline() != "file,label,row\n":
+                return None
+            while lines := file.readlines(PLAIN_BYTES):
+                names, *numbers = zip(*(line.rsplit(",", 2) for line in lines), strict=True)
+                of_labels, of_rows = (np.array([*map(int, column)], np.int64) for column in numbers)
+                text = "\n".join(names)
+                if NOT_PLAIN.search(text) or len(max(names, key=len)) > LONGEST_NAME or not lines[-1].endswith("\n"):
+                    return None
+                if not "".join(numbers[0] + numbers[1]).replace("\n", "").isdecimal():  # int() takes signs and spaces
+                    return None
+                if of_labels.max() >= (classes or 2**63) or of_rows.max() >= images:
+                    return None
+                for name in names:
+                    files.append(name)
+                labels.frombytes(of_labels.tobytes())
+                array_rows.frombytes(of_rows.tobytes())
+                hashes.extend(map(hash, names))
+    except (OSError, ValueError, TypeError, OverflowError):
+        return None
+    if len(np.unique(np.frombuffer(hashes, np.int64))) < len(files):
+        return None
+    in_arrays = np.frombuffer(array_rows, np.int64)
+    return Annotations(files, np.frombuffer(labels, np.int64), range(2, len(files) + 2), in_arrays)
 
 
 def _is_unusual(name: str) -> bool:

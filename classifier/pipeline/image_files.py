@@ -128,7 +128,7 @@ class ImageFiles:
         return f"{path}{os.sep}".startswith(self._root)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _opened, (self.path, self.path.stat().st_mtime_ns)
+        return _opened, (self.path.absolute(), self.path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)

@@ -188,6 +188,7 @@ class Params(BaseModel):
 
     checkpoint_steps: Count = Field(description="a whole number above 0")
     cuda_graphs: bool = Field(description="true or false")
+    cluster: Text | None = Field(description="the address of a Dask scheduler, or empty")
     workers: int = Field(ge=0, description="a whole number, 0 or more")
     memory_limit_gib: float = Field(gt=0, description="a number above 0")
     experiment: Text = Field(description="a name, or empty")
@@ -230,7 +231,7 @@ def data_name(source: str, data_path: str) -> str:
 
 # They change no result: no stage tracks them, and the manifest leaves them out.
 UNTRACKED = frozenset(
-    {"checkpoint_steps", "cuda_graphs", "workers", "memory_limit_gib", "experiment", "registered_model"}
+    {"checkpoint_steps", "cluster", "cuda_graphs", "workers", "memory_limit_gib", "experiment", "registered_model"}
 )
 
 

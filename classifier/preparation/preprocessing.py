@@ -1,15 +1,10 @@
-"""From the images of a source to image arrays: one shape for all, each image decoded once, on all cores."""
+"""From the images of a source to image arrays: one shape for all, each image decoded once."""
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -17,13 +12,13 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
-from classifier.compute.cores import usable_cores
 from classifier.data.arrays import ArrayFiles
 from classifier.data.decoding import Header, decode_image, fit_pixels, read_header
 from classifier.pipeline.annotations import LISTED_FAULTS, Names
 from classifier.pipeline.errors import PipelineError, printable
 from classifier.pipeline.outputs import atomic
 from classifier.pipeline.paths import repository_root
+from classifier.preparation.workers import Pool
 from classifier.progress import progress
 from classifier.sources import LabelledImages
 
@@ -31,9 +26,6 @@ AUTO_SIZE = 128  # pixels a side, where images have several sizes or a larger on
 UNUSABLE = Path("reports/unusable-images.txt")  # of the main checkout
 CHUNK = 64  # images of a task, at most
 TASKS_OF_WORKER = 4  # that are queued at a time
-# Files from which on processes are worth their start, of about half a second: reading many small files takes more of
-# Python's time, which threads cannot share, than of the decoders'
-FILES_FOR_PROCESSES = 2000
 LARGEST_REJECTED = 0.05  # of the images, that on_bad_image: skip leaves out
 
 T = TypeVar("T")
@@ -71,25 +63,13 @@ def image_names(split: str, data: LabelledImages) -> Sequence[str]:
     return data.names or Names(f"{split}/{index:05d}.png" for index in range(len(data.labels)))
 
 
-@contextmanager
-def workers(splits: Mapping[str, LabelledImages]) -> Iterator[Executor]:
-    """The pool that decodes the images: one worker for each core, processes if there are many files."""
-    count = usable_cores()
-    files = sum(len(data.labels) for data in splits.values() if not isinstance(data.images, np.ndarray))
-    if files < FILES_FOR_PROCESSES or count == 1:
-        pool: Executor = ThreadPoolExecutor(count)  # decoders let other threads run
-    else:
-        # A fork of this process would have its threads' locks as they happen to be
-        method = "forkserver" if sys.platform == "linux" else "spawn"
-        pool = ProcessPoolExecutor(count, multiprocessing.get_context(method), _start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+def count_files(splits: Mapping[str, LabelledImages]) -> int:
+    """How many images are files, which have to be decoded."""
+    return sum(len(data.labels) for data in splits.values() if not isinstance(data.images, np.ndarray))
 
 
 def common_shape(
-    pool: Executor,
+    pool: Pool,
     splits: Mapping[str, LabelledImages],
     image_size: tuple[int, int] | None,
     channels: int | None,
@@ -114,7 +94,7 @@ def common_shape(
 
 
 def write_images(
-    pool: Executor, splits: Mapping[str, LabelledImages], recipe: Recipe, folder: Path, largest_share: float = 0.0
+    pool: Pool, splits: Mapping[str, LabelledImages], recipe: Recipe, folder: Path, largest_share: float = 0.0
 ) -> Made:
     """Write all images to arrays in `folder`, split after split, with a progress bar.
 
@@ -142,22 +122,19 @@ def _count(splits: Mapping[str, LabelledImages]) -> int:
     return sum(len(data.labels) for data in splits.values())
 
 
-def _each_chunk(
-    pool: Executor, task: Callable[[Chunk], T], splits: Mapping[str, LabelledImages], desc: str
-) -> Iterator[T]:
+def _each_chunk(pool: Pool, task: Callable[[Chunk], T], splits: Mapping[str, LabelledImages], desc: str) -> Iterator[T]:
     """What `task` returns of each chunk of the images, in order, with a progress bar for each split."""
-    cores = usable_cores()
     rows = rows_of(splits)
     for split, data in splits.items():
         count, names = len(data.labels), image_names(split, data)
-        size = max(1, min(CHUNK, count // (TASKS_OF_WORKER * cores)))
+        size = max(1, min(CHUNK, count // (TASKS_OF_WORKER * pool.workers)))
         waiting: deque[tuple[int, Future[T]]] = deque()
         with progress(desc.format(split), "image", count) as bar:
             for start in range(0, count, size):
                 some = slice(start, min(start + size, count))
                 chunk = Chunk(data.images[some], names[some], int(rows[split][start]))
-                waiting.append((len(chunk.names), pool.submit(task, chunk)))
-                if len(waiting) > TASKS_OF_WORKER * cores:
+                waiting.append((len(chunk.names), pool.executor.submit(task, chunk)))
+                if len(waiting) > TASKS_OF_WORKER * pool.workers:
                     yield _finished(*waiting.popleft(), bar)
             while waiting:
                 yield _finished(*waiting.popleft(), bar)
@@ -211,19 +188,6 @@ def _header(image: np.ndarray | bytes, intensity: str) -> Header:
     if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape or image.dtype != np.uint8:
         raise ValueError(f"{image.dtype} of shape {image.shape}, not uint8 (height, width) or (height, width, 3)")
     return Header(image.shape[0], image.shape[1], 1 if image.ndim == 2 else 3)
-
-
-def _start_worker() -> None:
-    """Leave signals to the parent process, and end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-    def end_with_parent() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _refuse(splits: Mapping[str, LabelledImages], faults: Mapping[int, str], largest_share: float) -> NoReturn:

@@ -11,9 +11,9 @@ from dvc_queue import stop_queue
 from PIL import Image
 from project import Project, reproduced_project
 
-from classifier.cli import seeds
+from classifier.cli import repetitions
 from classifier.cli.experiment_queue import Recovered
-from classifier.cli.seeds import _wait
+from classifier.cli.repetitions import _wait
 from classifier.data.lockfile import md5s_in
 from classifier.pipeline.errors import PipelineError
 
@@ -56,6 +56,29 @@ def test_two_seeds_are_run_kept_and_summed_up(project: Project) -> None:
     assert project.run("git", "status", "--porcelain").stdout == ""
 
 
+def test_folds_share_the_training_images_and_leave_the_test_out(project: Project) -> None:
+    command = (sys.executable, "-m", "classifier", "folds", "-n", "2", "-S", "lr=0.3", "-j", "2")
+    printed = project.run(*command).stdout
+    table = pd.read_csv(project.root / "reports/folds.csv").set_index("fold")
+    assert list(table.index) == [0, 1]
+    assert not [column for column in map(str, table) if column.startswith("test")]
+    rows: dict[str, list[set[int]]] = {"train": [], "val": [], "test": []}
+    for fold, row in table.to_dict("index").items():
+        project.run("dvc", "exp", "apply", row["experiment"])
+        params = yaml.safe_load((project.root / "params.yaml").read_text())
+        assert (params["folds"], params["fold"], params["lr"]) == (2, fold, 0.3)
+        assert json.loads((project.root / "metrics/train.json").read_text())["val_loss"] == row["val_loss"]
+        for split, found in rows.items():
+            found.append(set(pd.read_csv(project.root / f"data/annotations/{split}.csv").row))
+    assert rows["test"][0] == rows["test"][1]
+    assert rows["train"][0] == rows["val"][1]
+    assert rows["val"][0] == rows["train"][1]
+    accuracies = table.val_accuracy
+    assert f"{accuracies.mean():.4f} ± {accuracies.std():.4f}" in printed
+    project.run("git", "checkout", "--force", "--quiet", "HEAD")
+    project.run("dvc", "checkout", "--quiet")
+
+
 def test_seeds_that_fail_are_named_and_the_way_to_their_logs(project: Project) -> None:
     (project.root / "reports").mkdir(exist_ok=True)
     (project.root / "reports/seeds.csv").write_text("before")
@@ -91,27 +114,27 @@ def answers_of_dvc(monkeypatch: pytest.MonkeyPatch, *answers: str | None) -> Non
             raise PipelineError("dvc queue status: unexpected error")
         return answer
 
-    monkeypatch.setattr(seeds, "dvc", dvc)
-    monkeypatch.setattr(seeds, "recover", lambda: Recovered([], []))
-    monkeypatch.setattr(seeds, "POLL_SECONDS", 0)
+    monkeypatch.setattr(repetitions, "dvc", dvc)
+    monkeypatch.setattr(repetitions, "recover", lambda: Recovered([], []))
+    monkeypatch.setattr(repetitions, "POLL_SECONDS", 0)
 
 
 def test_a_queue_of_which_dvc_cannot_tell_for_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     running, half = LISTED.format("Running", 1), "7654321  two  10:00 AM  Success\nWorker status: 1 active, 0 idle\n"
     answers_of_dvc(monkeypatch, running, None, None, running, half, None, LISTED.format("Failed", 0))
-    assert _wait(["one", "two"], 1) == ["one"]
+    assert _wait(["one", "two"], 1, "seed") == ["one"]
 
 
 def test_workers_that_were_killed_are_started_again_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     killed = [LISTED.format("Running", 0)] * 3
     answers_of_dvc(monkeypatch, *killed, "Started", *killed, "Started", LISTED.format("Success", 0))
-    monkeypatch.setattr(seeds, "recover", lambda: Recovered(["one"], []))
-    assert _wait(["one", "two"], 1) == []
+    monkeypatch.setattr(repetitions, "recover", lambda: Recovered(["one"], []))
+    assert _wait(["one", "two"], 1, "seed") == []
 
-    answers_of_dvc(monkeypatch, *[*killed, "Started"] * seeds.RESTARTS, *killed)
-    monkeypatch.setattr(seeds, "recover", lambda: Recovered(["one"], []))
-    with pytest.raises(PipelineError, match="`classifier queue resume` continues it"):
-        _wait(["one", "two"], 1)
+    answers_of_dvc(monkeypatch, *[*killed, "Started"] * repetitions.RESTARTS, *killed)
+    monkeypatch.setattr(repetitions, "recover", lambda: Recovered(["one"], []))
+    with pytest.raises(PipelineError, match="`classifier queue resume` continues them"):
+        _wait(["one", "two"], 1, "seed")
 
 
 @pytest.mark.parametrize(
@@ -127,4 +150,4 @@ def test_a_queue_that_nobody_works_at_is_told(
 ) -> None:
     answers_of_dvc(monkeypatch, LISTED.format("Running", 1), answer, answer, answer)
     with pytest.raises(PipelineError, match=complaint):
-        _wait(["one", "two"], 1)
+        _wait(["one", "two"], 1, "seed")
