@@ -69,8 +69,8 @@ def main() -> None:
         splits = split_rows(faults)
         print(f"unusable images, left out and listed in {REJECTED}: {len(faults):,}")
     with atomic(REJECTED) as path:
-        rejected = sorted(faults.items())
-        write_csv(path, {"file": [csv_cell(names[row]) for row, _ in rejected], "reason": [why for _, why in rejected]})
+        unusable = [csv_cell(names[row]) for row in sorted(faults)]
+        write_csv(path, {"file": unusable, "reason": [csv_cell(faults[row]) for row in sorted(faults)]})
 
     # An image keeps its row whichever split it is in, so the arrays do not depend on how the splits are cut
     with atomic(ANNOTATIONS) as folder:
