@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 REPORTS = Path("reports")  # ignored by Git
 
+Settings = Annotated[
+    list[str] | None, typer.Option("--set-param", "-S", help="Set a parameter, such as lr=0.01; may be repeated.")
+]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of experiments to run at the same time.")]
+
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 queue = typer.Typer(no_args_is_help=True, help="DVC's experiment queue.")
 app.add_typer(queue, name="queue")
@@ -217,12 +222,8 @@ def seeds(
     count: Annotated[
         int, typer.Option("--count", "-n", min=2, help="Number of seeds, counted up from the one in params.yaml.")
     ] = 5,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set-param", "-S", help="Set a parameter, such as lr=0.01; may be repeated.")
-    ] = None,
-    workers: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Number of experiments to run at the same time.")
-    ] = 1,
+    settings: Settings = None,
+    workers: Jobs = 1,
 ) -> None:
     """Train with several seeds in DVC's queue; print mean and standard deviation of each metric."""
     from classifier.cli.repetitions import run_seeds
@@ -233,12 +234,8 @@ def seeds(
 @app.command()
 def folds(
     count: Annotated[int, typer.Option("--count", "-n", min=2, max=100, help="Number of folds.")] = 5,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set-param", "-S", help="Set a parameter, such as lr=0.01; may be repeated.")
-    ] = None,
-    workers: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Number of experiments to run at the same time.")
-    ] = 1,
+    settings: Settings = None,
+    workers: Jobs = 1,
 ) -> None:
     """Cross-validate in DVC's queue; print mean and standard deviation of the validation metrics."""
     from classifier.cli.repetitions import run_folds
@@ -256,9 +253,7 @@ def upgrade_store() -> None:
 
 @queue.command()
 def resume(
-    workers: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Number of experiments to run at the same time.")
-    ] = 1,
+    workers: Jobs = 1,
 ) -> None:
     """Requeue experiments whose workers were killed, and remove the repository copies that they left."""
     from classifier.cli.experiment_queue import dvc, recover
